@@ -1,0 +1,132 @@
+// Causal attention, tiled, with the softmax taken online: FlashAttention-2 (Dao, arXiv 2307.08691) for a CPU's caches.
+//
+// One unit of work is a share of the query tiles of one head. It keeps the head's keys transposed in panels of
+// TILE_COLS keys (packed as far as the unit has come, so once a unit), a tile of scores, and a tile of outputs;
+// no block of queries x keys exists. Query i sees the keys up to i + keys - queries.
+#pragma once
+
+#include <math.h>
+
+#include <cstdlib>
+
+#include "parallel.h"
+#include "tile_product.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+constexpr int QUERY_TILE = 8 * TILE_ROWS;
+constexpr int KEY_TILE = 64;
+static_assert(KEY_TILE % TILE_COLS == 0, "a tile of keys holds whole panels");
+
+struct AttentionWorkspace {
+    float* scores;                              // [QUERY_TILE, KEY_TILE]
+    float* out;                                 // [QUERY_TILE, head_dim]
+    float* keys;                                // [ceil(keys / TILE_COLS), head_dim, TILE_COLS]
+    float top[QUERY_TILE], weight[QUERY_TILE];  // running maximum and sum of each row
+
+    AttentionWorkspace(float* memory, int64_t head_dim)
+        : scores(memory), out(scores + QUERY_TILE * KEY_TILE), keys(out + QUERY_TILE * head_dim) {}
+    static int64_t floats(int64_t n_keys, int64_t head_dim) {
+        const int64_t panels = (n_keys + TILE_COLS - 1) / TILE_COLS;
+        return panels * head_dim * TILE_COLS + QUERY_TILE * (KEY_TILE + head_dim);
+    }
+};
+
+// panel[d, j] = k[j, d] for n keys; the columns past n are zero, so that their scores are finite until masked.
+inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
+    for (int64_t j = 0; j < TILE_COLS; ++j)
+        for (int64_t d = 0; d < head_dim; ++d) panel[d * TILE_COLS + j] = j < n ? k[j * stride + d] : 0.0f;
+}
+
+// Turns the scores of one row into weights: the first n of them count, the rest become 0, as far as a group of
+// rows reads. Rescales what the row has gathered so far to the new maximum.
+inline void online_softmax(float* score, int64_t n, float scale, float& top, float& weight, float* out,
+                           int64_t head_dim) {
+    const int64_t width = min(KEY_TILE, (n + TILE_ROWS + Vec::W - 2) / Vec::W * Vec::W);
+    for (int64_t j = 0; j < width; j += Vec::W) (Vec::load(score + j) * Vec::set(scale)).store(score + j);
+    for (int64_t j = n; j < width; ++j) score[j] = -INFINITY;
+    Vec high = Vec::set(-INFINITY);
+    for (int64_t j = 0; j < width; j += Vec::W) high = max(high, Vec::load(score + j));
+    const float seen = largest(high), next = seen > top ? seen : top;
+    const Vec base = Vec::set(next > -INFINITY ? next : 0.0f);  // a tile of nothing but -infinity weighs 0
+    Vec total = Vec::set(0.0f);
+    for (int64_t j = 0; j < width; j += Vec::W) {
+        const Vec p = exp(Vec::load(score + j) - base);
+        p.store(score + j);
+        total = total + p;
+    }
+    if (next != top) {
+        const float shrink = expf(top - next);  // 0 for the first tile, where top is -infinity
+        weight *= shrink;
+        for (int64_t d = 0; d < head_dim; ++d) out[d] *= shrink;
+        top = next;
+    }
+    weight += sum(total);
+}
+
+// The queries [first, first + rows) of one head; packed is how many keys of it are packed already.
+inline void attend_tile(const float* q, const float* k, const float* v, float* o, float* lse, float scale,
+                        const AttentionShape& s, int64_t first, int64_t rows, int64_t& packed, AttentionWorkspace& w) {
+    const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
+    for (; packed < visible; packed += TILE_COLS)
+        pack_keys(k + packed * s.k_token, s.k_token, min(TILE_COLS, s.keys - packed), D, w.keys + packed * D);
+    std::memset(w.out, 0, sizeof(float) * static_cast<size_t>(rows * D));
+    for (int64_t i = 0; i < rows; ++i) w.top[i] = -INFINITY, w.weight[i] = 0.0f;
+
+    for (int64_t key = 0; key < visible; key += KEY_TILE) {
+        // Rows whose last visible key lies before this tile have nothing here.
+        const int64_t skip = max(0, key - past - first);
+        const int64_t n = min(KEY_TILE, visible - key);
+        for (int64_t j = 0; j < n; j += TILE_COLS)
+            for (int64_t i = skip; i < rows; i += TILE_ROWS)
+                tile_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, TILE_COLS,
+                                    w.scores + i * KEY_TILE + j, KEY_TILE, min(TILE_ROWS, rows - i), TILE_COLS, D);
+        for (int64_t i = skip; i < rows; ++i)
+            online_softmax(w.scores + i * KEY_TILE, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
+                           w.out + i * D, D);
+        for (int64_t i = skip; i < rows; i += TILE_ROWS) {
+            const int64_t group = min(TILE_ROWS, rows - i), seen = min(n, past + first + i + group - key);
+            tile_product<true>(w.scores + i * KEY_TILE, KEY_TILE, v + key * s.v_token, s.v_token, w.out + i * D, D,
+                               group, D, seen);
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t d = 0; d < D; ++d) o[(first + i) * s.o_token + d] = w.out[i * D + d] / w.weight[i];
+        if (lse) lse[first + i] = w.top[i] + logf(w.weight[i]);
+    }
+}
+
+// q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
+// lse: [batch, heads, queries] contiguous or null, the logarithm of each row's sum of exponentials.
+inline bool causal_attention(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
+                             const AttentionShape& s, int threads) {
+    const int64_t heads = s.batch * s.heads, tiles = (s.queries + QUERY_TILE - 1) / QUERY_TILE;
+    if (heads == 0 || tiles == 0) return true;
+    // Shares a head among several units only where heads alone would leave threads idle.
+    const int64_t shares = heads >= 4 * threads ? 1 : min(tiles, (4 * threads + heads - 1) / heads);
+    const int64_t units = heads * shares;
+    const double work = 2.0 * static_cast<double>(heads * s.queries) * static_cast<double>(s.keys * s.head_dim);
+    const int64_t parts = work < 1e6 ? 1 : min(threads, units);
+    const int64_t floats = (AttentionWorkspace::floats(s.keys, s.head_dim) + 15) / 16 * 16;
+    void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * floats + 16));
+    if (!block) return false;
+    float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block) + 63) / 64 * 64);
+    parallel_parts(parts, [&](int64_t part, int64_t of) {
+        AttentionWorkspace w(memory + part * floats, s.head_dim);
+        for (int64_t unit = part; unit < units; unit += of) {
+            const int64_t head = unit / shares, b = head / s.heads, h = head % s.heads;
+            int64_t packed = 0;
+            for (int64_t t = unit % shares; t < tiles; t += shares)
+                attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
+                            v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
+                            lse ? lse + head * s.queries : nullptr, scale, s, t * QUERY_TILE,
+                            min(QUERY_TILE, s.queries - t * QUERY_TILE), packed, w);
+        }
+    });
+    std::free(block);
+    return true;
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

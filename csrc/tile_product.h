@@ -1,0 +1,69 @@
+// The inner kernel of every product here: C (+)= A B for a tile of C that stays in registers.
+#pragma once
+
+#include "vec.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+// Registers: TILE_ROWS * TILE_VECS accumulators, TILE_VECS columns of B and one broadcast of A: 29 of 32, or 15 of 16.
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_VECS = Vec::W == 16 ? 4 : 2;
+constexpr int TILE_COLS = TILE_VECS * Vec::W;
+
+// C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART).
+template <int ROWS, int VECS, bool ADD, bool PART>
+inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                               int64_t k, int64_t last) {
+    const auto load = [last](const float* p, int j) {
+        return PART && j == VECS - 1 ? Vec::load(p + j * Vec::W, last) : Vec::load(p + j * Vec::W);
+    };
+    Vec acc[ROWS][VECS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? load(c + i * ldc, j) : Vec::set(0.0f);
+    for (int64_t p = 0; p < k; ++p) {
+        Vec row[VECS];
+        for (int j = 0; j < VECS; ++j) row[j] = load(b + p * ldb, j);
+        for (int i = 0; i < ROWS; ++i) {
+            const Vec s = Vec::set(a[i * lda + p]);
+            for (int j = 0; j < VECS; ++j) acc[i][j] = fma(s, row[j], acc[i][j]);
+        }
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < VECS; ++j) {
+            float* p = c + i * ldc + j * Vec::W;
+            PART&& j == VECS - 1 ? acc[i][j].store(p, last) : acc[i][j].store(p);
+        }
+}
+
+template <int ROWS, bool ADD, int VECS = TILE_VECS>
+inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                              int64_t k, int64_t cols) {
+    if (cols > (VECS - 1) * Vec::W) {
+        const int64_t last = cols - (VECS - 1) * Vec::W;
+        if (last == Vec::W)
+            tile_product_fixed<ROWS, VECS, ADD, false>(a, lda, b, ldb, c, ldc, k, last);
+        else
+            tile_product_fixed<ROWS, VECS, ADD, true>(a, lda, b, ldb, c, ldc, k, last);
+    } else if constexpr (VECS > 1) {
+        tile_product_cols<ROWS, ADD, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
+    }
+}
+
+// C[rows, cols] (+)= A[rows, k] B[k, cols] for rows <= TILE_ROWS and any number of columns.
+template <bool ADD>
+inline void tile_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                         int64_t cols, int64_t k) {
+    for (int64_t j = 0; j < cols; j += TILE_COLS) {
+        const int64_t n = min(TILE_COLS, cols - j);
+        int64_t i = 0;
+        for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+            tile_product_cols<TILE_ROWS, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+        for (; i + 2 <= rows; i += 2)
+            tile_product_cols<2, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+        for (; i < rows; ++i) tile_product_cols<1, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+    }
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

@@ -1,0 +1,66 @@
+"""The C++ backend: one file an operation, each a thin launcher that hands addresses to
+``fastgpt._C``.
+
+``isas()`` lists the instruction sets that this machine can run, ``isa()`` names the active one (the
+last of them, or the one in ``FASTGPT_CPU_ISA``), ``use_isa(name)`` makes another active for a
+while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+missing: str | None = None  # why there is no extension
+try:
+    from fastgpt import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    missing = f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
+
+
+@functools.cache
+def missing_reason() -> str | None:
+    """Why the C++ kernels cannot run here, or None where they can.
+
+    Raises:
+        ValueError: ``FASTGPT_CPU_ISA`` names an instruction set that cannot run here.
+    """
+    if missing is None and (name := os.environ.get("FASTGPT_CPU_ISA")):
+        _set(name, "FASTGPT_CPU_ISA")
+    return missing
+
+
+def _set(name: str, where: str) -> None:
+    if name not in isas():
+        here = ", ".join(isas()) or "none"
+        raise ValueError(f"{where}: instruction set {name!r} cannot run here, only {here}")
+    _C.set_isa(name)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine can run, slowest first; empty without the extension."""
+    return _C.isas() if _C is not None else []
+
+
+def isa() -> str | None:
+    """The active instruction set; None without the extension."""
+    return _C.isa() if missing_reason() is None else None
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Makes an instruction set the active one, for the whole process, until the block ends.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    before = isa()
+    _set(name, "use_isa")
+    try:
+        yield
+    finally:
+        if before is not None:
+            _C.set_isa(before)

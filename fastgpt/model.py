@@ -1,0 +1,362 @@
+"""The book's GPT under the book's names, with fused operations where nothing watches in between.
+
+The module tree, the parameters' order, the state dict and the random draws are the book's. Each
+forward below fuses the modules that are plainly the ones it knows (``_plain``) and calls every
+other one as a module, so that a replaced, hooked or wrapped piece runs as its owner wrote it and
+the rest stays fused. No weight is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastgpt import dispatch, ops, reference
+from fastgpt.config import Config, check_config
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, biased variance, eps 1e-5; scale and shift: [emb_dim]."""
+
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., emb_dim] -> [..., emb_dim]."""
+        return ops.layer_norm(x, self.scale, self.shift, self.eps)
+
+
+class GELU(nn.Module):
+    """The tanh form of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return ops.gelu(x)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear: emb_dim -> 4 emb_dim -> emb_dim.
+
+    Args:
+        cfg: a mapping with emb_dim.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        width = cfg["emb_dim"]
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.layers = nn.Sequential(up, GELU(), down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., emb_dim] -> [..., emb_dim]."""
+        if not self._fusable(x):
+            return self.layers(x)
+        up: Any = self.layers[0]
+        h = F.linear(x, up.weight)
+        h = ops.bias_gelu(h, up.bias, out=None if dispatch.needs_grad(h, up.bias) else h)
+        return self.layers[2](h)
+
+    def _fusable(self, x: Tensor) -> bool:
+        if not _plain(self.layers, nn.Sequential) or len(self.layers) != 3:
+            return False
+        up, act, _ = self.layers
+        return (
+            _plain(up, nn.Linear)
+            and _plain(act, GELU)
+            and up.bias is not None
+            # Autocast rounds the sum of product and bias, not the product.
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+        )
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal attention with separate query, key, value and output projections.
+
+    Args:
+        d_in: width of the input.
+        d_out: width of the output, a multiple of num_heads.
+        context_length: the most tokens a sequence may have.
+        dropout: probability of dropping an attention weight while training.
+        num_heads: number of heads.
+        qkv_bias: whether the query, key and value projections have a bias.
+
+    Raises:
+        ValueError: d_out is not divisible by num_heads.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        context_length: int,
+        dropout: float,
+        num_heads: int,
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads <= 0 or d_out % num_heads != 0:
+            raise ValueError(f"d_out {d_out} must be divisible by num_heads {num_heads}")
+        self.d_out = d_out
+        self.num_heads = num_heads
+        self.head_dim = d_out // num_heads
+        self.context_length = context_length
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_out, d_out)
+        self.dropout = nn.Dropout(dropout)
+        # A key of the state dict; held only once somebody reads or sets it.
+        self._buffers["mask"] = None
+
+    @property
+    def mask(self) -> Tensor:
+        """The causal mask, [context_length, context_length], 1 where a key is hidden; an edited one
+        is honoured.
+        """
+        if self._buffers.get("mask") is None:
+            self._buffers["mask"] = self._causal_mask()
+        return self._buffers["mask"]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d_in] -> [B, T, d_out].
+
+        Raises:
+            ValueError: T is larger than the context length.
+        """
+        B, T, _ = x.shape
+        if self._context() < T:
+            raise ValueError(f"{T} tokens are more than the context length {self._context()}")
+        heads = (self.num_heads, self.head_dim)
+        k = self.W_key(x).unflatten(-1, heads).transpose(1, 2)
+        q = self.W_query(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.W_value(x).unflatten(-1, heads).transpose(1, 2)
+        if self._mask_is_causal() and _drops_nothing(self.dropout):
+            context = ops.causal_attention(q, k, v)
+        else:
+            context = reference.causal_attention(q, k, v, self.mask.bool()[:T, :T], self.dropout)
+        return self.out_proj(context.transpose(1, 2).reshape(B, T, self.d_out))
+
+    def _context(self) -> int:
+        mask = self._buffers.get("mask")
+        return self.context_length if mask is None else mask.shape[0]
+
+    def _mask_is_causal(self) -> bool:
+        mask = self._buffers.get("mask")
+        if mask is None:
+            return True
+        return not torch.compiler.is_compiling() and _is_causal(mask)
+
+    def _causal_mask(self) -> Tensor:
+        """As the book's buffer would be after every .to(): on the parameters' device, in their
+        dtype.
+        """
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        size = (self.context_length, self.context_length)
+        return torch.ones(size, device=like.device, dtype=like.dtype).triu(1)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._buffers.get("mask") is None:
+            destination[prefix + "mask"] = self._causal_mask()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key = prefix + "mask"
+        rest = {k: v for k, v in state_dict.items() if k != key}
+        held = self._buffers.get("mask")
+        self._buffers["mask"] = None  # a checkpoint without a mask is fine
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._buffers["mask"] = held
+        mask = state_dict.get(key)
+        if mask is None:
+            return
+        size = (self._context(), self._context())
+        if tuple(mask.shape) != size:
+            error_msgs.append(
+                f"size mismatch for {key}: {tuple(mask.shape)} in the checkpoint, "
+                f"{size} in the model."
+            )
+        elif mask.is_meta or _is_causal(mask):
+            self._buffers["mask"] = None
+        elif local_metadata.get("assign_to_params_buffers", False):
+            self._buffers["mask"] = mask
+        else:
+            self.mask.copy_(mask)
+
+
+class TransformerBlock(nn.Module):
+    """LayerNorm, attention, shortcut; LayerNorm, feed-forward, shortcut.
+
+    Args:
+        cfg: a mapping with emb_dim, context_length, n_heads, drop_rate and qkv_bias.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.att = MultiHeadAttention(
+            d_in=cfg["emb_dim"],
+            d_out=cfg["emb_dim"],
+            context_length=cfg["context_length"],
+            num_heads=cfg["n_heads"],
+            dropout=cfg["drop_rate"],
+            qkv_bias=cfg["qkv_bias"],
+        )
+        self.ff = FeedForward(cfg)
+        self.norm1 = LayerNorm(cfg["emb_dim"])
+        self.norm2 = LayerNorm(cfg["emb_dim"])
+        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
+
+    @property
+    def drop_resid(self) -> nn.Module:
+        """The name of drop_shortcut in the book's package."""
+        return self.drop_shortcut
+
+    def __setattr__(self, name, value):
+        super().__setattr__("drop_shortcut" if name == "drop_resid" else name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, emb_dim] -> [B, T, emb_dim]."""
+        x, branch = self._advance(x, None)
+        return branch + x
+
+    def _advance(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block on x + branch; the sum at its end is left to the next norm, which adds."""
+        x, h = _add_norm(x, branch, self.norm1)
+        x, h = _add_norm(x, self.drop_shortcut(self.att(h)), self.norm2)
+        return x, self.drop_shortcut(self.ff(h))
+
+
+class GPTModel(nn.Module):
+    """GPT-2 as the book builds it.
+
+    Args:
+        cfg: a mapping with vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and
+            qkv_bias;
+            other keys are ignored. ``GPT_CONFIG_124M`` is one.
+
+    Raises:
+        KeyError: a key is missing.
+        ValueError: emb_dim is not divisible by n_heads.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        check_config(cfg)
+        self.cfg = dict(cfg)
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = LayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+
+    def forward(self, in_idx: Tensor) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, vocab_size].
+
+        Raises:
+            TypeError: the ids are not integers.
+            ValueError: they are not [B, T], or T is larger than the context length.
+            IndexError: an id is outside the vocabulary (on the CPU).
+        """
+        in_idx = self._checked(in_idx)
+        positions = torch.arange(in_idx.shape[1], device=in_idx.device)
+        x = self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
+        branch: Tensor | None = None
+        if _plain(self.trf_blocks, nn.Sequential):
+            for block in self.trf_blocks:
+                if isinstance(block, TransformerBlock) and _plain(block, TransformerBlock):
+                    x, branch = block._advance(x, branch)
+                else:
+                    x, branch = block(x if branch is None else branch + x), None
+        else:
+            x = self.trf_blocks(x)
+        _, h = _add_norm(x, branch, self.final_norm)
+        return self.out_head(h)
+
+    def _checked(self, idx: Tensor) -> Tensor:
+        if not isinstance(idx, Tensor):
+            raise TypeError(f"token ids must be a tensor of integers, got {type(idx).__name__}")
+        if idx.dtype == torch.bool or idx.is_floating_point() or idx.is_complex():
+            raise TypeError(f"token ids must be integers, got {idx.dtype}")
+        if idx.dim() != 2:
+            raise ValueError(f"token ids must be [batch, tokens], got shape {tuple(idx.shape)}")
+        context = self.cfg["context_length"]
+        if isinstance(self.pos_emb, nn.Embedding):
+            context = self.pos_emb.weight.shape[0]
+        if idx.shape[1] > context:
+            raise ValueError(f"{idx.shape[1]} tokens are more than the context length {context}")
+        return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
+
+    def _token_embeddings(self, idx: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.tok_emb(idx)
+        try:
+            return self.tok_emb(idx)
+        except IndexError as error:
+            size = getattr(self.tok_emb, "weight", idx).shape[0]
+            outside = idx[(idx < 0) | (idx >= size)]
+            if not isinstance(self.tok_emb, nn.Embedding) or outside.numel() == 0:
+                raise
+            raise IndexError(
+                f"token id {outside[0].item()} is outside the vocabulary of {size}"
+            ) from error
+
+
+_CALL = nn.Module.__call__
+_OURS = (LayerNorm, GELU, TransformerBlock)
+_TORCHS = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity)
+_FORWARD: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (*_OURS, *_TORCHS)}
+
+
+def _plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling the module would do just what its class says: nothing replaced, nothing
+    listening.
+
+    Subclasses (parametrisations, FSDP, quantised layers), hooks, a forward set on the instance or
+    the class and a compiled call all say no.
+    """
+    return (
+        type(module) is cls
+        and cls.forward is _FORWARD[cls]
+        and nn.Module.__call__ is _CALL
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not _has_any_global_hook()
+    )
+
+
+def _drops_nothing(dropout: Any) -> bool:
+    if _plain(dropout, nn.Dropout):
+        return not dropout.training or dropout.p == 0
+    return _plain(dropout, nn.Identity)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    return torch.equal(mask.bool(), hidden)
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch added, and its norm."""
+    if branch is None:
+        return x, norm(x)
+    if _plain(norm, LayerNorm) and branch.shape == x.shape:
+        h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps)
+        return x, h
+    x = branch + x
+    return x, norm(x)

@@ -1,0 +1,66 @@
+"""Builds fastgpt._C: the bindings once, the kernels once for each instruction set.
+
+Everything else about the package stands in pyproject.toml. The extension is optional: where it
+cannot be built the package installs without it, and fastgpt.backends() says so.
+"""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import build_ext as pybind11_build_ext
+from setuptools import setup
+
+MSVC = sys.platform == "win32"
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+SANITIZE = os.environ.get("FASTGPT_SANITIZE") == "1"
+
+ISAS = {"baseline": []}
+if X86:
+    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma"]
+    avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+    ISAS["avx512"] = ["/arch:AVX512"] if MSVC else ["-mavx2", "-mfma", *avx512]
+
+if MSVC:
+    compile_args, link_args = ["/O2", "/openmp"], []
+elif sys.platform == "darwin":  # Apple's compiler has no OpenMP: one thread there
+    compile_args, link_args = ["-O3"], []
+else:
+    compile_args, link_args = ["-O3", "-fopenmp"], ["-fopenmp"]
+if SANITIZE:
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    compile_args += ["-g", "-O1", *flags]
+    link_args += flags
+if not MSVC:
+    # Contraction would make the baseline's rounding depend on the compiler's target.
+    compile_args += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-ffp-contract=off"]
+
+
+class build_ext(pybind11_build_ext):
+    """Adds one object of kernels.cpp for each instruction set."""
+
+    def build_extension(self, ext):
+        for isa, flags in ISAS.items():
+            ext.extra_objects += self.compiler.compile(
+                ["csrc/kernels.cpp"],
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[("FASTGPT_ISA", isa)],
+                extra_postargs=[*ext.extra_compile_args, *flags],
+            )
+        super().build_extension(ext)
+
+
+extension = Pybind11Extension(
+    "fastgpt._C",
+    ["csrc/bindings.cpp"],
+    depends=["csrc/kernels.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
+    define_macros=[("FASTGPT_X86", "1")] if X86 else [],
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
+    cxx_std=17,
+    optional=True,
+)
+no_extension = os.environ.get("FASTGPT_NO_EXT") == "1"
+setup(ext_modules=[] if no_extension else [extension], cmdclass={"build_ext": build_ext})

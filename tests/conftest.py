@@ -1,0 +1,25 @@
+"""Uninitialised memory is filled with NaN, so that an element which a kernel never writes shows."""
+
+import pytest
+import torch
+from helpers import PATHS, use_path
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_empty():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """Runs the test once on every backend and instruction set."""
+    with use_path(request.param):
+        yield request.param

@@ -1,0 +1,66 @@
+"""What several tests share: the paths that this machine can run, and the rule for errors."""
+
+import contextlib
+
+import torch
+
+import fastgpt
+
+# Every backend, and the C++ one on every instruction set that this machine has.
+PATHS = ["reference", *(f"cpu-{isa}" for isa in fastgpt.cpu.isas())]
+
+
+@contextlib.contextmanager
+def use_path(path):
+    backend, _, isa = path.partition("-")
+    instructions = fastgpt.cpu.use_isa(isa) if isa else contextlib.nullcontext()
+    with fastgpt.use_backend(backend), instructions:
+        yield
+
+
+def assert_as_exact(ours, theirs, exact, label=""):
+    """Our error against float64 is at most twice PyTorch's at the same dtype, and one rounding."""
+    assert ours.shape == exact.shape, label
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(ours).all(), f"{label}: not finite"
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (ours, theirs))
+    tiny = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert error <= 2 * allowed + tiny, f"{label}: error {error:.3e}, PyTorch's {allowed:.3e}"
+
+
+def assert_small_rms(ours, theirs, exact, label=""):
+    """For sums over many rows: the relative root-mean-square error stays under 0.005.
+
+    Where the exact sum is nothing but cancellation, PyTorch's own error is the measure.
+    """
+    ours, theirs = (((t.double() - exact).norm() / exact.norm()).item() for t in (ours, theirs))
+    assert ours < max(0.005, 2 * theirs), f"{label}: relative RMS error {ours:.2e}"
+
+
+def forward_backward(f, inputs, upstream):
+    """f's outputs and its inputs' gradients, on copies of the inputs in their own dtype."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    outputs = f(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(
+        outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    return *(o.detach() for o in outputs), *grads
+
+
+def check_operation(ours, theirs, inputs, upstream):
+    """Outputs and gradients of ours against float64, with PyTorch's form as the measure."""
+    exact = forward_backward(theirs, [t.double() for t in inputs], upstream)
+    mine = forward_backward(ours, inputs, upstream)
+    torchs = forward_backward(theirs, inputs, upstream)
+    with torch.no_grad():
+        plain = ours(*inputs)
+    plain = plain if isinstance(plain, tuple) else (plain,)
+    for i, y in enumerate(plain):
+        assert_as_exact(y, torchs[i], exact[i], f"output {i} without gradient")
+    for i, (m, t, e) in enumerate(zip(mine, torchs, exact, strict=True)):
+        label = f"output {i}" if i < len(plain) else f"gradient {i - len(plain)}"
+        assert_as_exact(m, t, e, label)
+        if e.norm() > 0:
+            assert_small_rms(m, t, e, label)

@@ -1,0 +1,125 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt import dispatch, ops
+
+CPU = fastgpt.backends()["cpu"].available
+
+
+def test_table():
+    table = fastgpt.backends()
+    assert list(table) == ["triton", "cpu", "reference"]
+    for name, row in table.items():
+        assert row.name == name
+        assert row.available == (row.reason is None)
+        assert row.detail
+    assert table["reference"].available
+
+
+def test_cannot_run_here():
+    for name, row in fastgpt.backends().items():
+        if not row.available:
+            with pytest.raises(fastgpt.BackendError, match=name), fastgpt.use_backend(name):
+                pass
+
+
+def test_unknown_name():
+    names = r"'cuda'.*auto, triton, cpu, reference"
+    with pytest.raises(ValueError, match=names), fastgpt.use_backend("cuda"):
+        pass
+
+
+def test_nested_and_undone_after_an_error():
+    assert dispatch.requested() == (os.environ.get("FASTGPT_BACKEND") or "auto")
+    before = dispatch.requested()
+    with fastgpt.use_backend("reference"):
+        with fastgpt.use_backend("auto"):
+            assert dispatch.requested() == "auto"
+        assert dispatch.requested() == "reference"
+        with pytest.raises(KeyError), fastgpt.use_backend("auto"):
+            raise KeyError
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() == before
+
+
+def test_another_thread_keeps_its_own():
+    seen = []
+    with fastgpt.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested()))
+        thread.start()
+        thread.join()
+    assert seen == [dispatch.requested()]
+
+
+@pytest.mark.skipif(not CPU, reason=str(fastgpt.backends()["cpu"].reason))
+def test_choice():
+    x = torch.ones(2, 3)
+    assert dispatch.choose("op", x) == "cpu"
+    assert dispatch.choose("op", x.to("meta")) == "reference"
+    with fastgpt.use_backend("reference"):
+        assert dispatch.choose("op", x) == "reference"
+    with fastgpt.use_backend("cpu"):
+        assert dispatch.choose("op", x) == "cpu"
+        with pytest.raises(fastgpt.BackendError, match=r"'cpu' cannot run op: .*float32.*float64"):
+            dispatch.choose("op", x.double())
+        with pytest.raises(fastgpt.BackendError, match="meta"):
+            dispatch.choose("op", x.to("meta"))
+
+
+@pytest.mark.skipif(not CPU, reason=str(fastgpt.backends()["cpu"].reason))
+def test_falling_back_is_said_once(recwarn):
+    dispatch._say_once.cache_clear()
+    for _ in range(3):
+        ops.gelu(torch.ones(3, dtype=torch.float64))
+    assert [w.category for w in recwarn] == [fastgpt.BackendWarning]
+    assert "float64" in str(recwarn[0].message)
+
+
+def _run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+GELU = "import torch, fastgpt; print(fastgpt.dispatch.choose('gelu', torch.ones(3)))"
+
+
+def test_environment():
+    assert _run(GELU, FASTGPT_BACKEND="reference").stdout.strip() == "reference"
+    assert _run(GELU, FASTGPT_BACKEND="").stdout.strip() == ("cpu" if CPU else "reference")
+    run = _run(GELU, FASTGPT_BACKEND="gpu")
+    assert "FASTGPT_BACKEND: unknown backend 'gpu'" in run.stderr
+    run = _run(GELU, FASTGPT_BACKEND="triton")
+    assert "BackendError: backend 'triton' cannot run here" in run.stderr
+    within = GELU.replace("print(", "\nwith fastgpt.use_backend('reference'): print(")
+    assert _run(within, FASTGPT_BACKEND="triton").stdout.strip() == "reference"
+
+
+def test_without_the_extension_everything_runs_and_says_so_once():
+    code = """
+import sys
+sys.modules["fastgpt._C"] = None
+import torch, fastgpt
+print(fastgpt.backends()["cpu"].reason)
+x = torch.ones(3, 4)
+print(fastgpt.ops.gelu(x).shape, fastgpt.ops.gelu(x).shape)
+"""
+    run = _run(code)
+    assert run.returncode == 0, run.stderr
+    assert "extension is missing" in run.stdout
+    assert run.stderr.count("BackendWarning") == 1
+
+
+@pytest.mark.parametrize("name", ["triton", "torch._dynamo", "torch._inductor"])
+def test_importing_does_not_import(name):
+    assert _run(f"import fastgpt, sys; print({name!r} in sys.modules)").stdout.strip() == "False"
