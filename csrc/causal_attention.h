@@ -43,17 +43,17 @@ inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t head_di
 // rows reads. Rescales what the row has gathered so far to the new maximum.
 inline void online_softmax(float* score, int64_t n, float scale, float& top, float& weight, float* out,
                            int64_t head_dim) {
-    const int64_t width = min(KEY_TILE, (n + TILE_ROWS + Vec::W - 2) / Vec::W * Vec::W);
-    for (int64_t j = 0; j < width; j += Vec::W) (Vec::load(score + j) * Vec::set(scale)).store(score + j);
+    const int64_t width = min(KEY_TILE, (n + TILE_ROWS + Vec::width - 2) / Vec::width * Vec::width);
+    for (int64_t j = 0; j < width; j += Vec::width) store(score + j, load(score + j) * broadcast(scale));
     for (int64_t j = n; j < width; ++j) score[j] = -INFINITY;
-    Vec high = Vec::set(-INFINITY);
-    for (int64_t j = 0; j < width; j += Vec::W) high = max(high, Vec::load(score + j));
+    Vec high = broadcast(-INFINITY);
+    for (int64_t j = 0; j < width; j += Vec::width) high = max(high, load(score + j));
     const float seen = largest(high), next = seen > top ? seen : top;
-    const Vec base = Vec::set(next > -INFINITY ? next : 0.0f);  // a tile of nothing but -infinity weighs 0
-    Vec total = Vec::set(0.0f);
-    for (int64_t j = 0; j < width; j += Vec::W) {
-        const Vec p = exp(Vec::load(score + j) - base);
-        p.store(score + j);
+    const Vec base = broadcast(next > -INFINITY ? next : 0.0f);  // a tile of nothing but -infinity weighs 0
+    Vec total = zero();
+    for (int64_t j = 0; j < width; j += Vec::width) {
+        const Vec p = exp(load(score + j) - base);
+        store(score + j, p);
         total = total + p;
     }
     if (next != top) {
@@ -97,32 +97,38 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
     }
 }
 
+// What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
+inline void attention_share(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
+                            const AttentionShape& s, float* scratch, int64_t part, int64_t parts) {
+    const int64_t heads = s.batch * s.heads, tiles = (s.queries + QUERY_TILE - 1) / QUERY_TILE;
+    // Shares a head among several units only where heads alone would leave threads idle.
+    const int64_t shares = heads >= 4 * parts ? 1 : min(tiles, (4 * parts + heads - 1) / heads);
+    AttentionWorkspace w(scratch, s.head_dim);
+    for (int64_t unit = part; unit < heads * shares; unit += parts) {
+        const int64_t head = unit / shares, b = head / s.heads, h = head % s.heads;
+        int64_t packed = 0;
+        for (int64_t t = unit % shares; t < tiles; t += shares)
+            attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
+                        v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
+                        lse ? lse + head * s.queries : nullptr, scale, s, t * QUERY_TILE,
+                        min(QUERY_TILE, s.queries - t * QUERY_TILE), packed, w);
+    }
+}
+
 // q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
 // lse: [batch, heads, queries] contiguous or null, the logarithm of each row's sum of exponentials.
 inline bool causal_attention(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
                              const AttentionShape& s, int threads) {
-    const int64_t heads = s.batch * s.heads, tiles = (s.queries + QUERY_TILE - 1) / QUERY_TILE;
-    if (heads == 0 || tiles == 0) return true;
-    // Shares a head among several units only where heads alone would leave threads idle.
-    const int64_t shares = heads >= 4 * threads ? 1 : min(tiles, (4 * threads + heads - 1) / heads);
-    const int64_t units = heads * shares;
-    const double work = 2.0 * static_cast<double>(heads * s.queries) * static_cast<double>(s.keys * s.head_dim);
-    const int64_t parts = work < 1e6 ? 1 : min(threads, units);
+    const int64_t rows = s.batch * s.heads * s.queries;
+    if (rows == 0) return true;
+    const bool small = static_cast<double>(rows) * static_cast<double>(s.keys * s.head_dim) < 5e5;
+    const int64_t parts = small ? 1 : threads;
     const int64_t floats = (AttentionWorkspace::floats(s.keys, s.head_dim) + 15) / 16 * 16;
     void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * floats + 16));
     if (!block) return false;
-    float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block) + 63) / 64 * 64);
-    parallel_parts(parts, [&](int64_t part, int64_t of) {
-        AttentionWorkspace w(memory + part * floats, s.head_dim);
-        for (int64_t unit = part; unit < units; unit += of) {
-            const int64_t head = unit / shares, b = head / s.heads, h = head % s.heads;
-            int64_t packed = 0;
-            for (int64_t t = unit % shares; t < tiles; t += shares)
-                attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
-                            v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
-                            lse ? lse + head * s.queries : nullptr, scale, s, t * QUERY_TILE,
-                            min(QUERY_TILE, s.queries - t * QUERY_TILE), packed, w);
-        }
+    float* memory = aligned(static_cast<float*>(block));
+    parallel_region(parts, [&](int64_t part, int64_t of) {
+        attention_share(q, k, v, out, lse, scale, s, memory + part * floats, part, of);
     });
     std::free(block);
     return true;

@@ -9,8 +9,8 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 inline Vec gelu(Vec x) {
-    const Vec u2 = x * fma(x * x, Vec::set(-2 * 0.7978845608028654f * 0.044715f), Vec::set(-2 * 0.7978845608028654f));
-    return x / (Vec::set(1.0f) + exp(u2));
+    const Vec u2 = x * fma(x * x, broadcast(-2 * 0.7978845608028654f * 0.044715f), broadcast(-2 * 0.7978845608028654f));
+    return x / (broadcast(1.0f) + exp(u2));
 }
 
 // y[r, c] = gelu(x[r, c] + bias[c]); x, y: [rows, cols] contiguous, y may be x; bias: [cols] or null.
@@ -20,7 +20,7 @@ inline void bias_gelu(const float* x, const float* bias, float* y, int64_t rows,
             const int64_t col = i % cols, n = min(end - i, cols - col);
             for_each_vec(n, [&](int64_t c, int64_t part) {
                 const Vec v = load_part(x + i + c, part);
-                store_part(gelu(bias ? v + load_part(bias + col + c, part) : v), y + i + c, part);
+                store_part(y + i + c, gelu(bias ? v + load_part(bias + col + c, part) : v), part);
             });
             i += n;
         }

@@ -15,39 +15,51 @@ namespace FASTGPT_ISA {
 template <class F>
 inline void for_each_vec(int64_t cols, F f) {
     int64_t c = 0;
-    for (; c + Vec::W <= cols; c += Vec::W) f(c, Vec::W);
+    for (; c + Vec::width <= cols; c += Vec::width) f(c, Vec::width);
     if (c < cols) f(c, cols - c);
 }
 
-inline Vec load_part(const float* p, int64_t n) { return n == Vec::W ? Vec::load(p) : Vec::load(p, n); }
-inline void store_part(Vec v, float* p, int64_t n) { n == Vec::W ? v.store(p) : v.store(p, n); }
+FASTGPT_INLINE Vec load_part(const float* p, int64_t n) { return n == Vec::width ? load(p) : load(p, n); }
+FASTGPT_INLINE void store_part(float* p, Vec v, int64_t n) { n == Vec::width ? store(p, v) : store(p, v, n); }
 
 // Four chains of additions hide the latency and shorten each chain's rounding error.
 inline float row_sum(const float* x, int64_t cols) {
-    Vec s[4] = {Vec::set(0), Vec::set(0), Vec::set(0), Vec::set(0)};
+    Vec s[4] = {zero(), zero(), zero(), zero()};
     int64_t c = 0;
-    for (; c + 4 * Vec::W <= cols; c += 4 * Vec::W)
-        for (int i = 0; i < 4; ++i) s[i] = s[i] + Vec::load(x + c + i * Vec::W);
+    for (; c + 4 * Vec::width <= cols; c += 4 * Vec::width)
+        for (int i = 0; i < 4; ++i) s[i] = s[i] + load(x + c + i * Vec::width);
     for_each_vec(cols - c, [&](int64_t o, int64_t n) { s[0] = s[0] + load_part(x + c + o, n); });
     return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
 inline float row_squares(const float* x, float mean, int64_t cols) {
-    const Vec m = Vec::set(mean);
-    Vec s[4] = {Vec::set(0), Vec::set(0), Vec::set(0), Vec::set(0)};
+    const Vec m = broadcast(mean);
+    Vec s[4] = {zero(), zero(), zero(), zero()};
     int64_t c = 0;
-    for (; c + 4 * Vec::W <= cols; c += 4 * Vec::W)
+    for (; c + 4 * Vec::width <= cols; c += 4 * Vec::width)
         for (int i = 0; i < 4; ++i) {
-            const Vec d = Vec::load(x + c + i * Vec::W) - m;
+            const Vec d = load(x + c + i * Vec::width) - m;
             s[i] = fma(d, d, s[i]);
         }
-    for (; c + Vec::W <= cols; c += Vec::W) {
-        const Vec d = Vec::load(x + c) - m;
+    for (; c + Vec::width <= cols; c += Vec::width) {
+        const Vec d = load(x + c) - m;
         s[0] = fma(d, d, s[0]);
     }
     float rest = 0.0f;  // lanes past the end would add mean^2 each
     for (; c < cols; ++c) rest += (x[c] - mean) * (x[c] - mean);
     return sum((s[0] + s[1]) + (s[2] + s[3])) + rest;
+}
+
+// y = scale * (x - mean) * rstd + shift for one row; mean and rstd are kept where they are wanted.
+inline void norm_row(const float* x, const float* scale, const float* shift, float* y, int64_t cols, float eps,
+                     float* mean = nullptr, float* rstd = nullptr) {
+    const float m = row_sum(x, cols) / static_cast<float>(cols);
+    const float rs = 1.0f / sqrtf(row_squares(x, m, cols) / static_cast<float>(cols) + eps);
+    for_each_vec(cols, [&](int64_t c, int64_t n) {
+        const Vec norm = (load_part(x + c, n) - broadcast(m)) * broadcast(rs);
+        store_part(y + c, fma(norm, load_part(scale + c, n), load_part(shift + c, n)), n);
+    });
+    if (mean) *mean = m, *rstd = rs;
 }
 
 // x, branch, total, y: [rows, cols] contiguous; weight, bias: [cols]; mean, rstd: [rows].
@@ -61,18 +73,11 @@ inline void layer_norm(const float* x, const float* branch, const float* weight,
             if (branch) {
                 float* out = total + r * cols;
                 for_each_vec(cols, [&](int64_t c, int64_t n) {
-                    store_part(load_part(row + c, n) + load_part(branch + r * cols + c, n), out + c, n);
+                    store_part(out + c, load_part(row + c, n) + load_part(branch + r * cols + c, n), n);
                 });
                 row = out;
             }
-            const float m = row_sum(row, cols) / static_cast<float>(cols);
-            const float rs = 1.0f / sqrtf(row_squares(row, m, cols) / static_cast<float>(cols) + eps);
-            const Vec vm = Vec::set(m), vrs = Vec::set(rs);
-            for_each_vec(cols, [&](int64_t c, int64_t n) {
-                const Vec norm = (load_part(row + c, n) - vm) * vrs;
-                store_part(fma(norm, load_part(weight + c, n), load_part(bias + c, n)), y + r * cols + c, n);
-            });
-            if (mean) mean[r] = m, rstd[r] = rs;
+            norm_row(row, weight, bias, y + r * cols, cols, eps, mean ? mean + r : nullptr, rstd ? rstd + r : nullptr);
         }
     });
 }

@@ -1,5 +1,5 @@
-// Splits a range over OpenMP threads. The thread count is the caller's (torch's), never OpenMP's own default;
-// a range shorter than the grain runs on the calling thread. Built without OpenMP, everything runs there.
+// OpenMP, as the kernels use it. The thread count is the caller's (torch's), never OpenMP's own default; built
+// without OpenMP, everything runs on the calling thread.
 #pragma once
 
 #include <cstdint>
@@ -11,28 +11,37 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-// f(part, parts) runs once for each part, at the same time where threads are at hand.
+// f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
-inline void parallel_parts(int64_t parts, F f) {
+inline void parallel_region(int64_t threads, F f) {
 #ifdef _OPENMP
-    if (parts > 1) {
-        // The runtime may grant fewer threads (nested regions, limits): each then takes several parts.
-#pragma omp parallel num_threads(static_cast<int>(parts))
-        for (int64_t part = omp_get_thread_num(); part < parts; part += omp_get_num_threads()) f(part, parts);
+    if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+        f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
         return;
     }
 #endif
-    for (int64_t part = 0; part < parts; ++part) f(part, parts);
+    f(int64_t{0}, int64_t{1});
+}
+
+// Inside a region: waits for its other threads.
+inline void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
 }
 
 // f(begin, end) over [0, n) in one piece a thread, none much shorter than the grain.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {
     const int64_t wanted = (n + grain - 1) / grain;
-    const int64_t parts = wanted < threads ? wanted : threads;
     if (n <= 0) return;
-    parallel_parts(parts, [&](int64_t part, int64_t of) { f(n * part / of, n * (part + 1) / of); });
+    parallel_region(wanted < threads ? wanted : threads,
+                    [&](int64_t part, int64_t parts) { f(n * part / parts, n * (part + 1) / parts); });
 }
+
+// The next address that begins a cache line.
+inline float* aligned(float* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -8,40 +8,40 @@ namespace FASTGPT_ISA {
 
 // Registers: TILE_ROWS * TILE_VECS accumulators, TILE_VECS columns of B and one broadcast of A: 29 of 32, or 15 of 16.
 constexpr int TILE_ROWS = 6;
-constexpr int TILE_VECS = Vec::W == 16 ? 4 : 2;
-constexpr int TILE_COLS = TILE_VECS * Vec::W;
+constexpr int TILE_VECS = Vec::width == 16 ? 4 : 2;
+constexpr int TILE_COLS = TILE_VECS * Vec::width;
 
 // C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART).
 template <int ROWS, int VECS, bool ADD, bool PART>
 inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                int64_t k, int64_t last) {
-    const auto load = [last](const float* p, int j) {
-        return PART && j == VECS - 1 ? Vec::load(p + j * Vec::W, last) : Vec::load(p + j * Vec::W);
+    const auto column = [last](const float* p, int j) {
+        return PART && j == VECS - 1 ? load(p + j * Vec::width, last) : load(p + j * Vec::width);
     };
     Vec acc[ROWS][VECS];
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? load(c + i * ldc, j) : Vec::set(0.0f);
+        for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? column(c + i * ldc, j) : zero();
     for (int64_t p = 0; p < k; ++p) {
         Vec row[VECS];
-        for (int j = 0; j < VECS; ++j) row[j] = load(b + p * ldb, j);
+        for (int j = 0; j < VECS; ++j) row[j] = column(b + p * ldb, j);
         for (int i = 0; i < ROWS; ++i) {
-            const Vec s = Vec::set(a[i * lda + p]);
+            const Vec s = broadcast(a[i * lda + p]);
             for (int j = 0; j < VECS; ++j) acc[i][j] = fma(s, row[j], acc[i][j]);
         }
     }
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < VECS; ++j) {
-            float* p = c + i * ldc + j * Vec::W;
-            PART&& j == VECS - 1 ? acc[i][j].store(p, last) : acc[i][j].store(p);
+            float* p = c + i * ldc + j * Vec::width;
+            PART&& j == VECS - 1 ? store(p, acc[i][j], last) : store(p, acc[i][j]);
         }
 }
 
 template <int ROWS, bool ADD, int VECS = TILE_VECS>
 inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                               int64_t k, int64_t cols) {
-    if (cols > (VECS - 1) * Vec::W) {
-        const int64_t last = cols - (VECS - 1) * Vec::W;
-        if (last == Vec::W)
+    if (cols > (VECS - 1) * Vec::width) {
+        const int64_t last = cols - (VECS - 1) * Vec::width;
+        if (last == Vec::width)
             tile_product_fixed<ROWS, VECS, ADD, false>(a, lda, b, ldb, c, ldc, k, last);
         else
             tile_product_fixed<ROWS, VECS, ADD, true>(a, lda, b, ldb, c, ldc, k, last);
