@@ -115,6 +115,31 @@ void causal_attention(uintptr_t q, const Strides& q_strides, uintptr_t k, const 
         throw std::bad_alloc();
 }
 
+// The records come as flat lists of 64-bit fields, in the order of the structs in kernels.h.
+using Record = std::vector<int64_t>;
+
+Forward forward_record(const Record& fields) {
+    Forward f;
+    static_assert(sizeof(Forward) % sizeof(int64_t) == 0 && sizeof(void*) == sizeof(int64_t), "64-bit fields alone");
+    if (fields.size() * sizeof(int64_t) != sizeof f) throw std::invalid_argument("forward: wrong number of fields");
+    std::memcpy(&f, fields.data(), sizeof f);
+    return f;
+}
+
+int64_t forward_workspace(const Record& fields, int threads) {
+    return kernels().forward_workspace(forward_record(fields), threads);
+}
+
+void forward(const Record& fields, const Record& blocks, float eps, int threads) {
+    const Forward f = forward_record(fields);
+    if (blocks.size() * sizeof(int64_t) != sizeof(Block) * static_cast<size_t>(f.n_blocks))
+        throw std::invalid_argument("forward: wrong number of block fields");
+    std::vector<Block> records(static_cast<size_t>(f.n_blocks));
+    if (!records.empty()) std::memcpy(records.data(), blocks.data(), sizeof(Block) * records.size());
+    py::gil_scoped_release unlocked;
+    kernels().forward(f, records.data(), eps, usable(threads));
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -136,4 +161,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("layer_norm", &layer_norm, unlocked);
     m.def("bias_gelu", &bias_gelu, unlocked);
     m.def("causal_attention", &causal_attention, unlocked);
+    m.def("forward_workspace", &forward_workspace);
+    m.def("forward", &forward);
 }

@@ -1,7 +1,7 @@
 // Causal attention, tiled, with the softmax taken online: FlashAttention-2 (Dao, arXiv 2307.08691) for a CPU's caches.
 //
 // One unit of work is a share of the query tiles of one head. It keeps the head's keys transposed in panels of
-// TILE_COLS keys (packed as far as the unit has come, so once a unit), a tile of scores, and a tile of outputs;
+// kGroupCols keys (packed as far as the unit has come, so once a unit), a tile of scores, and a tile of outputs;
 // no block of queries x keys exists. Query i sees the keys up to i + keys - queries.
 #pragma once
 
@@ -15,35 +15,35 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-constexpr int QUERY_TILE = 8 * TILE_ROWS;
-constexpr int KEY_TILE = 64;
-static_assert(KEY_TILE % TILE_COLS == 0, "a tile of keys holds whole panels");
+constexpr int kQueryTile = 8 * kGroupRows;
+constexpr int kKeyTile = 64;
+static_assert(kKeyTile % kGroupCols == 0, "a tile of keys holds whole panels");
 
 struct AttentionWorkspace {
-    float* scores;                              // [QUERY_TILE, KEY_TILE]
-    float* out;                                 // [QUERY_TILE, head_dim]
-    float* keys;                                // [ceil(keys / TILE_COLS), head_dim, TILE_COLS]
-    float top[QUERY_TILE], weight[QUERY_TILE];  // running maximum and sum of each row
+    float* scores;                              // [kQueryTile, kKeyTile]
+    float* out;                                 // [kQueryTile, head_dim]
+    float* keys;                                // [ceil(keys / kGroupCols), head_dim, kGroupCols]
+    float top[kQueryTile], weight[kQueryTile];  // running maximum and sum of each row
 
     AttentionWorkspace(float* memory, int64_t head_dim)
-        : scores(memory), out(scores + QUERY_TILE * KEY_TILE), keys(out + QUERY_TILE * head_dim) {}
+        : scores(memory), out(scores + kQueryTile * kKeyTile), keys(out + kQueryTile * head_dim) {}
     static int64_t floats(int64_t n_keys, int64_t head_dim) {
-        const int64_t panels = (n_keys + TILE_COLS - 1) / TILE_COLS;
-        return panels * head_dim * TILE_COLS + QUERY_TILE * (KEY_TILE + head_dim);
+        const int64_t panels = (n_keys + kGroupCols - 1) / kGroupCols;
+        return panels * head_dim * kGroupCols + kQueryTile * (kKeyTile + head_dim);
     }
 };
 
 // panel[d, j] = k[j, d] for n keys; the columns past n are zero, so that their scores are finite until masked.
 inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
-    for (int64_t j = 0; j < TILE_COLS; ++j)
-        for (int64_t d = 0; d < head_dim; ++d) panel[d * TILE_COLS + j] = j < n ? k[j * stride + d] : 0.0f;
+    for (int64_t j = 0; j < kGroupCols; ++j)
+        for (int64_t d = 0; d < head_dim; ++d) panel[d * kGroupCols + j] = j < n ? k[j * stride + d] : 0.0f;
 }
 
 // Turns the scores of one row into weights: the first n of them count, the rest become 0, as far as a group of
 // rows reads. Rescales what the row has gathered so far to the new maximum.
 inline void online_softmax(float* score, int64_t n, float scale, float& top, float& weight, float* out,
                            int64_t head_dim) {
-    const int64_t width = min(KEY_TILE, (n + TILE_ROWS + Vec::width - 2) / Vec::width * Vec::width);
+    const int64_t width = min(kKeyTile, (n + kGroupRows + Vec::width - 2) / Vec::width * Vec::width);
     for (int64_t j = 0; j < width; j += Vec::width) store(score + j, load(score + j) * broadcast(scale));
     for (int64_t j = n; j < width; ++j) score[j] = -INFINITY;
     Vec high = broadcast(-INFINITY);
@@ -69,25 +69,25 @@ inline void online_softmax(float* score, int64_t n, float scale, float& top, flo
 inline void attend_tile(const float* q, const float* k, const float* v, float* o, float* lse, float scale,
                         const AttentionShape& s, int64_t first, int64_t rows, int64_t& packed, AttentionWorkspace& w) {
     const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
-    for (; packed < visible; packed += TILE_COLS)
-        pack_keys(k + packed * s.k_token, s.k_token, min(TILE_COLS, s.keys - packed), D, w.keys + packed * D);
+    for (; packed < visible; packed += kGroupCols)
+        pack_keys(k + packed * s.k_token, s.k_token, min(kGroupCols, s.keys - packed), D, w.keys + packed * D);
     std::memset(w.out, 0, sizeof(float) * static_cast<size_t>(rows * D));
     for (int64_t i = 0; i < rows; ++i) w.top[i] = -INFINITY, w.weight[i] = 0.0f;
 
-    for (int64_t key = 0; key < visible; key += KEY_TILE) {
+    for (int64_t key = 0; key < visible; key += kKeyTile) {
         // Rows whose last visible key lies before this tile have nothing here.
         const int64_t skip = max(0, key - past - first);
-        const int64_t n = min(KEY_TILE, visible - key);
-        for (int64_t j = 0; j < n; j += TILE_COLS)
-            for (int64_t i = skip; i < rows; i += TILE_ROWS)
-                tile_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, TILE_COLS,
-                                    w.scores + i * KEY_TILE + j, KEY_TILE, min(TILE_ROWS, rows - i), TILE_COLS, D);
+        const int64_t n = min(kKeyTile, visible - key);
+        for (int64_t j = 0; j < n; j += kGroupCols)
+            for (int64_t i = skip; i < rows; i += kGroupRows)
+                tile_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, kGroupCols,
+                                    w.scores + i * kKeyTile + j, kKeyTile, min(kGroupRows, rows - i), kGroupCols, D);
         for (int64_t i = skip; i < rows; ++i)
-            online_softmax(w.scores + i * KEY_TILE, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
+            online_softmax(w.scores + i * kKeyTile, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
                            w.out + i * D, D);
-        for (int64_t i = skip; i < rows; i += TILE_ROWS) {
-            const int64_t group = min(TILE_ROWS, rows - i), seen = min(n, past + first + i + group - key);
-            tile_product<true>(w.scores + i * KEY_TILE, KEY_TILE, v + key * s.v_token, s.v_token, w.out + i * D, D,
+        for (int64_t i = skip; i < rows; i += kGroupRows) {
+            const int64_t group = min(kGroupRows, rows - i), seen = min(n, past + first + i + group - key);
+            tile_product<true>(w.scores + i * kKeyTile, kKeyTile, v + key * s.v_token, s.v_token, w.out + i * D, D,
                                group, D, seen);
         }
     }
@@ -100,7 +100,7 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
 // What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
 inline void attention_share(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
                             const AttentionShape& s, float* scratch, int64_t part, int64_t parts) {
-    const int64_t heads = s.batch * s.heads, tiles = (s.queries + QUERY_TILE - 1) / QUERY_TILE;
+    const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
     // Shares a head among several units only where heads alone would leave threads idle.
     const int64_t shares = heads >= 4 * parts ? 1 : min(tiles, (4 * parts + heads - 1) / heads);
     AttentionWorkspace w(scratch, s.head_dim);
@@ -110,8 +110,8 @@ inline void attention_share(const float* q, const float* k, const float* v, floa
         for (int64_t t = unit % shares; t < tiles; t += shares)
             attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
                         v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
-                        lse ? lse + head * s.queries : nullptr, scale, s, t * QUERY_TILE,
-                        min(QUERY_TILE, s.queries - t * QUERY_TILE), packed, w);
+                        lse ? lse + head * s.queries : nullptr, scale, s, t * kQueryTile,
+                        min(kQueryTile, s.queries - t * kQueryTile), packed, w);
     }
 }
 

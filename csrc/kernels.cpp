@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "causal_attention.h"
+#include "forward.h"
 #include "gelu.h"
 #include "layer_norm.h"
 
@@ -12,7 +13,8 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTGPT_STRING(FASTGPT_ISA), layer_norm, bias_gelu, causal_attention};
+const Kernels kernels = {FASTGPT_STRING(FASTGPT_ISA), layer_norm, bias_gelu, causal_attention,
+                         forward_workspace,           forward};
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

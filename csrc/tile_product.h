@@ -6,10 +6,11 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-// Registers: TILE_ROWS * TILE_VECS accumulators, TILE_VECS columns of B and one broadcast of A: 29 of 32, or 15 of 16.
-constexpr int TILE_ROWS = 6;
-constexpr int TILE_VECS = Vec::width == 16 ? 4 : 2;
-constexpr int TILE_COLS = TILE_VECS * Vec::width;
+// Registers: kGroupRows * kGroupVecs accumulators, kGroupVecs columns of B and one broadcast of A: 29 of 32, or 15
+// of 16.
+constexpr int kGroupRows = 6;
+constexpr int kGroupVecs = Vec::width == 16 ? 4 : 2;
+constexpr int kGroupCols = kGroupVecs * Vec::width;
 
 // C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART).
 template <int ROWS, int VECS, bool ADD, bool PART>
@@ -36,7 +37,7 @@ inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int6
         }
 }
 
-template <int ROWS, bool ADD, int VECS = TILE_VECS>
+template <int ROWS, bool ADD, int VECS = kGroupVecs>
 inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                               int64_t k, int64_t cols) {
     if (cols > (VECS - 1) * Vec::width) {
@@ -50,15 +51,15 @@ inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64
     }
 }
 
-// C[rows, cols] (+)= A[rows, k] B[k, cols] for rows <= TILE_ROWS and any number of columns.
+// C[rows, cols] (+)= A[rows, k] B[k, cols] for rows <= kGroupRows and any number of columns.
 template <bool ADD>
 inline void tile_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
                          int64_t cols, int64_t k) {
-    for (int64_t j = 0; j < cols; j += TILE_COLS) {
-        const int64_t n = min(TILE_COLS, cols - j);
+    for (int64_t j = 0; j < cols; j += kGroupCols) {
+        const int64_t n = min(kGroupCols, cols - j);
         int64_t i = 0;
-        for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
-            tile_product_cols<TILE_ROWS, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+        for (; i + kGroupRows <= rows; i += kGroupRows)
+            tile_product_cols<kGroupRows, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i + 2 <= rows; i += 2)
             tile_product_cols<2, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i < rows; ++i) tile_product_cols<1, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);

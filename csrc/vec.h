@@ -16,10 +16,12 @@
 #define FASTGPT_INLINE static __forceinline
 #define FASTGPT_UNROLL
 #define FASTGPT_PREFETCH(address)
+#define FASTGPT_KEEP(variable)
 #else
 #define FASTGPT_INLINE static inline __attribute__((always_inline))
 #define FASTGPT_UNROLL _Pragma("GCC unroll 16")
 #define FASTGPT_PREFETCH(address) __builtin_prefetch(address)
+#define FASTGPT_KEEP(variable) asm("" : "+r"(variable))  // the compiler may not recompute it
 #endif
 
 namespace fastgpt {

@@ -1,10 +1,11 @@
-"""The GPT of "Build a Large Language Model (From Scratch)", chapter 4, at the speed of the machine."""
+"""The GPT of "Build a Large Language Model (From Scratch)", chapter 4, made fast."""
 
 from fastgpt import cpu, ops
 from fastgpt._version import __version__
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
-from fastgpt.generate import generate_text_simple
+from fastgpt.generate import generate, generate_stream, generate_text_simple
+from fastgpt.kv_cache import KVCache
 from fastgpt.model import (
     GELU,
     FeedForward,
@@ -21,12 +22,15 @@ __all__ = [
     "BackendWarning",
     "FeedForward",
     "GPTModel",
+    "KVCache",
     "LayerNorm",
     "MultiHeadAttention",
     "TransformerBlock",
     "__version__",
     "backends",
     "cpu",
+    "generate",
+    "generate_stream",
     "generate_text_simple",
     "ops",
     "use_backend",

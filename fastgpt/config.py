@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 Config = Mapping[str, Any]
 
 GPT_CONFIG_124M = {
@@ -27,3 +29,13 @@ def check_config(cfg: Config) -> None:
         raise KeyError(f"the config lacks {', '.join(missing)} (it needs {', '.join(_KEYS)})")
     if cfg["n_heads"] <= 0 or cfg["emb_dim"] % cfg["n_heads"] != 0:
         raise ValueError(f"emb_dim {cfg['emb_dim']} must be divisible by n_heads {cfg['n_heads']}")
+
+
+def check_ids(idx: torch.Tensor, vocab_size: int) -> None:
+    """Raises IndexError naming an id that is outside the vocabulary."""
+    if idx.numel() == 0:
+        return
+    low, high = (int(t) for t in torch.aminmax(idx))
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise IndexError(f"token id {outside} is outside the vocabulary of {vocab_size}")

@@ -140,7 +140,22 @@ def _direct(tensors: tuple[torch.Tensor, ...]) -> bool:
         _len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and all(type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
+
+
+def takes_whole_pass(idx: torch.Tensor) -> bool:
+    """Whether a whole forward pass over these ids may run in C++; its weights are looked at
+    elsewhere.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and requested() in ("auto", "cpu")
+        and idx.device.type == "cpu"
+        and cpu.missing_reason() is None
+        and not torch.is_autocast_enabled("cpu")
+        and _direct((idx,))
     )
 
 

@@ -1,9 +1,15 @@
-"""Generation of text, token by token."""
+"""Generation, token by token, through a key-value cache while the sequence fits the context."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
+
+from fastgpt.kv_cache import KVCache
+from fastgpt.model import GPTModel, MultiHeadAttention
+from fastgpt.plain import KNOWN, drops_nothing, plain
 
 
 def generate_text_simple(
@@ -14,15 +20,136 @@ def generate_text_simple(
     Args:
         model: any module from ids [B, T] to logits [B, T, vocab_size]; its train or eval mode stays
             as it is.
-        idx: [B, T] token ids.
+        idx: [B, T] token ids, T at least 1.
         max_new_tokens: how many tokens to append.
         context_size: how many of the last tokens the model sees.
 
     Returns:
-        [B, T + max_new_tokens] token ids.
+        [B, T + max_new_tokens] token ids, the same as by a full forward pass for each token.
+
+    Raises:
+        ValueError: context_size is more than the model's context and the sequence outgrows it.
+        IndexError: an id is outside the vocabulary.
     """
+    for new in _steps(model, idx, max_new_tokens, context_size, _likeliest):
+        idx = torch.cat((idx, new), dim=1)
+    return idx
+
+
+def generate(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eos_id: int | None = None,
+) -> Tensor:
+    """Decoding with sampling, as in the book's chapter 5.
+
+    Args:
+        model: any module from ids [B, T] to logits [B, T, vocab_size].
+        idx: [B, T] token ids, T at least 1.
+        max_new_tokens: the most tokens to append.
+        context_size: how many of the last tokens the model sees.
+        temperature: 0 takes the likeliest token; above 0, logits are divided by it and a token is
+            drawn from torch's generator, so ``torch.manual_seed`` repeats it.
+        top_k: only the k likeliest tokens stay in the draw.
+        eos_id: generation ends before this token; in a batch, once every row has come to it, and
+            rows that end earlier are filled up with it.
+
+    Returns:
+        [B, T + n] token ids with n <= max_new_tokens.
+
+    Raises:
+        ValueError: as for ``generate_text_simple``, or temperature is negative or top_k below 1.
+    """
+    stream = generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k, eos_id)
+    for new in stream:
+        idx = torch.cat((idx, new), dim=1)
+    return idx
+
+
+def generate_stream(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eos_id: int | None = None,
+) -> Iterator[Tensor]:
+    """``generate``, yielding each step's tokens [B, 1] as they come.
+
+    Args, errors: those of ``generate``. Stopping early leaves nothing behind.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} is below 1")
+
+    def choose(logits: Tensor) -> Tensor:
+        if top_k is not None:
+            least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if temperature == 0:
+            return _likeliest(logits)
+        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+
+    return _until(eos_id, _steps(model, idx, max_new_tokens, context_size, choose))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    ended: Tensor | None = None
+    for new in tokens:
+        if eos_id is not None:
+            ended = new == eos_id if ended is None else ended | (new == eos_id)
+            if ended.all():
+                return
+            new.masked_fill_(ended, eos_id)
+        yield new
+
+
+def _steps(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    choose: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size]."""
+    cache = _new_cache(model) if context_size > 0 else None
+    unseen = idx[:, -context_size:]
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            logits = model(idx[:, -context_size:])
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    return idx
+            if cache is None or not isinstance(model, GPTModel):
+                logits = model(idx[:, -context_size:])
+            elif idx.shape[1] <= context_size:
+                logits = model._forward(unseen, cache, last_only=True)
+            else:  # the window slides, and with it every position
+                logits = model._forward(idx[:, -context_size:], last_only=True)
+            unseen = choose(logits[:, -1])
+        idx = torch.cat((idx, unseen), dim=1)
+        yield unseen
+
+
+def _new_cache(model: nn.Module) -> KVCache | None:
+    """A cache where tokens fed one by one surely give what the whole sequence gives.
+
+    Somebody else's module might look at its neighbours, a hook might count its tokens, dropout
+    draws anew each time: all these take the book's loop.
+    """
+    if not isinstance(model, GPTModel) or not plain(model, GPTModel):
+        return None
+    for module in model.modules():
+        if type(module) not in KNOWN or not plain(module, type(module)):
+            return None
+        if isinstance(module, nn.Dropout) and not drops_nothing(module):
+            return None
+        if isinstance(module, MultiHeadAttention) and not module._mask_is_causal():
+            return None
+    return KVCache(len(model.trf_blocks)) if len(model.trf_blocks) > 0 else None

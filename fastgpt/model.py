@@ -1,7 +1,7 @@
 """The book's GPT under the book's names, with fused operations where nothing watches in between.
 
 The module tree, the parameters' order, the state dict and the random draws are the book's. Each
-forward below fuses the modules that are plainly the ones it knows (``_plain``) and calls every
+forward below fuses the modules that are plainly the ones it knows (``plain``) and calls every
 other one as a module, so that a replaced, hooked or wrapped piece runs as its owner wrote it and
 the rest stays fused. No weight is copied.
 """
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastgpt import dispatch, ops, reference
-from fastgpt.config import Config, check_config
+from fastgpt.config import Config, check_config, check_ids
+from fastgpt.kv_cache import KVCache, Staged, cached_tokens, extended
+from fastgpt.plain import drops_nothing, known, plain
 
 
+@known
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, biased variance, eps 1e-5; scale and shift: [emb_dim]."""
 
@@ -33,6 +35,7 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.scale, self.shift, self.eps)
 
 
+@known
 class GELU(nn.Module):
     """The tanh form of GELU."""
 
@@ -41,6 +44,7 @@ class GELU(nn.Module):
         return ops.gelu(x)
 
 
+@known
 class FeedForward(nn.Module):
     """Linear, GELU, Linear: emb_dim -> 4 emb_dim -> emb_dim.
 
@@ -64,12 +68,12 @@ class FeedForward(nn.Module):
         return self.layers[2](h)
 
     def _fusable(self, x: Tensor) -> bool:
-        if not _plain(self.layers, nn.Sequential) or len(self.layers) != 3:
+        if not plain(self.layers, nn.Sequential) or len(self.layers) != 3:
             return False
         up, act, _ = self.layers
         return (
-            _plain(up, nn.Linear)
-            and _plain(act, GELU)
+            plain(up, nn.Linear)
+            and plain(act, GELU)
             and up.bias is not None
             # Autocast rounds the sum of product and bias, not the product.
             and not torch.is_autocast_enabled(x.device.type)
@@ -77,6 +81,7 @@ class FeedForward(nn.Module):
         )
 
 
+@known
 class MultiHeadAttention(nn.Module):
     """Causal attention with separate query, key, value and output projections.
 
@@ -125,23 +130,30 @@ class MultiHeadAttention(nn.Module):
             self._buffers["mask"] = self._causal_mask()
         return self._buffers["mask"]  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, d_in] -> [B, T, d_out].
+    def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
+        """[B, T, d_in] -> [B, T, d_out], behind the tokens in the cache's slot for this layer.
 
         Raises:
-            ValueError: T is larger than the context length.
+            ValueError: the tokens, cached ones included, are more than the context length.
         """
         B, T, _ = x.shape
-        if self._context() < T:
-            raise ValueError(f"{T} tokens are more than the context length {self._context()}")
+        past = cached_tokens(cache, layer)
+        if past + T > self._context():
+            raise ValueError(
+                f"{past + T} tokens are more than the context length {self._context()}"
+            )
         heads = (self.num_heads, self.head_dim)
         k = self.W_key(x).unflatten(-1, heads).transpose(1, 2)
         q = self.W_query(x).unflatten(-1, heads).transpose(1, 2)
         v = self.W_value(x).unflatten(-1, heads).transpose(1, 2)
-        if self._mask_is_causal() and _drops_nothing(self.dropout):
+        if cache is not None:
+            k, v = extended(cache.get(layer), k, v, self._context())
+            cache.update(layer, (k, v))
+        if self._mask_is_causal() and drops_nothing(self.dropout):
             context = ops.causal_attention(q, k, v)
         else:
-            context = reference.causal_attention(q, k, v, self.mask.bool()[:T, :T], self.dropout)
+            mask = self.mask.bool()[past : past + T, : past + T]
+            context = reference.causal_attention(q, k, v, mask, self.dropout)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, self.d_out))
 
     def _context(self) -> int:
@@ -195,6 +207,7 @@ class MultiHeadAttention(nn.Module):
             self.mask.copy_(mask)
 
 
+@known
 class TransformerBlock(nn.Module):
     """LayerNorm, attention, shortcut; LayerNorm, feed-forward, shortcut.
 
@@ -225,18 +238,23 @@ class TransformerBlock(nn.Module):
     def __setattr__(self, name, value):
         super().__setattr__("drop_shortcut" if name == "drop_resid" else name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
         """[B, T, emb_dim] -> [B, T, emb_dim]."""
-        x, branch = self._advance(x, None)
+        x, branch = self._advance(x, None, cache, layer)
         return branch + x
 
-    def _advance(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _advance(
+        self, x: Tensor, branch: Tensor | None, cache: Any, layer: int
+    ) -> tuple[Tensor, Tensor]:
         """The block on x + branch; the sum at its end is left to the next norm, which adds."""
         x, h = _add_norm(x, branch, self.norm1)
-        x, h = _add_norm(x, self.drop_shortcut(self.att(h)), self.norm2)
+        # A replaced attention need not know of caches.
+        attended = self.att(h) if cache is None else self.att(h, cache, layer)
+        x, h = _add_norm(x, self.drop_shortcut(attended), self.norm2)
         return x, self.drop_shortcut(self.ff(h))
 
 
+@known
 class GPTModel(nn.Module):
     """GPT-2 as the book builds it.
 
@@ -261,41 +279,85 @@ class GPTModel(nn.Module):
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
-    def forward(self, in_idx: Tensor) -> Tensor:
+        self._own_cache: KVCache | None = None
+
+    def forward(self, in_idx: Tensor, use_cache: bool = False, cache: Any = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab_size].
+
+        With a cache the tokens stand behind those in it, and join them.
+
+        Args:
+            in_idx: [B, T] token ids, any integer dtype.
+            use_cache: go on with the model's own cache, where no other is given; ``reset_kv_cache``
+                empties it.
+            cache: a ``KVCache``, or an object with its get and update.
 
         Raises:
             TypeError: the ids are not integers.
-            ValueError: they are not [B, T], or T is larger than the context length.
+            ValueError: they are not [B, T], or not the cache's batch, or the tokens, cached ones
+                included, are more than the context length. The cache is as it was.
             IndexError: an id is outside the vocabulary (on the CPU).
         """
-        in_idx = self._checked(in_idx)
-        positions = torch.arange(in_idx.shape[1], device=in_idx.device)
+        if cache is None and use_cache:
+            if self._own_cache is None:
+                self._own_cache = KVCache(len(self.trf_blocks))
+            cache = self._own_cache
+        return self._forward(in_idx, cache)
+
+    def reset_kv_cache(self) -> None:
+        """Empties the model's own cache."""
+        self._own_cache = None
+
+    def _forward(self, in_idx: Tensor, cache: Any = None, last_only: bool = False) -> Tensor:
+        from fastgpt import stack  # which knows the classes above
+
+        past = cached_tokens(cache, 0)
+        in_idx = self._checked(in_idx, past)
+        staged = None if cache is None else Staged(cache, in_idx.shape[0], past)
+        logits = stack.forward(self, in_idx, past, staged, last_only)
+        if logits is None:
+            logits = self._by_modules(in_idx, past, staged, last_only)
+        if staged is not None:
+            staged.commit()
+        return logits
+
+    def _by_modules(
+        self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool
+    ) -> Tensor:
+        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
         x = self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
         branch: Tensor | None = None
-        if _plain(self.trf_blocks, nn.Sequential):
-            for block in self.trf_blocks:
-                if isinstance(block, TransformerBlock) and _plain(block, TransformerBlock):
-                    x, branch = block._advance(x, branch)
+        if plain(self.trf_blocks, nn.Sequential) or cache is not None:
+            for layer, block in enumerate(self.trf_blocks):
+                if isinstance(block, TransformerBlock) and plain(block, TransformerBlock):
+                    x, branch = block._advance(x, branch, cache, layer)
                 else:
-                    x, branch = block(x if branch is None else branch + x), None
+                    x = x if branch is None else branch + x
+                    x, branch = block(x) if cache is None else block(x, cache, layer), None
         else:
             x = self.trf_blocks(x)
+        if last_only:
+            x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
         _, h = _add_norm(x, branch, self.final_norm)
         return self.out_head(h)
 
-    def _checked(self, idx: Tensor) -> Tensor:
+    def _context(self) -> int:
+        positions: nn.Module = self.pos_emb
+        if isinstance(positions, nn.Embedding):
+            return positions.weight.shape[0]
+        return int(self.cfg["context_length"])
+
+    def _checked(self, idx: Tensor, past: int) -> Tensor:
         if not isinstance(idx, Tensor):
             raise TypeError(f"token ids must be a tensor of integers, got {type(idx).__name__}")
         if idx.dtype == torch.bool or idx.is_floating_point() or idx.is_complex():
             raise TypeError(f"token ids must be integers, got {idx.dtype}")
         if idx.dim() != 2:
             raise ValueError(f"token ids must be [batch, tokens], got shape {tuple(idx.shape)}")
-        context = self.cfg["context_length"]
-        if isinstance(self.pos_emb, nn.Embedding):
-            context = self.pos_emb.weight.shape[0]
-        if idx.shape[1] > context:
-            raise ValueError(f"{idx.shape[1]} tokens are more than the context length {context}")
+        tokens, context = past + idx.shape[1], self._context()
+        if tokens > context:
+            cached = f" ({past} of them cached)" if past else ""
+            raise ValueError(f"{tokens} tokens{cached} are more than the context length {context}")
         return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
 
     def _token_embeddings(self, idx: Tensor) -> Tensor:
@@ -303,47 +365,10 @@ class GPTModel(nn.Module):
             return self.tok_emb(idx)
         try:
             return self.tok_emb(idx)
-        except IndexError as error:
-            size = getattr(self.tok_emb, "weight", idx).shape[0]
-            outside = idx[(idx < 0) | (idx >= size)]
-            if not isinstance(self.tok_emb, nn.Embedding) or outside.numel() == 0:
-                raise
-            raise IndexError(
-                f"token id {outside[0].item()} is outside the vocabulary of {size}"
-            ) from error
-
-
-_CALL = nn.Module.__call__
-_OURS = (LayerNorm, GELU, TransformerBlock)
-_TORCHS = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity)
-_FORWARD: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (*_OURS, *_TORCHS)}
-
-
-def _plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether calling the module would do just what its class says: nothing replaced, nothing
-    listening.
-
-    Subclasses (parametrisations, FSDP, quantised layers), hooks, a forward set on the instance or
-    the class and a compiled call all say no.
-    """
-    return (
-        type(module) is cls
-        and cls.forward is _FORWARD[cls]
-        and nn.Module.__call__ is _CALL
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and not _has_any_global_hook()
-    )
-
-
-def _drops_nothing(dropout: Any) -> bool:
-    if _plain(dropout, nn.Dropout):
-        return not dropout.training or dropout.p == 0
-    return _plain(dropout, nn.Identity)
+        except IndexError:
+            if isinstance(self.tok_emb, nn.Embedding):
+                check_ids(idx, self.tok_emb.weight.shape[0])
+            raise
 
 
 def _is_causal(mask: Tensor) -> bool:
@@ -355,7 +380,7 @@ def _add_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tens
     """The residual stream with the branch added, and its norm."""
     if branch is None:
         return x, norm(x)
-    if _plain(norm, LayerNorm) and branch.shape == x.shape:
+    if plain(norm, LayerNorm) and branch.shape == x.shape:
         h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps)
         return x, h
     x = branch + x

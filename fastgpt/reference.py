@@ -25,6 +25,7 @@ __all__ = [
     "TransformerBlock",
     "causal_attention",
     "gelu",
+    "generate",
     "generate_text_simple",
     "layer_norm",
 ]
@@ -160,4 +161,23 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
         with torch.no_grad():
             logits = model(idx[:, -context_size:])
         idx = torch.cat((idx, torch.argmax(logits[:, -1, :], dim=-1, keepdim=True)), dim=1)
+    return idx
+
+
+def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None):
+    """Chapter 5's decoding of one sequence: top-k, temperature, end of sequence. idx: [1, T]."""
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model(idx[:, -context_size:])[:, -1, :]
+        if top_k is not None:
+            least = torch.topk(logits, top_k).values[:, -1]
+            logits = torch.where(logits < least, torch.tensor(-torch.inf), logits)
+        if temperature > 0.0:
+            probabilities = torch.softmax(logits / temperature, dim=-1)
+            new = torch.multinomial(probabilities, num_samples=1)
+        else:
+            new = torch.argmax(logits, dim=-1, keepdim=True)
+        if new == eos_id:
+            break
+        idx = torch.cat((idx, new), dim=1)
     return idx

@@ -41,7 +41,7 @@ def _set(name: str, where: str) -> None:
 
 
 def isas() -> list[str]:
-    """The instruction sets that this machine can run, slowest first; empty without the extension."""
+    """The instruction sets that this machine can run, slowest first; none without the extension."""
     return _C.isas() if _C is not None else []
 
 

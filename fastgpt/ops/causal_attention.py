@@ -63,7 +63,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v by the plain formulas, themselves differentiable. dout: [B, T, H, D]."""
+    """Gradients of q, k, v by the plain formulas, differentiable themselves. dout: [B, T, H, D]."""
     T, S = q.shape[2], k.shape[2]
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     weights = torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)

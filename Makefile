@@ -1,0 +1,67 @@
+# `make demo` and `make test` do all the set-up they need, once; see `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The one place that the sanitized package is built to, apart from the tree and the virtual environment.
+SANITIZED := build/sanitize
+OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_cpu.py
+
+.PHONY: help setup venv demo test bench sanitize lint format dist clean
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and the extension
+
+# The book's package is the tests' second oracle. It declares tensorflow and jupyterlab, which its
+# model doesn't use, and shuts out Python releases on which it works: hence the two flags.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps --ignore-requires-python llms-from-scratch
+	@touch $@
+
+# Built in place, once more when a source changes. The old build goes first: the extension is optional,
+# so a failed build would leave it behind. No extension, no stamp: the next call tries again.
+$(VENV)/.extension: $(VENV)/.installed setup.py $(wildcard csrc/*)
+	@rm -f fastgpt/_C.*.so
+	$(BIN)/python setup.py -q build_ext --inplace
+	@if ls fastgpt/_C.*.so >/dev/null 2>&1; then touch $@; \
+	 else echo 'fastgpt: no C++ extension (see above), everything runs on the reference'; fi
+
+demo: setup  ## the book's model and ours on GPT-2 124M, side by side
+	$(BIN)/python -m fastgpt compare
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+bench: setup  ## each operation and the model against their peers, as ratios
+	$(BIN)/python -m benchmarks
+
+# GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
+# with it: AddressSanitizer has to find __cxa_throw when the process starts.
+sanitize: setup  ## the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTGPT_SANITIZE=1 CC=gcc CXX=g++ $(BIN)/python setup.py -q build \
+	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(BIN)/python tests/sanitized.py $(SANITIZED)/lib $(OP_TESTS)
+
+lint: setup  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/mypy
+
+format: setup  ## put the sources into the form that `make lint` checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+dist: setup  ## the source distribution, and the wheel built from it
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info fastgpt/_C.*.so .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,370 @@
+// y = act(x W^T + bias) + residual in float32: the product behind every linear layer, from the live weight.
+//
+// Two ways to do it, chosen by the number of rows:
+//   dots   few rows. Each element of W is read once, from memory, straight into dot products along K; the time is
+//          the time of reading W. Four rows of W against up to six rows of x stay in registers.
+//   tiles  many rows. A block of W is rearranged into panels of kPanel columns that stay in the L2 cache, each
+//          row tile of x is multiplied with every panel, and bias, GELU and residual are applied while the tile
+//          is in registers. The block goes with the call: nothing of W outlives it.
+// W may also be column-major (the book's weight loader leaves such parameters). Then its rows along N are what the
+// tile kernel wants, so few rows read it in place and many rows pack it by copying.
+//
+// The order of the sums over K depends on K, the layout of W and the way alone, never on the other rows, the
+// threads or the tails: a row's bits are the same whatever stands beside it.
+#pragma once
+
+#include "gelu.h"
+#include "vec.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+struct LinearCall {
+    const float* x;  // [m, k], rows x_row apart
+    int64_t x_row;
+    const float* w;  // [n, k]: element (j, k) at w[j * w_row + k * w_col]; one of the two strides is 1
+    int64_t w_row, w_col;
+    const float* bias;      // [n] or null
+    const float* residual;  // [m, n], rows residual_row apart, or null; may be y itself
+    int64_t residual_row;
+    float* y;  // [m, n], rows y_row apart
+    int64_t y_row;
+    int64_t m, n, k;
+    bool gelu;  // the tanh form; not together with residual
+};
+
+constexpr bool kWide = Vec::registers == 32;
+constexpr int kVecs = kWide ? 3 : 2;  // a tile is kTileRows x kVecs registers of sums
+constexpr int kTileRows = kWide ? 8 : 6;
+constexpr int kPanel = kVecs * Vec::width;        // columns of y a tile covers
+constexpr int64_t kBlockK = 768;                  // depth of a packed block
+constexpr int64_t kBlockFloats = 48 * kBlockK;    // its size: 144 KB, so that the next one fits beside it in L2
+constexpr int64_t kBlockM = 1024;                 // rows of x swept per packed block
+constexpr int64_t kChain = 64;                    // products added up in one register before they join the sum so far
+constexpr int kDotRows = kWide ? 6 : 3;           // a dot tile: rows of x ..
+constexpr int kDotCols = 4;                       // .. and rows of W
+constexpr int64_t kDotChunk = 64;                 // columns between two epilogues of the dots
+constexpr int64_t kDotDepth = 768;                // depth over which up to eight rows of x stay in the L1 cache
+constexpr int64_t kMaxDotM = kWide ? 16 : 64;     // rows of x up to which dots are used
+constexpr int kStreamRows = 8;                    // rows of a column-major W taken together ..
+constexpr int kStreamVecs = kWide ? 2 : 1;        // .. and registers of each
+constexpr int64_t kStreamCols = 1024;             // columns of y summed up side by side ..
+constexpr int64_t kStreamRow = kStreamCols + 16;  // .. in rows that do not fall on each other in the cache
+constexpr int64_t kStreamDepth = 128;             // .. and products in one sum before it joins y
+constexpr int64_t kStreamAhead = 256;             // floats between what is used and what is fetched
+constexpr int64_t kMaxStreamM = 24;               // rows of x up to which a column-major W is streamed
+constexpr int64_t kLinearScratch =
+    kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;  // floats of scratch a thread
+
+// a / b, rounded up
+FASTGPT_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One row of sums over a part of K, n of them, into y: bias and residual join with the first part, GELU with the last.
+static void finish_row(const LinearCall& p, const float* sums, int64_t row, int64_t col, int64_t n, bool first_part,
+                       bool last_part) {
+    float* y = p.y + row * p.y_row + col;
+    const float* bias = first_part && p.bias ? p.bias + col : nullptr;
+    const float* more = !first_part ? y : p.residual ? p.residual + row * p.residual_row + col : nullptr;
+    bool act = last_part && p.gelu;
+    int64_t j = 0;
+    for (; j + Vec::width <= n; j += Vec::width) {
+        Vec v = load(sums + j);
+        if (bias) v = v + load(bias + j);
+        if (more) v = v + load(more + j);
+        store(y + j, act ? gelu(v) : v);
+    }
+    if (j < n) {
+        Vec v = load(sums + j, n - j);
+        if (bias) v = v + load(bias + j, n - j);
+        if (more) v = v + load(more + j, n - j);
+        store(y + j, act ? gelu(v) : v, n - j);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- dots
+
+// sums[i * kDotChunk + j] (+)= x_i . w_j for MR rows of x and four rows of W, over k. Meanwhile `fetch` lines a step
+// (0, 1, 2 or 4) are read into the cache: from `ahead` on, ahead_line apart, ahead_step from step to step.
+template <int MR>
+inline void dot_tile(int64_t k, const float* x, int64_t x_row, const float* const (&w)[kDotCols], const float* ahead,
+                     int64_t ahead_line, int64_t ahead_step, int fetch, float* sums, bool add) {
+    Vec sum[MR][kDotCols];
+    FASTGPT_UNROLL
+    for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+    for (int j = 0; j < kDotCols; j++) sum[i][j] = zero();
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    int64_t whole = k - k % Vec::width, kk = 0;
+    for (; kk < whole; kk += Vec::width) {
+        if (fetch > 0) FASTGPT_PREFETCH(ahead);
+        if (fetch > 1) FASTGPT_PREFETCH(ahead + ahead_line);
+        if (fetch > 2) {
+            FASTGPT_PREFETCH(ahead + 2 * ahead_line);
+            FASTGPT_PREFETCH(ahead + 3 * ahead_line);
+        }
+        ahead += ahead_step;
+        Vec xi[MR];
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) xi[i] = load(x + i * x_row + kk);
+        FASTGPT_UNROLL
+        for (int j = 0; j < kDotCols; j++) {
+            Vec wj = load((j == 0 ? w0 : j == 1 ? w1 : j == 2 ? w2 : w3) + kk);
+            FASTGPT_UNROLL
+            for (int i = 0; i < MR; i++) sum[i][j] = fma(xi[i], wj, sum[i][j]);
+        }
+    }
+    if (kk < k) {
+        FASTGPT_UNROLL
+        for (int j = 0; j < kDotCols; j++) {
+            Vec wj = load((j == 0 ? w0 : j == 1 ? w1 : j == 2 ? w2 : w3) + kk, k - kk);
+            FASTGPT_UNROLL
+            for (int i = 0; i < MR; i++) sum[i][j] = fma(load(x + i * x_row + kk, k - kk), wj, sum[i][j]);
+        }
+    }
+    FASTGPT_UNROLL
+    for (int i = 0; i < MR; i++) {
+        float four[kDotCols];
+        float* to = sums + i * kDotChunk;
+        sum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3], add ? four : to);
+        if (add) FASTGPT_UNROLL
+        for (int j = 0; j < kDotCols; j++) to[j] += four[j];
+    }
+}
+
+typedef void (*DotKernel)(int64_t, const float*, int64_t, const float* const (&)[kDotCols], const float*, int64_t,
+                          int64_t, int, float*, bool);
+static const DotKernel dots_by_rows[] = {dot_tile<1>,
+                                         dot_tile<2>,
+                                         dot_tile<3>,
+                                         dot_tile < kDotRows < 4 ? 1 : 4 >
+                                         , dot_tile < kDotRows < 5 ? 1 : 5 >, dot_tile < kDotRows < 6 ? 1 : 6 > };
+
+// W row-major, m <= kMaxDotM.
+static void dots(const LinearCall& p, float* workspace) {
+    float* sums = workspace;  // [m, kDotChunk]
+    int64_t groups = up(p.m, kDotRows), depth = p.m <= 2 ? 1 << 30 : p.m <= 8 ? kDotDepth : kDotDepth / 2;
+    // The next four rows of W are fetched while these are used: as one stream where they follow each other in memory
+    // and one pass over x does it all, else side by side, shared out among the passes.
+    int fetch = groups == 1 ? 4 : groups <= 3 ? 2 : 1;
+    bool stream = groups == 1 && p.w_row == p.k && p.k <= depth;
+    int64_t ahead_line = stream ? 16 : p.w_row, ahead_step = stream ? 64 : 16;
+    for (int64_t n0 = 0; n0 < p.n; n0 += kDotChunk) {
+        int64_t cols = min(kDotChunk, p.n - n0);
+        for (int64_t k0 = 0; k0 < p.k; k0 += depth) {  // x over this depth stays in the L1 cache
+            int64_t k = min(depth, p.k - k0);
+            for (int64_t j = 0; j < cols; j += kDotCols) {
+                const float* w[kDotCols];  // rows past the end repeat the last: computed, never stored
+                for (int i = 0; i < kDotCols; i++) w[i] = p.w + min(n0 + j + i, p.n - 1) * p.w_row + k0;
+                const float* ahead = w[0] + kDotCols * p.w_row;
+                if (j + kDotCols >= cols) ahead = k0 + depth < p.k ? p.w + n0 * p.w_row + k0 + depth : ahead - k0;
+                for (int64_t g = 0, m0 = 0; g < groups; g++) {
+                    int64_t m1 = p.m * (g + 1) / groups;
+                    dots_by_rows[m1 - m0 - 1](k, p.x + m0 * p.x_row + k0, p.x_row, w, ahead + g * fetch * p.w_row,
+                                              ahead_line, ahead_step, g * fetch < kDotCols ? fetch : 0,
+                                              sums + m0 * kDotChunk + j, k0 > 0);
+                    m0 = m1;
+                }
+            }
+        }
+        for (int64_t i = 0; i < p.m; i++) finish_row(p, sums + i * kDotChunk, i, n0, cols, true, true);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------- tiles
+
+// sums[i * kPanel + j] = x_i . panel column j for MR rows of x over k, in chains of kChain. Meanwhile one line from
+// `ahead` on is read into the cache for each step of k, with a jump after each `run` of them.
+template <int MR>
+static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const float* ahead, int64_t run,
+                 int64_t jump, float* sums) {
+    const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
+    FASTGPT_UNROLL
+    for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
+    int64_t left = run;
+    for (int64_t k0 = 0; k0 < k; k0 += kChain) {
+        Vec sum[MR][kVecs];
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+        for (int v = 0; v < kVecs; v++) sum[i][v] = zero();
+        for (int64_t steps = min(kChain, k - k0); steps > 0;) {
+            int64_t piece = min(steps, left);
+            steps -= piece, left -= piece;
+            for (; piece > 0; piece--) {
+                FASTGPT_PREFETCH(ahead);
+                ahead += 16;
+                Vec w[kVecs];
+                FASTGPT_UNROLL
+                for (int v = 0; v < kVecs; v++) w[v] = load(panel + v * Vec::width);
+                panel += kPanel;
+                FASTGPT_UNROLL
+                for (int i = 0; i < MR; i++) {
+                    Vec xi = broadcast(xp[i / 3][(i % 3) * x_row]);
+                    FASTGPT_UNROLL
+                    for (int v = 0; v < kVecs; v++) sum[i][v] = fma(xi, w[v], sum[i][v]);
+                }
+                FASTGPT_UNROLL
+                for (int g = 0; g < (MR + 2) / 3; g++) {
+                    xp[g]++;
+                    FASTGPT_KEEP(xp[g]);  // else the compiler keeps one pointer a row and spills them
+                }
+            }
+            if (left == 0) left = run, ahead += jump;
+        }
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+        for (int v = 0; v < kVecs; v++) {
+            float* to = sums + i * kPanel + v * Vec::width;
+            store(to, k0 ? sum[i][v] + load(to) : sum[i][v]);
+        }
+    }
+}
+
+typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const float*, int64_t, int64_t, float*);
+static const TileKernel tile_kernels[] = {
+    tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile < kWide ? 7 : 1 >, tile < kWide ? 8 : 1 > };
+
+// panel[kk * kPanel + j] = W[n0 + j][k0 + kk]; columns past the end are zero.
+static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, float* panel) {
+    int64_t cols = min(kPanel, p.n - n0);
+    if (p.w_row == 1) {
+        const float* w = p.w + n0 + k0 * p.w_col;
+        for (int64_t kk = 0; kk < k; kk++) FASTGPT_UNROLL
+        for (int v = 0; v < kVecs; v++) {
+            int64_t c = cols - v * Vec::width;
+            store(panel + kk * kPanel + v * Vec::width, c >= Vec::width ? load(w + kk * p.w_col + v * Vec::width)
+                                                        : c > 0         ? load(w + kk * p.w_col + v * Vec::width, c)
+                                                                        : zero());
+        }
+        return;
+    }
+    for (int v = 0; v < kVecs; v++) {
+        int64_t have = cols - v * Vec::width;
+        const float* w = p.w + (n0 + v * Vec::width) * p.w_row + k0;
+        for (int64_t kk = 0; kk < k; kk += Vec::width) {
+            Vec block[Vec::width];
+            float* to = panel + kk * kPanel + v * Vec::width;
+            if (have >= Vec::width && kk + Vec::width <= k) {
+                FASTGPT_UNROLL
+                for (int j = 0; j < Vec::width; j++) block[j] = load(w + j * p.w_row + kk);
+                transpose(block, to, kPanel);
+            } else {
+                int64_t c = min(Vec::width, k - kk);
+                float scratch[Vec::width * Vec::width];
+                for (int j = 0; j < Vec::width; j++) block[j] = j < have ? load(w + j * p.w_row + kk, c) : zero();
+                transpose(block, scratch, Vec::width);
+                for (int64_t i = 0; i < c; i++) store(to + i * kPanel, load(scratch + i * Vec::width));
+            }
+        }
+    }
+}
+
+static void tiles(const LinearCall& p, float* workspace) {
+    float *packed = workspace, *sums = workspace + kBlockFloats;
+    int64_t depth = min(kBlockK, p.k), width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, kBlockM);
+    bool column_major = p.w_row == 1;
+    for (int64_t b = 0; b < blocks_m; b++)
+        for (int64_t k0 = 0; k0 < p.k; k0 += depth)
+            for (int64_t n0 = 0; n0 < p.n; n0 += width) {
+                int64_t m0 = p.m * b / blocks_m, m1 = p.m * (b + 1) / blocks_m;
+                int64_t k = min(depth, p.k - k0), n1 = min(n0 + width, p.n), next = min(width, p.n - n1);
+                for (int64_t n = n0; n < n1; n += kPanel) pack_panel(p, n, k0, k, packed + (n - n0) * k);
+                // The next block's part of W is fetched meanwhile: `runs` pieces of `run` lines, ahead_row apart.
+                const float* ahead = p.w + n1 * p.w_row + k0 * p.w_col;
+                int64_t ahead_row = column_major ? p.w_col : p.w_row, run = up(column_major ? next : k, 16);
+                int64_t runs = next <= 0 ? 0 : column_major ? k : next;
+                for (int64_t m = m0; m < m1; m += kTileRows)
+                    for (int64_t n = n0; n < n1; n += kPanel) {
+                        int64_t rows = min(kTileRows, m1 - m);
+                        const float* panel = packed + (n - n0) * k;
+                        bool fetch = runs > 0;
+                        tile_kernels[rows - 1](k, p.x + m * p.x_row + k0, p.x_row, panel, fetch ? ahead : panel,
+                                               fetch ? run : k, fetch ? ahead_row - run * 16 : 0, sums);
+                        if (fetch) ahead += k / run * ahead_row, runs -= k / run;
+                        for (int64_t i = 0; i < rows; i++)
+                            finish_row(p, sums + i * kPanel, m + i, n, min(kPanel, n1 - n), k0 == 0, k0 + k == p.k);
+                    }
+            }
+}
+
+// -------------------------------------------------------------------------------------------------- stream
+
+// G rows of W from k0 on by a few registers from column n on, times every row of x, into sums[i * kStreamRow + n - n0]:
+// stored where `fresh`, else added.
+template <int G, bool Full>
+FASTGPT_INLINE void stream_block(const LinearCall& p, int64_t k0, int64_t n, const float* ahead, float* sums,
+                                 bool fresh) {
+    Vec w[G][kStreamVecs];
+    FASTGPT_UNROLL
+    for (int g = 0; g < G; g++) FASTGPT_UNROLL
+    for (int v = 0; v < kStreamVecs; v++) {
+        const float* from = p.w + (k0 + g) * p.w_col + n + v * Vec::width;
+        int64_t c = p.n - n - v * Vec::width;
+        w[g][v] = Full ? load(from) : c > 0 ? load(from, min(c, Vec::width)) : zero();
+        if (Full) FASTGPT_PREFETCH(ahead + g * p.w_col + v * Vec::width);
+    }
+    for (int64_t i = 0; i < p.m; i++, sums += kStreamRow) {
+        const float* x = p.x + i * p.x_row + k0;
+        Vec sum[kStreamVecs];
+        FASTGPT_UNROLL
+        for (int v = 0; v < kStreamVecs; v++) sum[v] = zero();
+        FASTGPT_UNROLL
+        for (int g = 0; g < G; g++) FASTGPT_UNROLL
+        for (int v = 0; v < kStreamVecs; v++) sum[v] = fma(broadcast(x[g]), w[g][v], sum[v]);
+        FASTGPT_UNROLL
+        for (int v = 0; v < kStreamVecs; v++) {
+            float* to = sums + v * Vec::width;
+            store(to, fresh ? sum[v] : load(to) + sum[v]);
+        }
+    }
+}
+
+template <int G>
+static void stream_rows(const LinearCall& p, int64_t k0, int64_t n0, int64_t n1, float* sums, bool fresh) {
+    constexpr int64_t step = kStreamVecs * Vec::width;
+    int64_t n = n0;
+    for (; n + step <= n1; n += step) {
+        const float* ahead = p.w + k0 * p.w_col + n + kStreamAhead;
+        if (n + kStreamAhead >= n1) ahead += G * p.w_col - (n1 - n0);  // the start of the next rows
+        stream_block<G, true>(p, k0, n, ahead, sums + n - n0, fresh);
+    }
+    if (n < n1) stream_block<G, false>(p, k0, n, nullptr, sums + n - n0, fresh);
+}
+
+// W column-major, m <= kMaxStreamM.
+static void stream(const LinearCall& p, float* workspace) {
+    float* sums = workspace;  // [m, kStreamRow]
+    for (int64_t n0 = 0; n0 < p.n; n0 += kStreamCols) {
+        int64_t n1 = min(n0 + kStreamCols, p.n);
+        for (int64_t k0 = 0; k0 < p.k; k0 += kStreamDepth) {
+            int64_t k1 = min(k0 + kStreamDepth, p.k), k = k0;
+            for (; k + kStreamRows <= k1; k += kStreamRows) stream_rows<kStreamRows>(p, k, n0, n1, sums, k == k0);
+            for (; k < k1; k++) stream_rows<1>(p, k, n0, n1, sums, k == k0);
+            for (int64_t i = 0; i < p.m; i++) finish_row(p, sums + i * kStreamRow, i, n0, n1 - n0, k0 == 0, k1 == p.k);
+        }
+    }
+}
+
+// What thread `part` of `parts` does: its own columns, nothing shared, so no barrier inside.
+inline void product_way(const LinearCall& whole, int part, int parts, float* workspace, int way) {
+    LinearCall p = whole;
+    int64_t panels = up(p.n, kPanel), n0 = panels * part / parts * kPanel,
+            n1 = min(panels * (part + 1) / parts * kPanel, p.n);
+    if (n0 >= n1 || p.m <= 0) return;
+    p.n = n1 - n0;
+    p.w += n0 * p.w_row;
+    p.y += n0;
+    if (p.bias) p.bias += n0;
+    if (p.residual) p.residual += n0;
+    if (way < 0) way = p.w_row == 1 ? (p.m <= kMaxStreamM ? 2 : 1) : p.m <= kMaxDotM ? 0 : 1;
+    if (way == 2)
+        stream(p, workspace);
+    else if (way == 0)
+        dots(p, workspace);
+    else
+        tiles(p, workspace);
+}
+inline void linear(const LinearCall& p, int part, int parts, float* workspace) {
+    product_way(p, part, parts, workspace, -1);
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

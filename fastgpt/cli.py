@@ -1,0 +1,195 @@
+"""The `fastgpt` command. Each subcommand is one function that returns the exit code.
+
+0: done. 1: what was checked doesn't hold. 2: it couldn't run as asked. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from fastgpt import BackendError, BackendWarning, __version__, backends, use_backend
+from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
+from fastgpt.dispatch import NAMES, requested
+from fastgpt.machine import machine, machine_line
+from fastgpt.tokenizer import EncodingError, gpt2_encoding
+
+
+class UsageError(Exception):
+    """The command can't run as asked; the message is one line for the user."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except (UsageError, BackendError) as error:
+        print(f"fastgpt {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="fastgpt", description="The book's GPT, fast.")
+    top.add_argument("--version", action="version", version=f"fastgpt {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    sub = commands.add_parser(
+        "compare",
+        help="time the book's model and fastgpt's on GPT-2 124M, and compare their outputs",
+        description="Time the book's model and fastgpt's side by side on GPT-2 124M with the same "
+        "random weights, and compare their outputs. Exits with 1 if they disagree.",
+    )
+    sub.add_argument(
+        "--seed", type=int, default=123, metavar="N", help="of the weights (%(default)s)"
+    )
+    sub.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="timed rounds (%(default)s)"
+    )
+    sub.add_argument(
+        "--threads", type=_positive, metavar="N", help="default: as many as torch uses"
+    )
+    sub.add_argument("--backend", choices=NAMES, help="default: $FASTGPT_BACKEND, else auto")
+    sub.add_argument("--json", action="store_true", help="print one JSON document, no table")
+    sub.set_defaults(run=run_compare)
+    return top
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    if not args.json:
+        _need_rich()
+    notes = sys.stderr if args.json else sys.stdout
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        prompt, tokenizer = gpt2_encoding().encode(PROMPT), "tiktoken"
+    except EncodingError as error:
+        prompt, tokenizer = list(PROMPT_IDS), "known ids"
+        print(f"No gpt2 table for tiktoken ({error}); using the prompt's known ids.", file=notes)
+
+    with warnings.catch_warnings(), use_backend(args.backend) if args.backend else nullcontext():
+        # A BackendWarning would repeat what the line about missing kernels says.
+        warnings.simplefilter("ignore", BackendWarning)
+        missing = _missing_kernels()
+        if missing:
+            print(f"No fused kernels, PyTorch's own operations stand in: {missing}", file=notes)
+        measured_on, line = machine(), machine_line()
+        options = {"seed": args.seed, "rounds": args.rounds}
+        rows = compare(prompt, **options) if args.json else _with_bar(prompt, options)
+
+    agree = all(row.agree for row in rows)
+    if args.json:
+        document = {
+            "command": "compare",
+            "agree": agree,
+            "prompt": {"text": PROMPT, "ids": prompt, "from": tokenizer},
+            **options,
+            "missing_kernels": missing,
+            "machine": measured_on,
+            "rows": [{k: _finite(v) for k, v in row.as_dict().items()} for row in rows],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        _print_table(rows, args.seed, line)
+    return 0 if agree else 1
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _missing_kernels() -> str | None:
+    """Why the C++ kernels can't run here, or None."""
+    try:
+        requested()
+        return backends()["cpu"].reason
+    except ValueError as error:  # FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there
+        raise UsageError(error) from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _need_rich() -> None:
+    try:
+        import rich.progress
+        import rich.table  # noqa: F401
+    except ImportError:
+        message = "the table needs rich: pip install 'fastgpt[cli]', or take --json"
+        raise UsageError(message) from None
+
+
+def _with_bar(prompt: Sequence[int], options: Mapping[str, Any]) -> list[Row]:
+    """`compare` under a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    # No thread that redraws: it would take time from whichever model is being timed.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=doing, refresh=True)
+
+        return compare(prompt, **options, progress=show)
+
+
+def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"GPT-2 124M, float32, random weights (seed {seed}), prompt {PROMPT!r}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for header in ("seconds", "tokens/s", "speed-up", "largest\ndifference", "tolerance", "agree"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        if row.max_abs_difference is None:
+            difference, tolerance = f"{row.same_tokens}/{row.tokens} same", ""
+        else:
+            difference, tolerance = f"{row.max_abs_difference:.1e}", f"{row.tolerance:.1e}"
+        table.add_row(row.work)
+        table.add_row(
+            "  reference",
+            f"{row.reference_seconds:.3f}",
+            f"{row.reference_tokens_per_second:.0f}",
+        )
+        table.add_row(
+            "  fastgpt",
+            f"{row.fastgpt_seconds:.3f}",
+            f"{row.fastgpt_tokens_per_second:.0f}",
+            f"{row.speed_up:.2f}x",
+            difference,
+            tolerance,
+            "yes" if row.agree else "NO",
+            end_section=True,
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for text in (
+        f"Medians, models interleaved. Tolerance: {ERRORS_APART} x the reference's own largest "
+        "error, measured in float64; fastgpt may err twice as much.",
+        line,
+    ):
+        console.print(text, soft_wrap=True)

@@ -1,0 +1,203 @@
+"""The book's model and the fused one side by side: the measurement behind `fastgpt compare`.
+
+Both hold the same random weights in one process, and each round times them one after the other,
+so that a busy neighbour hits both alike; the speed-up is the ratio of the two medians.
+
+How far the outputs may differ is measured rather than guessed. The reference is run once more in
+float64, which tells its own largest rounding error. fastgpt may err twice as much, so the two may
+lie three such errors apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
+
+PROMPT = "The cat sat"
+PROMPT_IDS = (464, 3797, 3332)  # PROMPT in the gpt2 encoding
+
+ERRORS_APART = 3  # the reference's own error once, fastgpt's at most twice
+
+Step = Callable[[str], None]  # called with what is about to run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of work, done by both models."""
+
+    work: str
+    tokens: int  # computed (forward) or new (greedy)
+    reference_seconds: float  # median over the rounds
+    fastgpt_seconds: float
+    max_abs_difference: float | None  # between the logits; None for greedy tokens
+    tolerance: float
+    same_tokens: int | None  # how many greedy tokens agree before the first that differs
+    agree: bool
+
+    @property
+    def reference_tokens_per_second(self) -> float:
+        return self.tokens / self.reference_seconds
+
+    @property
+    def fastgpt_tokens_per_second(self) -> float:
+        return self.tokens / self.fastgpt_seconds
+
+    @property
+    def speed_up(self) -> float:
+        return self.reference_seconds / self.fastgpt_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field and every figure derived from them."""
+        derived = ("reference_tokens_per_second", "fastgpt_tokens_per_second", "speed_up")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def interleaved(
+    peers: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Call every peer once a round, for `rounds` rounds; return the seconds of each call."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        before_round()
+        for name, run in peers.items():
+            start = time.perf_counter()
+            result = run()
+            seconds[name].append(time.perf_counter() - start)
+            del result  # freed outside the timing, before the next peer needs the memory
+    return seconds
+
+
+@torch.no_grad()
+def compare(
+    prompt: Sequence[int] = PROMPT_IDS,
+    cfg: dict[str, Any] = GPT_CONFIG_124M,
+    *,
+    seed: int = 123,
+    rounds: int = 5,
+    lengths: Sequence[int] = (256, 1024),
+    new_tokens: int = 32,
+    progress: Callable[[int, int, str], object] = lambda done, total, doing: None,
+) -> list[Row]:
+    """Time `fastgpt.GPTModel` against `fastgpt.reference.GPTModel` and compare what they return.
+
+    One row for a forward pass at [1, T] for each T of `lengths`, on `prompt` followed by random
+    ids, then one for `new_tokens` greedy tokens after `prompt`. `progress(done, total, doing)` is
+    called before each step. The fused model runs on whatever backend is in force.
+    """
+    total = 2 + (len(lengths) + 1) * (rounds + 1)
+    done = itertools.count()
+
+    def step(doing: str) -> None:
+        progress(next(done), total, doing)
+
+    step("building both models")
+    torch.manual_seed(seed)
+    book, fused = reference.GPTModel(cfg).eval(), GPTModel(cfg).eval()
+    fused.load_state_dict(book.state_dict())
+    start = torch.tensor(prompt)
+    ids = torch.cat([start, torch.randint(cfg["vocab_size"], (max(lengths) - len(start),))])[None]
+
+    step("the reference in float64")
+    exact = book.double()(ids)
+    book.float()  # and back, exactly: every float32 is a float64
+
+    rows = []
+    for length in lengths:
+        # Causal: the first tokens of a longer row have the logits of the shorter one.
+        rows.append(_forward(book, fused, ids[:, :length], exact[:, :length], rounds, step))
+    del exact
+    tolerance = max(row.tolerance for row in rows)
+    context_size = cfg["context_length"]
+    rows.append(
+        _greedy(book, fused, start[None], new_tokens, context_size, tolerance, rounds, step)
+    )
+    progress(total, total, "done")
+    return rows
+
+
+def _forward(
+    book: Module, fused: Module, ids: Tensor, exact: Tensor, rounds: int, step: Step
+) -> Row:
+    work = f"forward {list(ids.shape)}"
+    step(work)
+    theirs, ours = book(ids), fused(ids)
+    tolerance = ERRORS_APART * _distance(theirs, exact)
+    difference = _distance(ours, theirs)
+    del theirs, ours
+    peers = {"reference": lambda: book(ids), "fastgpt": lambda: fused(ids)}
+    seconds = interleaved(peers, rounds, lambda: step(work))
+    return Row(
+        work=work,
+        tokens=ids.numel(),
+        reference_seconds=median(seconds["reference"]),
+        fastgpt_seconds=median(seconds["fastgpt"]),
+        max_abs_difference=difference,
+        tolerance=tolerance,
+        same_tokens=None,
+        agree=difference <= tolerance,
+    )
+
+
+def _greedy(
+    book: Module,
+    fused: Module,
+    start: Tensor,
+    new_tokens: int,
+    context_size: int,
+    tolerance: float,
+    rounds: int,
+    step: Step,
+) -> Row:
+    work = f"{new_tokens} greedy tokens"
+    step(work)
+    peers = {
+        "reference": lambda: reference.generate_text_simple(book, start, new_tokens, context_size),
+        "fastgpt": lambda: generate_text_simple(fused, start, new_tokens, context_size),
+    }
+    theirs, ours = peers["reference"](), peers["fastgpt"]()
+    same_tokens, agree = _same_tokens(book, theirs, ours, start.shape[1], tolerance)
+    seconds = interleaved(peers, rounds, lambda: step(work))
+    return Row(
+        work=work,
+        tokens=new_tokens,
+        reference_seconds=median(seconds["reference"]),
+        fastgpt_seconds=median(seconds["fastgpt"]),
+        max_abs_difference=None,
+        tolerance=tolerance,
+        same_tokens=same_tokens,
+        agree=agree,
+    )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Return max|a - b|; NaN where either has one."""
+    return (a - b).abs_().max().item()
+
+
+def _same_tokens(
+    book: Module, theirs: Tensor, ours: Tensor, prompt: int, tolerance: float
+) -> tuple[int, bool]:
+    """Count the new tokens before the first difference, and say whether the two rows agree.
+
+    They agree if all are the same, or where they part at a tie: each logit may be off by
+    `tolerance`, so two logits that lie within twice that may change places.
+    """
+    different = (theirs != ours).flatten().nonzero()
+    if not len(different):
+        return theirs.shape[1] - prompt, True
+    first = int(different[0])
+    logits = book(theirs[:, :first])[0, -1]
+    gap = (logits[theirs[0, first]] - logits[ours[0, first]]).item()
+    return first - prompt, gap <= 2 * tolerance

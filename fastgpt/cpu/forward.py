@@ -1,0 +1,172 @@
+"""A whole forward pass in one call into C++, without gradients, from the live parameters.
+
+``Run`` gathers the addresses of what it can take, embeddings, blocks, final norm and head, and
+hands them over in one call; where a piece is not plainly one of ours, the caller flushes what has
+gathered and runs that piece itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.cpu import _C
+
+EPS = 1e-5
+_NO_LINEAR = (0, 0, 0, 0, 0, 0)
+_GRAIN = 1 << 20  # multiplications below which a second thread costs more than it saves
+
+# Workspaces that no call is using, by model: kept, because a fresh large block costs page faults
+# each time, and gone with the model.
+_idle: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
+
+
+def address(tensor: Tensor | None, *shape: int) -> int | None:
+    """Where a contiguous float32 CPU tensor of this shape starts; None for any other."""
+    if (
+        tensor is None
+        or tensor.dtype is not torch.float32
+        or tensor.shape != shape
+        or not tensor.is_cpu
+        or not tensor.is_contiguous()
+        or (type(tensor) is not nn.Parameter and type(tensor) is not Tensor)
+    ):
+        return None
+    return tensor.data_ptr()
+
+
+def linear(module: nn.Module, n_in: int, n_out: int) -> tuple[int, ...] | None:
+    """The record of an nn.Linear of these sizes, its weight row-major or column-major; None for any
+    other.
+    """
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if (
+        weight is None
+        or weight.dtype is not torch.float32
+        or weight.shape != (n_out, n_in)
+        or not weight.is_cpu
+        or (type(weight) is not nn.Parameter and type(weight) is not Tensor)
+    ):
+        return None
+    row, col = weight.stride()
+    if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
+        return None
+    at = 0
+    if bias is not None:
+        found = address(bias, n_out)
+        if found is None:
+            return None
+        at = found
+    return weight.data_ptr(), row, col, at, n_out, n_in
+
+
+class Run:
+    """One forward pass over ids [B, T] that stand behind `past` cached tokens.
+
+    Its residual stream x is its own: what a module made is copied first, what a module gets is
+    fresh.
+    """
+
+    def __init__(
+        self, owner: nn.Module, ids: Tensor, width: int, heads: int, head_dim: int
+    ) -> None:
+        self.owner, self.ids = owner, ids.contiguous()
+        self.width, self.heads, self.head_dim = width, heads, head_dim
+        self.past = self.capacity = 0
+        self.limit = 0  # the most tokens a cache may hold
+        self._x: Tensor | None = None
+        self._embeddings: tuple[int, int] | None = None
+        self._blocks: list[int] = []
+        self._n_blocks = self._hidden = 0
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> bool:
+        """Takes the embeddings where it can; says whether. The ids must be in range."""
+        token = address(tokens, tokens.shape[0], self.width)
+        position = address(positions, positions.shape[0], self.width)
+        if token is None or position is None:
+            return False
+        self._embeddings = token, position
+        return True
+
+    def add(self, record: tuple[int, ...], hidden: int) -> None:
+        """Takes a block: the fields of struct Block, and the width of its feed-forward's middle."""
+        self._blocks += record
+        self._n_blocks += 1
+        self._hidden = max(self._hidden, hidden)
+
+    def take_capacity(self, capacity: int) -> None:
+        """The caches of one call have one capacity; before another, what has gathered runs."""
+        if self._n_blocks and capacity != self.capacity:
+            self._x = self.x
+        self.capacity = capacity
+
+    @property
+    def x(self) -> Tensor:
+        """The residual stream, [B, T, width], once what has gathered so far has run."""
+        if self._embeddings or self._blocks:
+            self._call(None, (0, 0), _NO_LINEAR, last_only=False)
+        assert self._x is not None
+        return self._x
+
+    @x.setter
+    def x(self, made_by_a_module: Tensor) -> None:
+        self._x = made_by_a_module
+
+    def finish(self, norm: tuple[int, int], head: tuple[int, ...], last_only: bool) -> Tensor:
+        """Runs what has gathered, the final norm and the head. Returns [B, T or 1, n_out]."""
+        B, T = self.ids.shape
+        out = torch.empty(B, 1 if last_only else T, head[4])
+        self._call(out, norm, head, last_only)
+        return out
+
+    def _call(
+        self,
+        out: Tensor | None,
+        norm: tuple[int, int],
+        head: tuple[int, ...],
+        last_only: bool,
+    ) -> None:
+        B, T = self.ids.shape
+        x = None
+        if self._embeddings is None:
+            assert self._x is not None
+            x = self._x.clone(memory_format=torch.contiguous_format)
+        elif out is None:
+            x = torch.empty(B, T, self.width)
+        sizes = (
+            B,
+            T,
+            self.past,
+            self.capacity,
+            self.width,
+            self.heads,
+            self.head_dim,
+            self._hidden,
+        )
+        ids = (self.ids.data_ptr() if self._embeddings else 0, int(self.ids.dtype is torch.int64))
+        at_out = out.data_ptr() if out is not None else 0
+
+        def fields(at_x: int, workspace: int) -> list[int]:
+            embeddings = self._embeddings or (0, 0)
+            rest = (at_out, int(last_only), workspace, self._n_blocks)
+            return [*sizes, *ids, *embeddings, at_x, *norm, *head, *rest]
+
+        rows = B * T
+        work = rows * self.width * (self._n_blocks * (4 * self.width + 2 * self._hidden) + head[4])
+        threads = torch.get_num_threads() if work > _GRAIN else 1
+        stream = 0 if x is not None else rows * self.width
+        need = stream + _C.forward_workspace(fields(0, 0), threads)
+        idle = _idle.setdefault(self.owner, [])
+        try:
+            workspace = idle.pop()
+        except IndexError:  # another thread may have taken the last one
+            workspace = torch.empty(need)
+        if workspace.numel() < need:
+            workspace = torch.empty(need)
+        start = workspace.data_ptr()
+        at_x = x.data_ptr() if x is not None else start
+        _C.forward(fields(at_x, start + 4 * stream), self._blocks, EPS, threads)
+        idle.append(workspace)
+        self._x, self._embeddings, self._blocks, self._n_blocks = x, None, [], 0

@@ -1,0 +1,134 @@
+"""The key-value cache, with the interface of the book's package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One slot a layer for that layer's keys and values; one object a conversation.
+
+    A slot holds None or a pair of keys and values, each [B, H, T, D]. ``model(idx, cache=cache)``
+    reads and fills it; positions go on from the cached tokens.
+
+    Args:
+        n_layers: number of layers.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self.cache: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def get(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's keys and values, or None."""
+        return self.cache[layer_idx]
+
+    def update(self, layer_idx: int, value: tuple[Tensor, Tensor] | None) -> None:
+        """Sets the layer's keys and values."""
+        self.cache[layer_idx] = value
+
+    def get_all(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Every layer's keys and values."""
+        return self.cache
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.cache[:] = [None] * len(self.cache)
+
+
+class _Blocks:
+    """Room for the keys and values of one layer: two blocks [B, H, capacity, D], of which `written`
+    tokens count.
+    """
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.written = 0
+
+
+class Slot(tuple[Tensor, Tensor]):
+    """Keys and values, each [B, H, T, D], as views of blocks with room for more tokens."""
+
+    blocks: _Blocks
+
+    @classmethod
+    def longer(
+        cls,
+        old: tuple[Tensor, Tensor] | None,
+        shape: tuple[int, int, int, int],
+        limit: int,
+        like: Tensor,
+    ) -> Slot:
+        """A slot of the shape [B, H, T, D] that begins with the old one's tokens; the rest is to be
+        written.
+
+        It shares the old one's blocks where they have room and no other slot has gone on from
+        there.
+        """
+        batch, heads, length, head_dim = shape
+        past = 0 if old is None else old[0].shape[2]
+        blocks = old.blocks if isinstance(old, Slot) else None
+        if blocks is None or blocks.written != past or blocks.keys.shape[2] < length:
+            blocks = _Blocks((batch, heads, min(limit, max(2 * length, 64)), head_dim), like)
+            if old is not None:
+                blocks.keys[:, :, :past], blocks.values[:, :, :past] = old
+        blocks.written = length
+        slot = cls((blocks.keys[:, :, :length], blocks.values[:, :, :length]))
+        slot.blocks = blocks
+        return slot
+
+
+def extended(
+    old: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, limit: int
+) -> tuple[Tensor, Tensor]:
+    """The old pair with these tokens behind it. keys, values: [B, H, T, D]."""
+    if keys.requires_grad or values.requires_grad or (old is not None and old[0].requires_grad):
+        if old is None:
+            return keys, values
+        return torch.cat((old[0], keys), dim=2), torch.cat((old[1], values), dim=2)
+    past, (B, H, T, D) = 0 if old is None else old[0].shape[2], keys.shape
+    slot = Slot.longer(old, (B, H, past + T, D), limit, keys)
+    slot[0][:, :, past:], slot[1][:, :, past:] = keys, values
+    return slot
+
+
+def cached_tokens(cache: Any, layer: int) -> int:
+    """How many tokens this layer's slot holds; 0 without a cache, or where it has no such layer."""
+    if cache is None:
+        return 0
+    try:
+        pair = cache.get(layer)
+    except IndexError:
+        return 0
+    return 0 if pair is None else int(pair[0].shape[2])
+
+
+class Staged:
+    """A cache during one forward pass: what the layers write reaches it only once all have."""
+
+    def __init__(self, cache: Any, batch: int, past: int) -> None:
+        self.cache, self.batch, self.past = cache, batch, past
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def get(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's pair before this pass; ValueError where it is not [batch, H, past, D]."""
+        pair: tuple[Tensor, Tensor] | None = self.cache.get(layer)
+        tokens = 0 if pair is None else pair[0].shape[2]
+        if tokens != self.past:
+            raise ValueError(
+                f"the cache holds {tokens} tokens in layer {layer}, {self.past} in layer 0"
+            )
+        if pair is not None and pair[0].shape[0] != self.batch:
+            raise ValueError(f"a batch of {self.batch} for a cache of batch {pair[0].shape[0]}")
+        return pair
+
+    def update(self, layer: int, pair: tuple[Tensor, Tensor]) -> None:
+        """Keeps the layer's pair until the commit."""
+        self.new[layer] = pair
+
+    def commit(self) -> None:
+        """Hands every pair to the cache."""
+        for layer, pair in self.new.items():
+            self.cache.update(layer, pair)

@@ -1,0 +1,52 @@
+"""Which modules do just what their class says, so that fused code may stand in for calling them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+M = TypeVar("M", bound=nn.Module)
+_CALL = nn.Module.__call__
+# The forward of each class that fused code knows.
+KNOWN: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Sequential, nn.Dropout, nn.Identity)
+}
+
+
+def known(cls: type[M]) -> type[M]:
+    """Class decorator: remembers the class's forward, so that one set later is seen."""
+    KNOWN[cls] = cls.forward
+    return cls
+
+
+def nothing_patched() -> bool:
+    """Whether module calls themselves are as torch has them: no global hook, no other __call__."""
+    return nn.Module.__call__ is _CALL and not _has_any_global_hook()
+
+
+def plain(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether nothing is replaced in this module and nothing listens to it.
+
+    Subclasses (parametrisations, FSDP, quantised layers), hooks, a forward set on the instance or
+    the class and a compiled call all say no. Its children are not looked at.
+    """
+    return (
+        type(module) is cls
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and cls.forward is KNOWN[cls]
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and nothing_patched()
+    )
+
+
+def drops_nothing(dropout: Any) -> bool:
+    """Whether this dropout module passes its input through and draws no random number."""
+    if plain(dropout, nn.Dropout):
+        return not dropout.training or dropout.p == 0
+    return plain(dropout, nn.Identity)

@@ -1,0 +1,71 @@
+"""What the model's test files share: small configs, the same weights in both models."""
+
+import torch
+
+import fastgpt
+from fastgpt import reference
+
+CONFIG = {
+    "vocab_size": 61,
+    "context_length": 32,
+    "emb_dim": 48,
+    "n_heads": 3,
+    "n_layers": 2,
+    "drop_rate": 0.0,
+    "qkv_bias": True,
+}
+
+
+def shake(module):
+    """Moves a module off its initial values, which hide much (scales of 1, flat attention)."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "norm" in name or name in ("scale", "shift"):
+                p.add_(0.3 * torch.randn_like(p))
+            if "W_query" in name or "W_key" in name:
+                p.mul_(3)
+    return module
+
+
+def pair(cfg=CONFIG, **changes):
+    """(ours, reference): models with the same weights."""
+    cfg = {**cfg, **changes}
+    torch.manual_seed(123)
+    ours, book = shake(fastgpt.GPTModel(cfg)), reference.GPTModel(cfg)
+    book.load_state_dict(ours.state_dict())
+    return ours, book
+
+
+def some_ids(B=2, T=9, vocab=CONFIG["vocab_size"], seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (B, T), generator=generator)
+
+
+def weigh(y):
+    """A scalar in which every output has its own weight, so that every gradient differs."""
+    generator = torch.Generator().manual_seed(11)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    return (y * weights.to(y.dtype)).sum()
+
+
+def outputs_and_grads(model, x):
+    """The output, the gradient of a float x, and that of each parameter by name."""
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    y = model(x)
+    inputs = [*params.values(), *([x] if x.requires_grad else [])]
+    grads = torch.autograd.grad(weigh(y), inputs, allow_unused=True)
+    return {"output": y.detach(), **dict(zip([*params, "x"], grads, strict=False))}
+
+
+def assert_same(ours, book, rtol=1e-4, atol=2e-5):
+    """Equal up to rounding in float32: for what is right or wrong, not more or less exact."""
+    torch.testing.assert_close(ours, book, rtol=rtol, atol=atol)
+
+
+def assert_same_model(ours, book, ids=None, **tolerance):
+    """The same logits with gradients and without, and the same gradients by name."""
+    ids = some_ids() if ids is None else ids
+    with torch.no_grad():
+        assert_same(ours(ids), book(ids), **tolerance)
+    assert_same(outputs_and_grads(ours, ids), outputs_and_grads(book, ids), **tolerance)
