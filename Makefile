@@ -10,7 +10,7 @@ OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attent
 
 .PHONY: help setup venv demo test bench sanitize lint format dist clean
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and the extension
 
@@ -42,6 +42,7 @@ bench: setup  ## each operation and the model against their peers, as ratios
 # GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
 # with it: AddressSanitizer has to find __cxa_throw when the process starts.
 sanitize: setup  ## the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@rm -rf $(SANITIZED)
 	FASTGPT_SANITIZE=1 CC=gcc CXX=g++ $(BIN)/python setup.py -q build \
 	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,9 @@ def generate(
     Raises:
         ValueError: as for ``generate_text_simple``, or temperature is negative or top_k below 1.
     """
-    stream = generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k, eos_id)
-    for new in stream:
+    choose = _sampling(temperature, top_k)
+    steps = _steps(model, idx, max_new_tokens, context_size, choose)
+    for new in _until(eos_id, steps):
         idx = torch.cat((idx, new), dim=1)
     return idx
 
@@ -83,6 +85,12 @@ def generate_stream(
 
     Args, errors: those of ``generate``. Stopping early leaves nothing behind.
     """
+    choose = _sampling(temperature, top_k)
+    steps = _steps(model, idx, max_new_tokens, context_size, choose, watched=True)
+    return _until(eos_id, steps)
+
+
+def _sampling(temperature: float, top_k: int | None) -> Callable[[Tensor], Tensor]:
     if temperature < 0:
         raise ValueError(f"temperature {temperature} is negative")
     if top_k is not None and top_k < 1:
@@ -96,7 +104,7 @@ def generate_stream(
             return _likeliest(logits)
         return torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
 
-    return _until(eos_id, _steps(model, idx, max_new_tokens, context_size, choose))
+    return choose
 
 
 def _likeliest(logits: Tensor) -> Tensor:
@@ -120,18 +128,23 @@ def _steps(
     max_new_tokens: int,
     context_size: int,
     choose: Callable[[Tensor], Tensor],
+    watched: bool = False,
 ) -> Iterator[Tensor]:
-    """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size]."""
+    """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size].
+
+    Watched, code of the user's runs between the steps, and may change the model.
+    """
     cache = _new_cache(model) if context_size > 0 else None
     unseen = idx[:, -context_size:]
+    memo: dict[Any, Any] | None = None if watched else {}
     for _ in range(max_new_tokens):
         with torch.no_grad():
             if cache is None or not isinstance(model, GPTModel):
                 logits = model(idx[:, -context_size:])
             elif idx.shape[1] <= context_size:
-                logits = model._forward(unseen, cache, last_only=True)
+                logits = model._forward(unseen, cache, last_only=True, memo=memo)
             else:  # the window slides, and with it every position
-                logits = model._forward(idx[:, -context_size:], last_only=True)
+                logits = model._forward(idx[:, -context_size:], last_only=True, memo=memo)
             unseen = choose(logits[:, -1])
         idx = torch.cat((idx, unseen), dim=1)
         yield unseen

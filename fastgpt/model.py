@@ -308,13 +308,15 @@ class GPTModel(nn.Module):
         """Empties the model's own cache."""
         self._own_cache = None
 
-    def _forward(self, in_idx: Tensor, cache: Any = None, last_only: bool = False) -> Tensor:
+    def _forward(
+        self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None
+    ) -> Tensor:
         from fastgpt import stack  # which knows the classes above
 
         past = cached_tokens(cache, 0)
         in_idx = self._checked(in_idx, past)
         staged = None if cache is None else Staged(cache, in_idx.shape[0], past)
-        logits = stack.forward(self, in_idx, past, staged, last_only)
+        logits = stack.forward(self, in_idx, past, staged, last_only, memo)
         if logits is None:
             logits = self._by_modules(in_idx, past, staged, last_only)
         if staged is not None:

@@ -21,13 +21,21 @@ from fastgpt.model import (
 )
 from fastgpt.plain import drops_nothing, plain
 
+Memo = dict[Any, Any]
+
 
 def forward(
-    model: GPTModel, idx: Tensor, past: int, cache: Staged | None, last_only: bool
+    model: GPTModel,
+    idx: Tensor,
+    past: int = 0,
+    cache: Staged | None = None,
+    last_only: bool = False,
+    memo: Memo | None = None,
 ) -> Tensor | None:
     """Logits of all tokens or the last, [B, T or 1, vocab_size]; None where nothing here can run.
 
-    Each piece that is plainly ours joins the next call; any other runs as the module it is.
+    Each piece that is plainly ours joins the next call; any other runs as the module it is. The
+    memo spares looking at the pieces again, and is only for calls between which nothing can change.
     """
     if not dispatch.takes_whole_pass(idx) or not plain(model.trf_blocks, nn.Sequential):
         return None
@@ -36,31 +44,47 @@ def forward(
     first = next((b for b in model.trf_blocks if type(b) is TransformerBlock), None)
     if first is None or idx.numel() == 0:
         return None
+    memo = {} if memo is None else memo
     att: Any = first.att
     run = Run(model, idx, att.d_out, att.num_heads, att.head_dim)
     run.past, run.limit = past, model._context()
-    if not _embed(model, run, idx):
+    tables = _remembered(memo, "tables", _embeddings, model, run)
+    if tables is None:
         positions = torch.arange(past, past + idx.shape[1])
         run.x = model.drop_emb(model._token_embeddings(idx) + model.pos_emb(positions))
+    else:
+        check_ids(idx, model.tok_emb.weight.shape[0])
+        run.embed(tables)
     for layer, block in enumerate(model.trf_blocks):
-        if not _add(block, run, cache, layer):
+        record = _remembered(memo, layer, _block, block, run)
+        if record is not None and past + idx.shape[1] <= block.att._context():
+            fields, hidden = record
+            run.add(fields, hidden, _slot(run, cache, layer))
+        else:
             run.x = block(run.x) if cache is None else block(run.x, cache, layer)
-    logits = _finish(model, run, last_only)
-    if logits is not None:
-        return logits
+    end = _remembered(memo, "end", _end, model, run)
+    if end is not None:
+        norm, head = end
+        return run.finish(norm, head, last_only)
     x = run.x[:, -1:] if last_only else run.x
     return model.out_head(model.final_norm(x))
 
 
-def _embed(model: GPTModel, run: Run, idx: Tensor) -> bool:
-    tokens, positions = model.tok_emb, model.pos_emb
-    for table in (tokens, positions):
+def _remembered(memo: Memo, key: Any, look: Any, *pieces: Any) -> Any:
+    if key not in memo:
+        memo[key] = look(*pieces)
+    return memo[key]
+
+
+def _embeddings(model: GPTModel, run: Run) -> tuple[int, int] | None:
+    if not drops_nothing(model.drop_emb):
+        return None
+    found = []
+    for table in (model.tok_emb, model.pos_emb):
         if not plain(table, nn.Embedding) or table.max_norm is not None:
-            return False
-    if not drops_nothing(model.drop_emb) or not run.embed(tokens.weight, positions.weight):
-        return False
-    check_ids(idx, tokens.weight.shape[0])
-    return True
+            return None
+        found.append(address(table.weight, table.weight.shape[0], run.width))
+    return None if None in found else (found[0], found[1])  # type: ignore[return-value]
 
 
 def _norm(norm: Any, width: int) -> tuple[int, int] | None:
@@ -70,10 +94,10 @@ def _norm(norm: Any, width: int) -> tuple[int, int] | None:
     return None if scale is None or shift is None else (scale, shift)
 
 
-def _add(block: Any, run: Run, cache: Staged | None, layer: int) -> bool:
-    """Adds the block to the run if every piece of it is plainly ours; says whether."""
+def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
+    """The fields of struct Block but for its caches, and the width of its feed-forward's middle."""
     if not plain(block, TransformerBlock):
-        return False
+        return None
     att, ff, width = block.att, block.ff, run.width
     if not (
         plain(att, MultiHeadAttention)
@@ -85,23 +109,20 @@ def _add(block: Any, run: Run, cache: Staged | None, layer: int) -> bool:
         and drops_nothing(att.dropout)
         and (att.num_heads, att.head_dim, att.d_out) == (run.heads, run.head_dim, width)
         and att._mask_is_causal()
-        and run.past + run.ids.shape[1] <= att._context()
     ):
-        return False
+        return None
     up, down = ff.layers[0], ff.layers[2]
     linears = (att.W_query, att.W_key, att.W_value, att.out_proj, up, down)
     if not all(plain(module, nn.Linear) for module in linears):
-        return False
+        return None
     hidden = up.out_features
     sizes = [(width, width)] * 4 + [(width, hidden), (hidden, width)]
     records = [linear(m, *size) for m, size in zip(linears, sizes, strict=True)]
     norms = [_norm(norm, width) for norm in (block.norm1, block.norm2)]
     if None in records or None in norms:
-        return False
-    slot = _slot(run, cache, layer)
-    q, k, v, out, up_, down_ = records
-    run.add((*norms[0], *q, *k, *v, *out, *norms[1], *up_, *down_, *slot), hidden)  # type: ignore[misc]
-    return True
+        return None
+    fields = (norms[0], *records[:4], norms[1], *records[4:])
+    return tuple(number for part in fields for number in part), hidden  # type: ignore[union-attr]
 
 
 def _slot(run: Run, cache: Staged | None, layer: int) -> tuple[int, int]:
@@ -111,19 +132,18 @@ def _slot(run: Run, cache: Staged | None, layer: int) -> tuple[int, int]:
     B, T = run.ids.shape
     shape = (B, run.heads, run.past + T, run.head_dim)
     old = cache.get(layer)
-    slot = Slot.longer(old, shape, max(run.limit, shape[2]), torch.empty(0))
+    slot = Slot.longer(old, shape, run.limit, torch.empty(0))
     cache.update(layer, slot)
     keys, values = slot.blocks.keys, slot.blocks.values
     run.take_capacity(keys.shape[2])
     return keys.data_ptr(), values.data_ptr()
 
 
-def _finish(model: GPTModel, run: Run, last_only: bool) -> Tensor | None:
+def _end(model: GPTModel, run: Run) -> tuple[tuple[int, int], tuple[int, ...]] | None:
+    """The records of the final norm and the head."""
     head: Any = model.out_head
     if not plain(head, nn.Linear):
         return None
     norm = _norm(model.final_norm, run.width)
     record = linear(head, run.width, head.out_features)
-    if norm is None or record is None:
-        return None
-    return run.finish(norm, record, last_only)
+    return None if norm is None or record is None else (norm, record)

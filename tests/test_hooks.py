@@ -89,6 +89,20 @@ def test_hooks_that_change_in_place(name):
 
 
 @pytest.mark.parametrize("name", MODULES[1:])
+def test_gradients_for_what_a_hook_adds(name):
+    """A steering vector, a prompt, an attack: the only thing that learns, and no parameter."""
+    grads = []
+    for model in pair(n_layers=1):
+        model.requires_grad_(False)
+        assert not model(some_ids()).requires_grad
+        added = torch.zeros(1, requires_grad=True)
+        model.get_submodule(name).register_forward_hook(lambda _, x, y, added=added: y + added)
+        model(some_ids()).square().sum().backward()
+        grads.append(added.grad)
+    assert_same(*grads, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODULES[1:])
 def test_hooks_that_call_the_model(name):
     """On other ids, in the middle of a call."""
     models = pair(n_layers=1)

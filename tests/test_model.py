@@ -140,6 +140,22 @@ def test_ten_steps_with_dropout_draw_the_same_numbers():
     torch.testing.assert_close(losses(ours, ids), losses(book, ids), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("T", [3, 70])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_not_a_number_and_infinity_go_through(path, bad, T, grad):
+    ours, book = pair(context_length=70)
+    ids = some_ids(T=T)
+    ids[0, 1], ids[1] = 60, 5  # the only place of the bad embedding
+    for model in (ours, book):
+        model.tok_emb.weight.data[60, 7] = bad
+    with torch.set_grad_enabled(grad):
+        mine, right = ours(ids), book(ids)
+    assert right[0, 0].isfinite().all()
+    assert right[0, 1].isnan().all()
+    torch.testing.assert_close(mine, right, rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("position", [1, 63, 64, 100, 128])
 def test_a_token_changes_no_earlier_bit(path, position):
     ours, _ = pair(context_length=129)

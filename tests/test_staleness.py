@@ -147,10 +147,7 @@ def test_freed_memory_at_the_same_address():
     weight = ours.trf_blocks[0].ff.layers[0].weight
     for seed in range(4):
         infer(ours)
-        address = weight.data_ptr()
-        weight.data = torch.empty(
-            0
-        )  # frees it, so that the next block of this size comes from there
+        weight.data = torch.empty(0)  # frees it: the next block of this size comes from there
         weight.data = torch.randn(192, 48, generator=torch.Generator().manual_seed(seed)) / 4
         book.trf_blocks[0].ff.layers[0].weight.data.copy_(weight.data)
         assert_same(ours(some_ids()), book(some_ids()))

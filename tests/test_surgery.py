@@ -70,6 +70,14 @@ def without_bias(linear):
     return linear
 
 
+def plain_tensors(module):
+    """As hypernetworks and meta-learning have it: what was a parameter is any tensor."""
+    for name, p in list(module.named_parameters()):
+        delattr(module, name)
+        setattr(module, name, p.detach() * 1.5)
+    return module
+
+
 def frozen(module):
     return module.requires_grad_(False)
 
@@ -95,6 +103,7 @@ EVERY_LINEAR = {
     "lora": LoRA,
     "subclassed": subclassed,
     "column_major": column_major,
+    "plain_tensors": plain_tensors,
     "frozen": frozen,
     "patched": patched,
     "parametrized": parametrized,
@@ -106,6 +115,7 @@ EVERY_LINEAR = {
 EVERY_NORM = {
     "torchs": lambda norm: nn.LayerNorm(norm.scale.shape),
     "identity": lambda _: nn.Identity(),
+    "plain_tensors": plain_tensors,
     "frozen": frozen,
     "patched": patched,
     "parametrized": parametrized,
@@ -177,6 +187,21 @@ def packed(model):
             part = slice(48 * i, 48 * i + 48)
             getattr(block.att, name).weight = nn.Parameter(weight[:, part].T)
             getattr(block.att, name).bias = nn.Parameter(bias[part])
+
+
+@surgery
+def slices_of_larger_weights(model):
+    for module in model.modules():
+        if hasattr(module, "weight"):
+            rows, cols = module.weight.shape
+            larger = torch.randn(rows + 2, cols + 5) / 7
+            module.weight = nn.Parameter(larger[1:-1, 3:-2])
+
+
+@surgery
+def column_major_embeddings(model):
+    column_major(model.tok_emb)
+    column_major(model.pos_emb)
 
 
 @surgery
@@ -271,6 +296,29 @@ def longer_feed_forward(model):
 
 
 @surgery
+def narrower_feed_forward(model):
+    layers = model.trf_blocks[1].ff.layers
+    layers[0], layers[2] = nn.Linear(48, 20), nn.Linear(20, 48)
+
+
+@surgery
+def other_attention(model):
+    model.trf_blocks[0].att = nn.Sequential(nn.Linear(48, 48), nn.Tanh())
+
+
+@surgery
+def wider_attention(model):
+    model.trf_blocks[0].att = type(model.trf_blocks[0].att)(48, 96, 32, 0.0, 4)
+    model.trf_blocks[0].att.out_proj = nn.Linear(96, 48)
+
+
+@surgery
+def more_heads(model):
+    for block in model.trf_blocks[1:]:
+        block.att.num_heads, block.att.head_dim = 6, 8
+
+
+@surgery
 def other_feed_forward(model):
     model.trf_blocks[0].ff = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 48))
 
@@ -326,6 +374,53 @@ def other_positions(model):
             return torch.sin(positions[:, None] / torch.arange(1, 49))
 
     model.pos_emb = Sine()
+
+
+class Only(nn.Module):
+    """Passes on some of the tokens or rows."""
+
+    def __init__(self, *index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, x):
+        return x[self.index]
+
+
+@surgery
+def the_last_token_alone(model):
+    model.trf_blocks.insert(1, Only(slice(None), slice(-1, None)))
+
+
+@surgery
+def the_first_row_alone(model):
+    model.drop_emb = Only(slice(0, 1))
+
+
+@surgery
+def a_soft_prompt(model):
+    class Prompt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prompt = nn.Parameter(torch.randn(5, 48))
+
+        def forward(self, x):
+            return torch.cat([self.prompt.expand(len(x), 5, 48), x], dim=1)
+
+    model.drop_emb = Prompt()
+
+
+@surgery
+def a_wider_half(model):
+    block = type(model.trf_blocks[0])({**CONFIG, "emb_dim": 96})
+    model.trf_blocks = nn.Sequential(model.trf_blocks[0], nn.Linear(48, 96), block)
+    model.final_norm = type(model.final_norm)(96)
+    model.out_head = nn.Linear(96, 61)
+
+
+@surgery
+def clipped_embeddings(model):
+    model.tok_emb.max_norm = 1.0
 
 
 @surgery

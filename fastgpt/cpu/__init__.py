@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Iterator
 
 missing: str | None = None  # why there is no extension
 try:
-    from fastgpt import _C
+    _C = importlib.import_module("fastgpt._C")
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     missing = f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"

@@ -81,18 +81,14 @@ class Run:
         self._blocks: list[int] = []
         self._n_blocks = self._hidden = 0
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> bool:
-        """Takes the embeddings where it can; says whether. The ids must be in range."""
-        token = address(tokens, tokens.shape[0], self.width)
-        position = address(positions, positions.shape[0], self.width)
-        if token is None or position is None:
-            return False
-        self._embeddings = token, position
-        return True
+    def embed(self, tables: tuple[int, int]) -> None:
+        """Takes the addresses of the token and position embeddings; the ids must be in range."""
+        self._embeddings = tables
 
-    def add(self, record: tuple[int, ...], hidden: int) -> None:
+    def add(self, record: tuple[int, ...], hidden: int, caches: tuple[int, int]) -> None:
         """Takes a block: the fields of struct Block, and the width of its feed-forward's middle."""
         self._blocks += record
+        self._blocks += caches
         self._n_blocks += 1
         self._hidden = max(self._hidden, hidden)
 
