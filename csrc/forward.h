@@ -123,7 +123,9 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
     const int64_t scratch_floats = ForwardScratch::per_thread(f);
     if (M == 0) return;
 
+    Barrier meeting;
     parallel_region(threads, [&](int64_t part, int64_t parts) {
+        const auto barrier = [&] { meeting.wait(parts); };
         float* scratch = scratches + part * scratch_floats;
         const auto share_rows = [&](int64_t rows, auto each) {
             for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) each(r);
@@ -133,7 +135,7 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
                                       int64_t y_row, const float* residual, bool gelu) {
             const LinearCall call{x,     x_row, w.weight, w.row, w.col, w.bias, residual,
                                   y_row, y,     y_row,    rows,  w.out, w.in,   gelu};
-            linear(call, static_cast<int>(part), static_cast<int>(parts), scratch);
+            product(call, static_cast<int>(part), static_cast<int>(parts), scratch);
         };
         const auto norm_rows = [&](const float* scale, const float* shift) {
             share_rows(M, [&](int64_t r) { norm_row(f.x + r * D, scale, shift, h + r * D, D, eps); });

@@ -1,16 +1,16 @@
 // y = act(x W^T + bias) + residual in float32: the product behind every linear layer, from the live weight.
 //
-// Two ways to do it, chosen by the number of rows:
-//   dots   few rows. Each element of W is read once, from memory, straight into dot products along K; the time is
-//          the time of reading W. Four rows of W against up to six rows of x stay in registers.
-//   tiles  many rows. A block of W is rearranged into panels of kPanel columns that stay in the L2 cache, each
-//          row tile of x is multiplied with every panel, and bias, GELU and residual are applied while the tile
-//          is in registers. The block goes with the call: nothing of W outlives it.
-// W may also be column-major (the book's weight loader leaves such parameters). Then its rows along N are what the
-// tile kernel wants, so few rows read it in place and many rows pack it by copying.
+// Three ways to do it, chosen by the number of rows and by how W lies:
+//   dots    few rows, W row-major (torch's own layout). Dot products along K: every element of W is read once, in
+//           place, and the time is that of reading W. Four rows of W against up to six rows of x stay in registers.
+//   stream  few rows, W column-major (the book's weight loader leaves such parameters). Eight rows of W^T at a time
+//           are read along and added into y, which stays in the cache.
+//   tiles   many rows. W is rearranged block by block into panels of kPanel columns that stay in the L2 cache; tiles of
+//           eight rows of x are multiplied with them, and bias, GELU and residual follow while the sums are in L1. The
+//           next block is fetched meanwhile. The block goes with the call: nothing of W outlives it.
 //
-// The order of the sums over K depends on K, the layout of W and the way alone, never on the other rows, the
-// threads or the tails: a row's bits are the same whatever stands beside it.
+// The order of the sums depends on m, k and the layout of W, never on what other rows hold, on the threads or on the
+// tails, so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
 #pragma once
 
 #include "gelu.h"
@@ -135,8 +135,9 @@ typedef void (*DotKernel)(int64_t, const float*, int64_t, const float* const (&)
 static const DotKernel dots_by_rows[] = {dot_tile<1>,
                                          dot_tile<2>,
                                          dot_tile<3>,
-                                         dot_tile < kDotRows < 4 ? 1 : 4 >
-                                         , dot_tile < kDotRows < 5 ? 1 : 5 >, dot_tile < kDotRows < 6 ? 1 : 6 > };
+                                         dot_tile<(kWide ? 4 : 1)>,
+                                         dot_tile<(kWide ? 5 : 1)>,
+                                         dot_tile<(kWide ? 6 : 1)>};
 
 // W row-major, m <= kMaxDotM.
 static void dots(const LinearCall& p, float* workspace) {
@@ -220,7 +221,7 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
 
 typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const float*, int64_t, int64_t, float*);
 static const TileKernel tile_kernels[] = {
-    tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile < kWide ? 7 : 1 >, tile < kWide ? 8 : 1 > };
+    tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<(kWide ? 7 : 1)>, tile<(kWide ? 8 : 1)>};
 
 // panel[kk * kPanel + j] = W[n0 + j][k0 + kk]; columns past the end are zero.
 static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, float* panel) {
@@ -257,6 +258,7 @@ static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, f
     }
 }
 
+// Any m, either layout.
 static void tiles(const LinearCall& p, float* workspace) {
     float *packed = workspace, *sums = workspace + kBlockFloats;
     int64_t depth = min(kBlockK, p.k), width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, kBlockM);
@@ -343,28 +345,46 @@ static void stream(const LinearCall& p, float* workspace) {
     }
 }
 
-// What thread `part` of `parts` does: its own columns, nothing shared, so no barrier inside.
-inline void product_way(const LinearCall& whole, int part, int parts, float* workspace, int way) {
+// ------------------------------------------------------------------------------------------------- product
+
+enum Way { kDots, kTiles, kStream };
+
+inline Way way_for(const LinearCall& p) {
+    if (p.w_col == 1) return p.m <= kMaxDotM ? kDots : kTiles;
+    return p.m <= kMaxStreamM ? kStream : kTiles;
+}
+
+// Part `part` of `parts` of a product, into its own columns and rows of y: nothing is shared, so there is no barrier
+// inside, and the bits do not depend on `parts`. With more parts than threads the parts may be handed out as threads
+// get free. The workspace, kLinearScratch floats, belongs to the calling thread.
+[[maybe_unused]] static void product(const LinearCall& whole, int part, int parts, float* workspace) {
     LinearCall p = whole;
-    int64_t panels = up(p.n, kPanel), n0 = panels * part / parts * kPanel,
-            n1 = min(panels * (part + 1) / parts * kPanel, p.n);
-    if (n0 >= n1 || p.m <= 0) return;
-    p.n = n1 - n0;
+    Way way = way_for(p);
+    int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), parts_m = 1, best = -1;
+    for (int64_t d = 1; way == kTiles && d <= parts; d++) {  // a row of tiles costs about as much as packing its panel
+        int64_t cost = up(panels, parts / d) * (up(tiles_m, d) + 1);
+        if (parts % d == 0 && (best < 0 || cost < best)) best = cost, parts_m = d;
+    }
+    int64_t parts_n = parts / parts_m, pn = part % parts_n, pm = part / parts_n;
+    int64_t n0 = panels * pn / parts_n * kPanel, n1 = min(panels * (pn + 1) / parts_n * kPanel, p.n);
+    int64_t m0 = tiles_m * pm / parts_m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts_m * kTileRows, p.m);
+    if (n0 >= n1 || m0 >= m1) return;
+    p.m = m1 - m0, p.n = n1 - n0;
+    p.x += m0 * p.x_row;
     p.w += n0 * p.w_row;
-    p.y += n0;
+    p.y += m0 * p.y_row + n0;
     if (p.bias) p.bias += n0;
-    if (p.residual) p.residual += n0;
-    if (way < 0) way = p.w_row == 1 ? (p.m <= kMaxStreamM ? 2 : 1) : p.m <= kMaxDotM ? 0 : 1;
-    if (way == 2)
-        stream(p, workspace);
-    else if (way == 0)
+    if (p.residual) p.residual += m0 * p.residual_row + n0;
+    if (way == kDots)
         dots(p, workspace);
-    else
+    else if (way == kTiles)
         tiles(p, workspace);
+    else
+        stream(p, workspace);
 }
-inline void linear(const LinearCall& p, int part, int parts, float* workspace) {
-    product_way(p, part, parts, workspace, -1);
-}
+
+static_assert(kBlockK % kChain == 0 && kStreamDepth % kStreamRows == 0, "the parts of K fit each other");
+static_assert(kLinearScratch >= kStreamRow * kMaxStreamM && kStreamCols % (kStreamVecs * Vec::width) == 0, "sums fit");
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -2,14 +2,34 @@
 // without OpenMP, everything runs on the calling thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define FASTGPT_PAUSE() _mm_pause()
+#else
+#define FASTGPT_PAUSE() static_cast<void>(0)
+#endif
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
+
+inline void yield_processor() {
+#ifdef _WIN32
+    SwitchToThread();
+#else
+    sched_yield();
+#endif
+}
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
@@ -24,12 +44,29 @@ inline void parallel_region(int64_t threads, F f) {
     f(int64_t{0}, int64_t{1});
 }
 
-// Inside a region: waits for its other threads.
-inline void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
+// Where the threads of a region meet. It spins for a little and then yields: OpenMP's own barrier spins on, and
+// on a machine with other work (or fewer cores than threads) that takes several times as long.
+class Barrier {
+  public:
+    // Every one of the region's threads calls this with their number.
+    void wait(int64_t threads) {
+        if (threads == 1) return;
+        const int64_t phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+            if (spins < 4000)
+                FASTGPT_PAUSE();
+            else
+                yield_processor();
+    }
+
+  private:
+    std::atomic<int64_t> arrived_{0}, phase_{0};
+};
 
 // f(begin, end) over [0, n) in one piece a thread, none much shorter than the grain.
 template <class F>

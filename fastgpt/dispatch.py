@@ -129,20 +129,32 @@ def choose(op: str, *tensors: torch.Tensor) -> str:
     return "reference"
 
 
-def _direct(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a kernel may read these tensors' memory with nothing watching or transforming in
-    between.
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is at work."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
-    Not so under a dispatch mode (fake tensors, FLOP counters), a functorch transform, forward-mode
-    differentiation or for a tensor subclass: all of these want to see PyTorch's own operations.
+
+def _direct(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a kernel may read these tensors' memory with nothing watching or transforming.
+
+    Not so under a dispatch mode (fake tensors, FLOP counters), a transform, tracing, or for a
+    tensor subclass: all of these want to see PyTorch's own operations.
     """
     return (
         _len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not transformed()
         and torch._C._get_tracing_state() is None
         and all(type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for this tensor's device."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def takes_whole_pass(idx: torch.Tensor) -> bool:
@@ -151,10 +163,11 @@ def takes_whole_pass(idx: torch.Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and requested() in ("auto", "cpu")
         and idx.device.type == "cpu"
         and cpu.missing_reason() is None
-        and not torch.is_autocast_enabled("cpu")
+        and not autocasts(idx)
         and _direct((idx,))
     )
 

@@ -76,7 +76,8 @@ class FeedForward(nn.Module):
             and plain(act, GELU)
             and up.bias is not None
             # Autocast rounds the sum of product and bias, not the product.
-            and not torch.is_autocast_enabled(x.device.type)
+            and not dispatch.autocasts(x)
+            and not dispatch.transformed()
             and not torch.compiler.is_compiling()
         )
 
@@ -201,6 +202,7 @@ class MultiHeadAttention(nn.Module):
             )
         elif mask.is_meta or _is_causal(mask):
             self._buffers["mask"] = None
+            self.context_length = size[0]
         elif local_metadata.get("assign_to_params_buffers", False):
             self._buffers["mask"] = mask
         else:

@@ -21,11 +21,6 @@ def known(cls: type[M]) -> type[M]:
     return cls
 
 
-def nothing_patched() -> bool:
-    """Whether module calls themselves are as torch has them: no global hook, no other __call__."""
-    return nn.Module.__call__ is _CALL and not _has_any_global_hook()
-
-
 def plain(module: Any, cls: type[nn.Module]) -> bool:
     """Whether nothing is replaced in this module and nothing listens to it.
 
@@ -41,7 +36,8 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
         and cls.forward is KNOWN[cls]
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
-        and nothing_patched()
+        and cls.__call__ is _CALL
+        and not _has_any_global_hook()
     )
 
 

@@ -40,8 +40,9 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5) -> Te
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU."""
-    inner = torch.sqrt(torch.tensor(2.0 / math.pi)) * (x + 0.044715 * torch.pow(x, 3))
-    return 0.5 * x * (1 + torch.tanh(inner))
+    # In the book's order: autograd adds up a tensor's gradients in the order of its uses.
+    root = torch.tensor(2.0 / math.pi)
+    return 0.5 * x * (1 + torch.tanh(torch.sqrt(root) * (x + 0.044715 * torch.pow(x, 3))))
 
 
 def causal_attention(

@@ -1,4 +1,4 @@
-"""The whole stack in as few calls into C++ as its pieces allow, where no gradient is recorded."""
+"""The whole stack in as few calls into C++ as its pieces allow, where gradients are off."""
 
 from __future__ import annotations
 
@@ -39,13 +39,11 @@ def forward(
     """
     if not dispatch.takes_whole_pass(idx) or not plain(model.trf_blocks, nn.Sequential):
         return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        return None
-    first = next((b for b in model.trf_blocks if type(b) is TransformerBlock), None)
-    if first is None or idx.numel() == 0:
+    attentions = [b.att for b in model.trf_blocks if type(b) is TransformerBlock]
+    att: Any = next((a for a in attentions if type(a) is MultiHeadAttention), None)
+    if att is None or idx.numel() == 0:
         return None
     memo = {} if memo is None else memo
-    att: Any = first.att
     run = Run(model, idx, att.d_out, att.num_heads, att.head_dim)
     run.past, run.limit = past, model._context()
     tables = _remembered(memo, "tables", _embeddings, model, run)
@@ -55,15 +53,16 @@ def forward(
     else:
         check_ids(idx, model.tok_emb.weight.shape[0])
         run.embed(tables)
+    block: Any
     for layer, block in enumerate(model.trf_blocks):
         record = _remembered(memo, layer, _block, block, run)
-        if record is not None and past + idx.shape[1] <= block.att._context():
+        if record is not None and run.fits() and past + idx.shape[1] <= block.att._context():
             fields, hidden = record
             run.add(fields, hidden, _slot(run, cache, layer))
         else:
             run.x = block(run.x) if cache is None else block(run.x, cache, layer)
     end = _remembered(memo, "end", _end, model, run)
-    if end is not None:
+    if end is not None and run.fits():
         norm, head = end
         return run.finish(norm, head, last_only)
     x = run.x[:, -1:] if last_only else run.x
@@ -90,7 +89,7 @@ def _embeddings(model: GPTModel, run: Run) -> tuple[int, int] | None:
 def _norm(norm: Any, width: int) -> tuple[int, int] | None:
     if not plain(norm, LayerNorm) or norm.eps != EPS:
         return None
-    scale, shift = (address(norm._parameters[name], width) for name in ("scale", "shift"))
+    scale, shift = (address(norm._parameters.get(name), width) for name in ("scale", "shift"))
     return None if scale is None or shift is None else (scale, shift)
 
 

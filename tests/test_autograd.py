@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from pairs import assert_same, assert_same_model, outputs_and_grads, pair, some_ids
+from pairs import assert_same, assert_same_model, outputs_and_grads, pair, some_ids, weigh
 
 import fastgpt
 
@@ -72,6 +72,26 @@ def test_only_the_input_learns():
         results.append(outputs_and_grads(block, torch.ones(1, 5, 48).cumsum(-1)))
     assert list(results[0]) == ["output", "x"]
     assert_same(*results)
+
+
+PARAMETERS = [name for name, _ in pair(n_layers=1)[1].named_parameters()]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_only_a_tensor_in_place_of_a_parameter_learns(name):
+    """As under a hypernetwork: what stands in the module is no parameter, and leads elsewhere."""
+    results = []
+    for model in pair(n_layers=1):
+        model.requires_grad_(False)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        z = module._parameters[leaf].clone().requires_grad_()
+        delattr(module, leaf)
+        setattr(module, leaf, z.sin())
+        with torch.no_grad():
+            logits = model(some_ids())
+        results.append([logits, *torch.autograd.grad(weigh(model(some_ids())), z)])
+    assert_same(*results, atol=1e-4)
 
 
 def test_a_weight_changed_between_forward_and_backward_is_an_error():

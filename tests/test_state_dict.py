@@ -1,6 +1,8 @@
-"""State dicts between ours, the reference and the book's package; the mask that few models hold."""
+"""State dicts between ours, the reference and the book's package; copies; the mask as a key."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -297,3 +299,36 @@ def test_optimiser_checkpoints_go_by_position():
         model(some_ids(seed=8)).square().mean().backward()
         optimiser.step()
     assert_same(ours(some_ids()), book(some_ids()), atol=1e-3)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: save_and_load(model),
+}
+
+
+def save_and_load(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_are_whole_and_apart(how):
+    ours, book = pair()
+    ours.out_head.weight = ours.tok_emb.weight
+    book.out_head.weight = book.tok_emb.weight
+    ours(some_ids()).sum().backward()
+    twin = COPIES[how](ours)
+    assert twin.out_head.weight is twin.tok_emb.weight
+    for p in ours.parameters():
+        p.data.zero_()
+    assert_same_model(twin, book)
+
+
+def test_a_pickled_part():
+    block = fastgpt.TransformerBlock(CONFIG)
+    x = torch.randn(1, 5, 48)
+    assert torch.equal(pickle.loads(pickle.dumps(block))(x), block(x))

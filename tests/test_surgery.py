@@ -1,8 +1,6 @@
 """What readers do to the book's model works on ours, and gives what it gives on the reference."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -493,87 +491,3 @@ def test_the_shortcuts_dropout_has_the_packages_name_too():
     block.drop_resid = nn.Identity()
     assert isinstance(block.drop_shortcut, nn.Identity)
     assert "drop_resid" not in dict(block.named_modules())
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: save_and_load(model),
-}
-
-
-def save_and_load(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_are_whole_and_apart(how):
-    ours, book = pair()
-    ours.out_head.weight = ours.tok_emb.weight
-    book.out_head.weight = book.tok_emb.weight
-    ours(some_ids()).sum().backward()
-    twin = COPIES[how](ours)
-    assert twin.out_head.weight is twin.tok_emb.weight
-    for p in ours.parameters():
-        p.data.zero_()
-    assert_same_model(twin, book)
-
-
-def test_a_pickled_part():
-    block = fastgpt.TransformerBlock(CONFIG)
-    x = torch.randn(1, 5, 48)
-    assert torch.equal(pickle.loads(pickle.dumps(block))(x), block(x))
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        some_ids(9, 4).t(),
-        some_ids(2, 18)[:, ::2],
-        some_ids(1, 9).expand(3, 9),
-        some_ids().int(),
-        some_ids(9, 4).int().t(),
-    ],
-    ids=["transposed", "every_other", "expanded", "int32", "int32_transposed"],
-)
-def test_layouts_of_ids(ids):
-    assert_same_model(*pair(), ids)
-
-
-@pytest.mark.parametrize("where", ["everywhere", "drop_emb", "att.dropout", "drop_shortcut"])
-def test_dropout_draws_what_the_reference_draws(where):
-    results = []
-    for model in pair():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout) and (where == "everywhere" or name.endswith(where)):
-                module.p = 0.4
-        torch.manual_seed(9)
-        results.append(outputs_and_grads(model, some_ids()))
-        results[-1]["generator"] = torch.get_rng_state()
-    assert_same(*results)
-    assert not torch.allclose(results[0]["output"], pair()[0](some_ids()), atol=1e-2)
-
-
-@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.0, False), (0.4, False)])
-def test_no_dropout_draws_nothing(p, training):
-    ours, _ = pair(drop_rate=p)
-    before = torch.get_rng_state()
-    ours.train(training)(some_ids()).sum().backward()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_everything_dropped():
-    assert_same_model(*pair(drop_rate=1.0))
-
-
-def test_one_part_in_training_mode():
-    results = []
-    for model in pair(drop_rate=0.4):
-        model.eval()
-        model.trf_blocks[1].att.train()
-        torch.manual_seed(9)
-        results.append(outputs_and_grads(model, some_ids()))
-    assert_same(*results)

@@ -23,14 +23,14 @@ _GRAIN = 1 << 20  # multiplications below which a second thread costs more than 
 _idle: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
 
 
-def address(tensor: Tensor | None, *shape: int) -> int | None:
-    """Where a contiguous float32 CPU tensor of this shape starts; None for any other."""
+def address(tensor: Tensor | None, *shape: int, contiguous: bool = True) -> int | None:
+    """Where a float32 CPU tensor of this shape starts; None for any other, or not contiguous."""
     if (
         tensor is None
         or tensor.dtype is not torch.float32
         or tensor.shape != shape
         or not tensor.is_cpu
-        or not tensor.is_contiguous()
+        or (contiguous and not tensor.is_contiguous())
         or (type(tensor) is not nn.Parameter and type(tensor) is not Tensor)
     ):
         return None
@@ -41,9 +41,11 @@ def linear(module: nn.Module, n_in: int, n_out: int) -> tuple[int, ...] | None:
     """The record of an nn.Linear of these sizes, its weight row-major or column-major; None for any
     other.
     """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if (
         weight is None
+        or "bias" not in parameters  # somebody has put another tensor in its place
         or weight.dtype is not torch.float32
         or weight.shape != (n_out, n_in)
         or not weight.is_cpu
@@ -97,6 +99,12 @@ class Run:
         if self._n_blocks and capacity != self.capacity:
             self._x = self.x
         self.capacity = capacity
+
+    def fits(self) -> bool:
+        """Whether the stream is as a call expects it; a module may have changed its form."""
+        if self._embeddings or self._blocks:
+            return True
+        return address(self._x, *self.ids.shape, self.width, contiguous=False) is not None
 
     @property
     def x(self) -> Tensor:

@@ -47,6 +47,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     T, S = q.shape[2], k.shape[2]
+    if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
+        return _weights(q, k, scale) @ v
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -62,11 +64,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v by the plain formulas, differentiable themselves. dout: [B, T, H, D]."""
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[B, H, T, S], by PyTorch's differentiable operations."""
     T, S = q.shape[2], k.shape[2]
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    weights = torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)
+    return torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)
+
+
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v by the plain formulas, differentiable themselves. dout: [B, T, H, D]."""
+    weights = _weights(q, k, scale)
     dout = dout.transpose(1, 2)
     dweights = dout @ v.mT
     dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
