@@ -57,6 +57,8 @@ def test_table(capsys):
     assert cli.main(["compare", "--rounds", "2", "--threads", "1"]) == 0
     note, *table = capsys.readouterr().out.splitlines()
     assert "known ids" in note
+    if "No fused kernels" in table[0]:
+        del table[0]
     text = "\n".join(table)
     for part in ("forward [1, 8]", "forward [1, 32]", "4/4 same", "1 thread,", torch.__version__):
         assert part in text
@@ -158,8 +160,8 @@ def test_tiktoken_without_its_table(monkeypatch, tmp_path, capsys):
     assert cli.main(["compare", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["prompt"]["ids"] == list(compare.PROMPT_IDS)
-    assert err.count("\n") == 1
-    assert "ConnectionError" in err
+    (line,) = (line for line in err.splitlines() if "gpt2 table" in line)
+    assert "ConnectionError" in line
 
 
 def test_tiktoken_with_its_table():

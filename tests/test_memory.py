@@ -1,0 +1,57 @@
+"""Peak sizes, each in a process of its own, at the real size of GPT-2 124M."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastgpt import cpu
+
+pytestmark = [
+    pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing)),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+START = """
+import resource, torch, fastgpt
+def now():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.manual_seed(0)
+model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M).eval()
+idx = torch.randint(0, 50257, (8, 1024))
+"""
+
+
+def _bytes(code):
+    run = subprocess.run(
+        [sys.executable, "-c", START + code], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
+
+
+def test_a_forward_pass_takes_little_above_its_logits():
+    code = """
+with torch.no_grad():
+    model(idx[:1, :8])
+    before = now()
+    logits = model(idx)
+print(peak() - before - logits.nbytes)
+"""
+    assert _bytes(code) < 0.45e9
+
+
+def test_generating_does_not_grow():
+    code = """
+def generate(n):
+    fastgpt.generate_text_simple(model, idx[:1, :40], n, 1024)
+generate(200)
+generate(200)  # the allocator keeps what it has once mapped and freed
+before = now()
+for _ in range(4):
+    generate(200)
+print(now() - before)
+"""
+    assert _bytes(code) < 16e6
