@@ -9,7 +9,7 @@ SANITIZED := build/sanitize
 OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_forward.py \
             tests/test_cpu.py
 
-.PHONY: help setup venv demo test bench sanitize lint format dist clean
+.PHONY: help setup venv demo test bench scaling sanitize lint format dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -37,8 +37,16 @@ demo: setup  ## the book's model and ours on GPT-2 124M, side by side
 test: setup  ## the tests
 	$(BIN)/python -m pytest
 
-bench: setup  ## each operation and the model against their peers, as ratios
+# The peers: other libraries that run GPT-2. Nothing else needs them.
+$(VENV)/.bench: $(VENV)/.installed
+	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: setup $(VENV)/.bench  ## each operation, forward passes and generation against their peers
 	$(BIN)/python -m benchmarks
+
+scaling: setup $(VENV)/.bench  ## draw time against tokens, batch, layers and threads
+	$(BIN)/python -m benchmarks.scaling --out docs/scaling.svg
 
 # GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
 # with it: AddressSanitizer has to find __cxa_throw when the process starts.

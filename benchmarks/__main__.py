@@ -1,102 +1,80 @@
 """`python -m benchmarks`: a table of speeds relative to the reference, with each peer's error.
 
-By default it runs `pytest benchmarks --benchmark-only`, which times one peer after the other.
-`--interleaved` times them in turns in one process instead, so that a busy neighbour hits all alike.
+The peers take turns in one process, so that a busy neighbour hits all alike, and each one's fastest
+round counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from math import ceil
-from pathlib import Path
-from statistics import median
 
 import torch
 
-from benchmarks.case import PEERS, Case
+from benchmarks.case import ALL_PEERS, Case
 from fastgpt.compare import interleaved
 from fastgpt.machine import machine_line
 
-FOLDER = Path(__file__).parent
-OPERATIONS = ("layer_norm", "gelu", "causal_attention", "forward")
+OPERATIONS = ("layer_norm", "gelu", "causal_attention", "forward", "decode")
+ROUNDS = 4  # at least
 
-Timings = dict[str, tuple[float, float]]  # of one case: peer -> median seconds, largest error
+Timings = dict[str, tuple[float, float | None]]  # of one case: peer -> seconds, error
 
 
 def main() -> int:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     top.add_argument("operation", nargs="*", help=f"of {', '.join(OPERATIONS)} (default: all)")
-    top.add_argument("--interleaved", action="store_true", help="time the peers in turns")
-    args = top.parse_args()
-    operations = args.operation or OPERATIONS
+    operations = top.parse_args().operation or OPERATIONS
     if unknown := set(operations) - set(OPERATIONS):
         top.error(f"no benchmark of {', '.join(sorted(unknown))}, only of {', '.join(OPERATIONS)}")
-
-    if args.interleaved:
-        code, table = 0, dict(in_turns(operations))
-    else:
-        code, table = through_pytest(operations)
-    print_table(table)
+    print_table(dict(in_turns(operations)))
     print(f"\n{machine_line()}")
-    return code
-
-
-def through_pytest(operations: list[str]) -> tuple[int, dict[str, Timings]]:
-    """pytest's exit code, and what pytest-benchmark measured."""
-    files = [str(FOLDER / f"bench_{operation}.py") for operation in operations]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        options = ["--benchmark-only", f"--benchmark-json={report}", "-q"]
-        code = subprocess.run([sys.executable, "-m", "pytest", *files, *options]).returncode
-        rows = json.loads(report.read_text())["benchmarks"] if report.exists() else []
-    table: dict[str, Timings] = {}
-    for row in rows:
-        timing = (row["stats"]["median"], row["extra_info"]["max_abs_error"])
-        table.setdefault(row["group"], {})[row["name"]] = timing
-    return code, table
+    return 0
 
 
 @torch.no_grad()
-def in_turns(operations: list[str]) -> Iterator[tuple[str, Timings]]:
+def in_turns(operations: Iterable[str]) -> Iterator[tuple[str, Timings]]:
     """Each case's name and timings, the peers one after another within each round."""
+    told = set()
     for operation in operations:
         for name, build in import_module(f"benchmarks.bench_{operation}").CASES.items():
             print(name, file=sys.stderr, flush=True)
             torch.manual_seed(123)
             case: Case = build()
-            peers = {peer: case.peers[peer] for peer in PEERS if case.can_run(peer)}
+            reasons = {peer: case.why_not(peer) for peer in [*case.peers, *case.skipped]}
+            for peer, reason in reasons.items():
+                if reason and (peer, reason) not in told:
+                    print(f"  without {peer}: {reason}", file=sys.stderr, flush=True)
+                    told.add((peer, reason))
+            peers = {peer: run for peer, run in case.peers.items() if not reasons[peer]}
             case.check()
-            once = sum(map(sum, interleaved(peers, 1).values()))
-            seconds = interleaved(peers, min(max(5, ceil(2 / once)), 1000))
-            yield name, {peer: (median(seconds[peer]), case.error(peer)) for peer in peers}
+            first = interleaved(peers, 1)
+            once = sum(map(sum, first.values()))
+            more = interleaved(peers, min(max(ROUNDS - 1, ceil(2 / once)), 1000))
+            yield name, {p: (min(first[p] + more[p]), case.error(p)) for p in peers}
 
 
 def print_table(table: dict[str, Timings]) -> None:
-    """A row a case: the reference's median, every other peer's speed-up over it, and all errors."""
-    rows = [["work", *PEERS], ["---"] * (1 + len(PEERS))]
+    """A row a case: the reference's time, every other peer's speed-up over it, and all errors."""
+    shown = [peer for peer in ALL_PEERS if any(peer in timings for timings in table.values())]
+    rows = [["work", *shown], ["---"] * (1 + len(shown))]
     for name, timings in table.items():
-        if "reference" not in timings:  # its benchmark failed, and pytest said why
-            continue
         base, base_error = timings["reference"]
         cells = [f"{_readable(base)}, {base_error:.1e}"]
-        for peer in PEERS[1:]:
-            if peer in timings:
-                seconds, error = timings[peer]
-                cells.append(f"{base / seconds:.2f}x, {error:.1e}")
-            else:
-                cells.append("-")
+        for peer in shown[1:]:
+            seconds, error = timings.get(peer, (None, None))
+            speed = "-" if seconds is None else f"{base / seconds:.2f}x"
+            cells.append(speed if error is None else f"{speed}, {error:.1e}")
         rows.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
-    print("\nReference: median time; the others: how many times as fast. Then the largest error")
-    print("against float64.")
+    print("\nReference: time; the others: how many times as fast, by the fastest of interleaved")
+    print("rounds. Then the largest error against float64; of decode, how far a chosen token's")
+    print("logit lies below the greatest one, in float64.")
 
 
 def _readable(seconds: float) -> str:

@@ -8,33 +8,45 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PEERS = ("reference", "torch", "compile", "fastgpt")
+PEERS = ("reference", "torch", "compile", "fastgpt")  # of an operation
+ALL_PEERS = ("reference", "torch", "compile", "hf", "ct2", "floor", "fastgpt")
+
+Result = Tensor | tuple[Tensor, ...]
 
 
 @dataclass
 class Case:
-    """`peers[name]()` does the work and returns a tensor or a tuple of them, as `exact` does."""
+    """`peers[name]()` does the work and returns what `exact` is, or None (`floor` only)."""
 
-    peers: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
-    exact: Tensor | tuple[Tensor, ...]  # the result in float64
-    _errors: dict[str, float] = field(default_factory=dict)
+    peers: dict[str, Callable[[], Result | None]]
+    exact: Result  # in float64
+    skipped: dict[str, str] = field(default_factory=dict)  # peers that cannot run here, and why
+    _errors: dict[str, float | None] = field(default_factory=dict)
 
     @torch.no_grad()
-    def error(self, peer: str) -> float:
-        """Largest absolute difference of a peer's result from `exact`; its first, cold call too."""
+    def error(self, peer: str) -> float | None:
+        """How far a peer's result lies from `exact`, None without one; its first, cold call."""
         if peer not in self._errors:
-            got, exact = self.peers[peer](), self.exact
-            pairs = zip(got, exact, strict=True) if isinstance(exact, tuple) else [(got, exact)]
-            self._errors[peer] = max((a - b).abs_().max().item() for a, b in pairs)
+            got = self.peers[peer]()
+            self._errors[peer] = None if got is None else self.distance(got)
         return self._errors[peer]
 
-    def can_run(self, peer: str) -> bool:
-        """Whether a peer works on this machine: torch.compile needs a C++ compiler."""
+    def distance(self, got: Result) -> float:
+        """Largest absolute difference from `exact`."""
+        pairs = zip(got, self.exact, strict=True) if isinstance(got, tuple) else [(got, self.exact)]
+        return max((a - b).abs_().max().item() for a, b in pairs)
+
+    def why_not(self, peer: str) -> str | None:
+        """Why a peer cannot run on this machine; None where it can."""
+        if peer in self.skipped:
+            return self.skipped[peer]
+        if peer not in self.peers:
+            return "no peer of this work"
         try:
             self.error(peer)
         except torch._dynamo.exc.TorchDynamoException:
-            return False
-        return True
+            return "torch.compile finds no C++ compiler"
+        return None
 
     def check(self) -> None:
         """Raise AssertionError if fastgpt errs more than twice as much as the reference."""

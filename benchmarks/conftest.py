@@ -46,8 +46,8 @@ def measure(benchmark):
     def run(name: str, build: Callable[[], Case], peer: str) -> None:
         case = _built(build)
         benchmark.group, benchmark.name = name, peer
-        if not case.can_run(peer):
-            pytest.skip("torch.compile finds no C++ compiler")
+        if reason := case.why_not(peer):
+            pytest.skip(reason)
         if peer == "fastgpt":
             case.check()
         benchmark.extra_info["max_abs_error"] = case.error(peer)
