@@ -97,27 +97,32 @@ def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
     """The fields of struct Block but for its caches, and the width of its feed-forward's middle."""
     if not plain(block, TransformerBlock):
         return None
-    att, ff, width = block.att, block.ff, run.width
+    # Past nn.Module's own look-up, which for a small model would cost as much as the arithmetic.
+    pieces, width = block._modules, run.width
+    att, ff = pieces.get("att"), pieces.get("ff")
+    if not (plain(att, MultiHeadAttention) and plain(ff, FeedForward)):
+        return None
+    projections, layers = att._modules, ff._modules.get("layers")
     if not (
-        plain(att, MultiHeadAttention)
-        and plain(ff, FeedForward)
-        and plain(ff.layers, nn.Sequential)
-        and len(ff.layers) == 3
-        and plain(ff.layers[1], GELU)
-        and drops_nothing(block.drop_shortcut)
-        and drops_nothing(att.dropout)
+        plain(layers, nn.Sequential)
+        and list(layers._modules) == ["0", "1", "2"]
+        and plain(layers._modules["1"], GELU)
+        and drops_nothing(pieces.get("drop_shortcut"))
+        and drops_nothing(projections.get("dropout"))
         and (att.num_heads, att.head_dim, att.d_out) == (run.heads, run.head_dim, width)
         and att._mask_is_causal()
     ):
         return None
-    up, down = ff.layers[0], ff.layers[2]
-    linears = (att.W_query, att.W_key, att.W_value, att.out_proj, up, down)
-    if not all(plain(module, nn.Linear) for module in linears):
-        return None
+    up, down = layers._modules["0"], layers._modules["2"]
+    names = ("W_query", "W_key", "W_value", "out_proj")
+    linears = (*(projections.get(name) for name in names), up, down)
+    for module in linears:
+        if not plain(module, nn.Linear):
+            return None
     hidden = up.out_features
     sizes = [(width, width)] * 4 + [(width, hidden), (hidden, width)]
     records = [linear(m, *size) for m, size in zip(linears, sizes, strict=True)]
-    norms = [_norm(norm, width) for norm in (block.norm1, block.norm2)]
+    norms = [_norm(norm, width) for norm in (pieces.get("norm1"), pieces.get("norm2"))]
     if None in records or None in norms:
         return None
     fields = (norms[0], *records[:4], norms[1], *records[4:])
