@@ -153,8 +153,8 @@ class MultiHeadAttention(nn.Module):
         if self._mask_is_causal() and drops_nothing(self.dropout):
             context = ops.causal_attention(q, k, v)
         else:
-            mask = self.mask.bool()[past : past + T, : past + T]
-            context = reference.causal_attention(q, k, v, mask, self.dropout)
+            hidden = self._hidden(past, T, q.device)
+            context = reference.causal_attention(q, k, v, hidden, self.dropout)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, self.d_out))
 
     def _context(self) -> int:
@@ -166,6 +166,13 @@ class MultiHeadAttention(nn.Module):
         if mask is None:
             return True
         return not torch.compiler.is_compiling() and _is_causal(mask)
+
+    def _hidden(self, past: int, T: int, device: torch.device) -> Tensor:
+        """[T, past + T], true where a key is hidden; without holding a mask that nobody set."""
+        mask = self._buffers.get("mask")
+        if mask is None:
+            return torch.ones(T, past + T, dtype=torch.bool, device=device).triu(past + 1)
+        return mask.bool()[past : past + T, : past + T]
 
     def _causal_mask(self) -> Tensor:
         """As the book's buffer would be after every .to(): on the parameters' device, in their

@@ -42,3 +42,9 @@ def test_one_part_in_training_mode():
         torch.manual_seed(9)
         results.append(outputs_and_grads(model, some_ids()))
     assert_same(*results)
+
+
+def test_training_with_dropout_holds_no_mask():
+    model = pair(drop_rate=0.3)[0].train()
+    model(some_ids())
+    assert all(block.att._buffers["mask"] is None for block in model.trf_blocks)
