@@ -64,11 +64,18 @@ class Slot(tuple[Tensor, Tensor]):
         """A slot of the shape [B, H, T, D] that begins with the old one's tokens; the rest is to be
         written.
 
+        It is of like's dtype and device; ValueError where the old one is of another shape or dtype.
         It shares the old one's blocks where they have room and no other slot has gone on from
         there.
         """
         batch, heads, length, head_dim = shape
         past = 0 if old is None else old[0].shape[2]
+        for tensor in old or ():
+            if tensor.shape != (batch, heads, past, head_dim) or tensor.dtype != like.dtype:
+                raise ValueError(
+                    f"the cache holds {list(tensor.shape)} in {tensor.dtype}, this model takes "
+                    f"{[batch, heads, past, head_dim]} in {like.dtype}"
+                )
         blocks = old.blocks if isinstance(old, Slot) else None
         if blocks is None or blocks.written != past or blocks.keys.shape[2] < length:
             blocks = _Blocks((batch, heads, min(limit, max(2 * length, 64)), head_dim), like)

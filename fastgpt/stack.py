@@ -48,7 +48,7 @@ def forward(
     run.past, run.limit = past, model._context()
     tables = _remembered(memo, "tables", _embeddings, model, run)
     if tables is None:
-        positions = torch.arange(past, past + idx.shape[1])
+        positions = torch.arange(past, past + idx.shape[1], device=idx.device)
         run.x = model.drop_emb(model._token_embeddings(idx) + model.pos_emb(positions))
     else:
         check_ids(idx, model.tok_emb.weight.shape[0])
@@ -136,7 +136,7 @@ def _slot(run: Run, cache: Staged | None, layer: int) -> tuple[int, int]:
     B, T = run.ids.shape
     shape = (B, run.heads, run.past + T, run.head_dim)
     old = cache.get(layer)
-    slot = Slot.longer(old, shape, run.limit, torch.empty(0))
+    slot = Slot.longer(old, shape, run.limit, torch.empty(0, dtype=torch.float32, device="cpu"))
     cache.update(layer, slot)
     keys, values = slot.blocks.keys, slot.blocks.values
     run.take_capacity(keys.shape[2])

@@ -248,3 +248,23 @@ def test_empty(shape):
     ours, _ = _models()
     with torch.no_grad():
         assert ours(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 61)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_torchs_defaults_do_not_matter(default, calls):
+    ours, _ = _models()
+    idx = torch.randint(0, 61, (2, 9))
+    with torch.no_grad():
+        expected, tokens = ours(idx), fastgpt.generate_text_simple(ours, idx, 4, 300)
+        try:
+            if default == "dtype":
+                torch.set_default_dtype(torch.float64)
+            else:
+                torch.set_default_device("meta")
+            got, again = ours(idx), fastgpt.generate_text_simple(ours, idx, 4, 300)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+    assert torch.equal(again, tokens)

@@ -174,3 +174,27 @@ def test_reset():
     assert cache.get(1) is not None
     cache.reset()
     assert cache.get_all() == [None] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes", [{"n_heads": 6}, {"emb_dim": 24}, {"emb_dim": 96, "n_heads": 6}]
+)
+def test_the_cache_of_another_model(path, changes):
+    """Its blocks are of another size: written to as if they were ours, they would be overrun."""
+    cache = KVCache(2)
+    _models(**changes)[0](torch.tensor([[1, 2, 3]]), cache=cache)
+    before = [pair[0].clone() for pair in cache.get_all()]
+    with pytest.raises(ValueError, match=r"the cache holds .* this model takes"):
+        _models()[0](torch.tensor([[4]]), cache=cache)
+    assert all(torch.equal(pair[0], old) for pair, old in zip(cache.get_all(), before, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_the_cache_of_another_dtype():
+    ours, _ = _models()
+    cache = KVCache(2)
+    ours.bfloat16()(torch.tensor([[1, 2, 3]]), cache=cache)
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
+        ours.float()(torch.tensor([[4]]), cache=cache)

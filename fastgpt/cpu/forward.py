@@ -8,6 +8,7 @@ gathered and runs that piece itself.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fastgpt.cpu import _C
 
 EPS = 1e-5
+_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 _NO_LINEAR = (0, 0, 0, 0, 0, 0)
 _GRAIN = 1 << 20  # multiplications below which a second thread costs more than it saves
 
@@ -121,7 +123,7 @@ class Run:
     def finish(self, norm: tuple[int, int], head: tuple[int, ...], last_only: bool) -> Tensor:
         """Runs what has gathered, the final norm and the head. Returns [B, T or 1, n_out]."""
         B, T = self.ids.shape
-        out = torch.empty(B, 1 if last_only else T, head[4])
+        out = torch.empty(B, 1 if last_only else T, head[4], **_FLOAT32)
         self._call(out, norm, head, last_only)
         return out
 
@@ -138,7 +140,7 @@ class Run:
             assert self._x is not None
             x = self._x.clone(memory_format=torch.contiguous_format)
         elif out is None:
-            x = torch.empty(B, T, self.width)
+            x = torch.empty(B, T, self.width, **_FLOAT32)
         sizes = (
             B,
             T,
@@ -166,9 +168,9 @@ class Run:
         try:
             workspace = idle.pop()
         except IndexError:  # another thread may have taken the last one
-            workspace = torch.empty(need)
+            workspace = torch.empty(need, **_FLOAT32)
         if workspace.numel() < need:
-            workspace = torch.empty(need)
+            workspace = torch.empty(need, **_FLOAT32)
         start = workspace.data_ptr()
         at_x = x.data_ptr() if x is not None else start
         _C.forward(fields(at_x, start + 4 * stream), self._blocks, EPS, threads)
