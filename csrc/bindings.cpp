@@ -93,45 +93,100 @@ int usable(int threads) { return forked.load(std::memory_order_relaxed) || threa
 
 float* at(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
+// A struct of kernels.h comes as a flat list of its 64-bit fields, in their order.
+using Fields = std::vector<int64_t>;
+
+template <class T>
+T record(const Fields& fields) {
+    static_assert(sizeof(T) % sizeof(int64_t) == 0 && sizeof(void*) == sizeof(int64_t), "64-bit fields alone");
+    T r;
+    if (fields.size() * sizeof(int64_t) != sizeof r) throw std::invalid_argument("wrong number of fields");
+    std::memcpy(static_cast<void*>(&r), fields.data(), sizeof r);
+    return r;
+}
+
 void layer_norm(uintptr_t x, uintptr_t branch, uintptr_t weight, uintptr_t bias, uintptr_t total, uintptr_t y,
-                uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, float eps, int threads) {
+                uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, float eps, int64_t seed, int64_t threshold,
+                int threads) {
     kernels().layer_norm(at(x), at(branch), at(weight), at(bias), at(total), at(y), at(mean), at(rstd), rows, cols, eps,
-                         usable(threads));
+                         seed, threshold, usable(threads));
+}
+
+void layer_norm_backward(const Fields& fields, uintptr_t dbranch, int64_t seed, int64_t threshold, int threads) {
+    kernels().layer_norm_backward(record<NormBackward>(fields), at(dbranch), seed, threshold, usable(threads));
 }
 
 void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int64_t cols, int threads) {
     kernels().bias_gelu(at(x), at(bias), at(y), rows, cols, usable(threads));
 }
 
-using Strides = std::array<int64_t, 3>;  // along batch, head and token
+void bias_gelu_backward(uintptr_t dy, uintptr_t x, uintptr_t bias, uintptr_t dx, uintptr_t dbias, int64_t rows,
+                        int64_t cols, int threads) {
+    kernels().bias_gelu_backward(at(dy), at(x), at(bias), at(dx), at(dbias), rows, cols, usable(threads));
+}
 
-void causal_attention(uintptr_t q, const Strides& q_strides, uintptr_t k, const Strides& k_strides, uintptr_t v,
-                      const Strides& v_strides, uintptr_t out, const Strides& out_strides, uintptr_t lse, int64_t batch,
-                      int64_t heads, int64_t queries, int64_t keys, int64_t head_dim, float scale, int threads) {
-    const AttentionShape shape{batch,        heads,        queries,        keys,           head_dim,      q_strides[0],
-                               q_strides[1], q_strides[2], k_strides[0],   k_strides[1],   k_strides[2],  v_strides[0],
-                               v_strides[1], v_strides[2], out_strides[0], out_strides[1], out_strides[2]};
-    if (!kernels().causal_attention(at(q), at(k), at(v), at(out), at(lse), scale, shape, usable(threads)))
+void causal_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, float scale,
+                      const Fields& shape, int64_t seed, int64_t threshold, int threads) {
+    if (!kernels().causal_attention(at(q), at(k), at(v), at(out), reinterpret_cast<double*>(lse), scale,
+                                    record<AttentionShape>(shape), seed, threshold, usable(threads)))
         throw std::bad_alloc();
 }
 
-// The records come as flat lists of 64-bit fields, in the order of the structs in kernels.h.
-using Record = std::vector<int64_t>;
-
-Forward forward_record(const Record& fields) {
-    Forward f;
-    static_assert(sizeof(Forward) % sizeof(int64_t) == 0 && sizeof(void*) == sizeof(int64_t), "64-bit fields alone");
-    if (fields.size() * sizeof(int64_t) != sizeof f) throw std::invalid_argument("forward: wrong number of fields");
-    std::memcpy(&f, fields.data(), sizeof f);
-    return f;
+void causal_attention_backward(const std::array<uintptr_t, 9>& t, float scale, const Fields& shape,
+                               const Fields& gradients, int64_t seed, int64_t threshold, int threads) {
+    if (!kernels().causal_attention_backward(at(t[0]), at(t[1]), at(t[2]), at(t[3]), at(t[4]),
+                                             reinterpret_cast<const double*>(t[5]), at(t[6]), at(t[7]), at(t[8]), scale,
+                                             record<AttentionShape>(shape), record<AttentionShape>(gradients), seed,
+                                             threshold, usable(threads)))
+        throw std::bad_alloc();
 }
 
-int64_t forward_workspace(const Record& fields, int threads) {
-    return kernels().forward_workspace(forward_record(fields), threads);
+void embedding(const Fields& fields, uintptr_t y, int threads) {
+    kernels().embedding(record<Embedding>(fields), at(y), usable(threads));
 }
 
-void forward(const Record& fields, const Record& blocks, float eps, int threads) {
-    const Forward f = forward_record(fields);
+void embedding_backward(const Fields& fields, uintptr_t dy, uintptr_t dtok, int64_t vocab, uintptr_t dpos,
+                        int64_t context, int threads) {
+    kernels().embedding_backward(record<Embedding>(fields), at(dy), at(dtok), vocab, at(dpos), context,
+                                 usable(threads));
+}
+
+void linear(const Fields& weight, uintptr_t x, uintptr_t y, int64_t rows, uintptr_t workspace, int threads) {
+    kernels().linear(record<Linear>(weight), at(x), at(y), rows, at(workspace), usable(threads));
+}
+
+void linear_backward(const Fields& weight, uintptr_t dy, uintptr_t x, uintptr_t dx, const Fields& gradient,
+                     int64_t rows, uintptr_t workspace, int threads) {
+    kernels().linear_backward(record<Linear>(weight), at(dy), at(x), at(dx), record<LinearGradient>(gradient), rows,
+                              at(workspace), usable(threads));
+}
+
+void linear_cross_entropy(const Fields& weight, uintptr_t x, uintptr_t targets, int64_t ignore, uintptr_t loss,
+                          uintptr_t upstream, uintptr_t dx, const Fields& gradient, int64_t rows, uintptr_t workspace,
+                          int threads) {
+    kernels().linear_cross_entropy(record<Linear>(weight), at(x), reinterpret_cast<const int64_t*>(targets), ignore,
+                                   at(loss), at(upstream), at(dx), record<LinearGradient>(gradient), rows,
+                                   at(workspace), usable(threads));
+}
+
+void block_step(const Fields& step, const Fields& block, float eps, int threads) {
+    const BlockStep s = record<BlockStep>(step);
+    const Block b = record<Block>(block);
+    py::gil_scoped_release unlocked;
+    kernels().block_step(s, b, eps, usable(threads));
+}
+
+void block_step_backward(const Fields& step, const Fields& block, uintptr_t dy, uintptr_t dx, const Fields& gradients,
+                         int threads) {
+    const BlockStep s = record<BlockStep>(step);
+    const Block b = record<Block>(block);
+    const BlockGradients g = record<BlockGradients>(gradients);
+    py::gil_scoped_release unlocked;
+    kernels().block_step_backward(s, b, at(dy), at(dx), g, usable(threads));
+}
+
+void forward(const Fields& fields, const Fields& blocks, float eps, int threads) {
+    const Forward f = record<Forward>(fields);
     if (blocks.size() * sizeof(int64_t) != sizeof(Block) * static_cast<size_t>(f.n_blocks))
         throw std::invalid_argument("forward: wrong number of block fields");
     std::vector<Block> records(static_cast<size_t>(f.n_blocks));
@@ -158,9 +213,30 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("openmp") = false;
 #endif
+    m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
+    m.def("linear_scratch", [](bool backward) { return kernels().linear_scratch(backward); });
+    m.def("linear_cross_entropy_workspace", [](int64_t rows, int64_t vocab, int threads) {
+        return kernels().linear_cross_entropy_workspace(rows, vocab, threads);
+    });
+    m.def("block_kept", [](const Fields& step) { return kernels().block_kept(record<BlockStep>(step)); });
+    m.def("block_step_workspace", [](const Fields& step, bool backward, int threads) {
+        return kernels().block_step_workspace(record<BlockStep>(step), backward, threads);
+    });
+    m.def("forward_workspace", [](const Fields& fields, int threads) {
+        return kernels().forward_workspace(record<Forward>(fields), threads);
+    });
     m.def("layer_norm", &layer_norm, unlocked);
+    m.def("layer_norm_backward", &layer_norm_backward, unlocked);
     m.def("bias_gelu", &bias_gelu, unlocked);
+    m.def("bias_gelu_backward", &bias_gelu_backward, unlocked);
     m.def("causal_attention", &causal_attention, unlocked);
-    m.def("forward_workspace", &forward_workspace);
+    m.def("causal_attention_backward", &causal_attention_backward, unlocked);
+    m.def("embedding", &embedding, unlocked);
+    m.def("embedding_backward", &embedding_backward, unlocked);
+    m.def("linear", &linear, unlocked);
+    m.def("linear_backward", &linear_backward, unlocked);
+    m.def("linear_cross_entropy", &linear_cross_entropy, unlocked);
+    m.def("block_step", &block_step);
+    m.def("block_step_backward", &block_step_backward);
     m.def("forward", &forward);
 }

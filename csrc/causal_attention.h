@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 
+#include "dropout.h"
 #include "parallel.h"
 #include "tile_product.h"
 
@@ -18,6 +19,7 @@ namespace FASTGPT_ISA {
 constexpr int kQueryTile = 8 * kGroupRows;
 constexpr int kKeyTile = 64;
 static_assert(kKeyTile % kGroupCols == 0, "a tile of keys holds whole panels");
+static_assert(kKeyTile == kDropoutGroup, "a tile of keys is one group of the generator's numbers");
 
 struct AttentionWorkspace {
     float* scores;                              // [kQueryTile, kKeyTile]
@@ -35,8 +37,8 @@ struct AttentionWorkspace {
 
 // panel[d, j] = k[j, d] for n keys; the columns past n are zero, so that their scores are finite until masked.
 inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
-    for (int64_t j = 0; j < kGroupCols; ++j)
-        for (int64_t d = 0; d < head_dim; ++d) panel[d * kGroupCols + j] = j < n ? k[j * stride + d] : 0.0f;
+    for (int64_t j = 0; j < kGroupCols; j += Vec::width)
+        transpose_rows(k + min(j, n - 1) * stride, stride, n - j, head_dim, panel + j, kGroupCols);
 }
 
 // Turns the scores of one row into weights: the first n of them count, the rest become 0, as far as a group of
@@ -66,8 +68,9 @@ inline void online_softmax(float* score, int64_t n, float scale, float& top, flo
 }
 
 // The queries [first, first + rows) of one head; packed is how many keys of it are packed already.
-inline void attend_tile(const float* q, const float* k, const float* v, float* o, float* lse, float scale,
-                        const AttentionShape& s, int64_t first, int64_t rows, int64_t& packed, AttentionWorkspace& w) {
+inline void attend_tile(const float* q, const float* k, const float* v, float* o, double* lse, float scale,
+                        const AttentionShape& s, const Dropout& drop, int64_t head, int64_t first, int64_t rows,
+                        int64_t& packed, AttentionWorkspace& w) {
     const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
     for (; packed < visible; packed += kGroupCols)
         pack_keys(k + packed * s.k_token, s.k_token, min(kGroupCols, s.keys - packed), D, w.keys + packed * D);
@@ -85,6 +88,10 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
         for (int64_t i = skip; i < rows; ++i)
             online_softmax(w.scores + i * kKeyTile, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
                            w.out + i * D, D);
+        // Dropout falls on the weights, their sum is that of all.
+        for (int64_t i = skip; i < rows && drop.on(); ++i)
+            drop.group(head * s.queries + first + i, key / kKeyTile, w.scores + i * kKeyTile,
+                       min(n, past + first + i + 1 - key));
         for (int64_t i = skip; i < rows; i += kGroupRows) {
             const int64_t group = min(kGroupRows, rows - i), seen = min(n, past + first + i + group - key);
             tile_product<true>(w.scores + i * kKeyTile, kKeyTile, v + key * s.v_token, s.v_token, w.out + i * D, D,
@@ -93,13 +100,13 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
     }
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t d = 0; d < D; ++d) o[(first + i) * s.o_token + d] = w.out[i * D + d] / w.weight[i];
-        if (lse) lse[first + i] = w.top[i] + logf(w.weight[i]);
+        if (lse) lse[first + i] = static_cast<double>(w.top[i]) + log(static_cast<double>(w.weight[i]));
     }
 }
 
 // What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
-inline void attention_share(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
-                            const AttentionShape& s, float* scratch, int64_t part, int64_t parts) {
+inline void attention_share(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+                            const AttentionShape& s, const Dropout& drop, float* scratch, int64_t part, int64_t parts) {
     const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
     // Shares a head among several units only where heads alone would leave threads idle.
     const int64_t shares = heads >= 4 * parts ? 1 : min(tiles, (4 * parts + heads - 1) / heads);
@@ -110,15 +117,16 @@ inline void attention_share(const float* q, const float* k, const float* v, floa
         for (int64_t t = unit % shares; t < tiles; t += shares)
             attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
                         v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
-                        lse ? lse + head * s.queries : nullptr, scale, s, t * kQueryTile,
+                        lse ? lse + head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
                         min(kQueryTile, s.queries - t * kQueryTile), packed, w);
     }
 }
 
 // q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
 // lse: [batch, heads, queries] contiguous or null, the logarithm of each row's sum of exponentials.
-inline bool causal_attention(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
-                             const AttentionShape& s, int threads) {
+inline bool causal_attention(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+                             const AttentionShape& s, int64_t seed, int64_t threshold, int threads) {
+    const Dropout drop{static_cast<uint64_t>(seed), threshold, kAttentionSite};
     const int64_t rows = s.batch * s.heads * s.queries;
     if (rows == 0) return true;
     const bool small = static_cast<double>(rows) * static_cast<double>(s.keys * s.head_dim) < 5e5;
@@ -128,7 +136,7 @@ inline bool causal_attention(const float* q, const float* k, const float* v, flo
     if (!block) return false;
     float* memory = aligned(static_cast<float*>(block));
     parallel_region(parts, [&](int64_t part, int64_t of) {
-        attention_share(q, k, v, out, lse, scale, s, memory + part * floats, part, of);
+        attention_share(q, k, v, out, lse, scale, s, drop, memory + part * floats, part, of);
     });
     std::free(block);
     return true;

@@ -13,6 +13,16 @@ inline Vec gelu(Vec x) {
     return x / (broadcast(1.0f) + exp(u2));
 }
 
+// The derivative, s + x s (1 - s) 2u' with s = 1 / (1 + e^(-2u)); beyond 10 it is 0 or 1 in float32, and x is held
+// there.
+inline Vec gelu_slope(Vec x) {
+    x = min(broadcast(10.0f), max(broadcast(-10.0f), x));
+    const Vec c = broadcast(2 * 0.7978845608028654f), cube = broadcast(2 * 0.7978845608028654f * 0.044715f);
+    const Vec squared = x * x, e = exp(zero() - x * fma(squared, cube, c));
+    const Vec s = broadcast(1.0f) / (broadcast(1.0f) + e);
+    return fma(x * s * (e * s), fma(squared * broadcast(3.0f), cube, c), s);
+}
+
 // y[r, c] = gelu(x[r, c] + bias[c]); x, y: [rows, cols] contiguous, y may be x; bias: [cols] or null.
 inline void bias_gelu(const float* x, const float* bias, float* y, int64_t rows, int64_t cols, int threads) {
     parallel_for(rows * cols, 16384, threads, [=](int64_t begin, int64_t end) {
@@ -24,6 +34,26 @@ inline void bias_gelu(const float* x, const float* bias, float* y, int64_t rows,
             });
             i += n;
         }
+    });
+}
+
+// dx = dy gelu'(x + bias) and, where set, dbias = its sum over the rows; [rows, cols] contiguous, dx may be dy.
+inline void bias_gelu_backward(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
+                               int64_t rows, int64_t cols, int threads) {
+    Barrier meeting;
+    parallel_region(rows * cols < 16384 ? 1 : threads, [&](int64_t part, int64_t parts) {
+        const Team team{part, parts, meeting, nullptr};
+        // Without a bias a row may be all there is: shared out by stretches of it.
+        const int64_t total = rows * cols, stretch = bias ? cols : 4096;
+        team.share_rows((total + stretch - 1) / stretch, [&](int64_t i) {
+            const int64_t at = i * stretch;
+            for_each_vec(min(stretch, total - at), [&](int64_t c, int64_t n) {
+                const Vec v = load_part(x + at + c, n);
+                const Vec slope = gelu_slope(bias ? v + load_part(bias + c, n) : v);
+                store_part(dx + at + c, load_part(dy + at + c, n) * slope, n);
+            });
+        });
+        if (dbias) column_sums(team, dx, cols, rows, cols, dbias);
     });
 }
 

@@ -43,14 +43,84 @@ struct Forward {
     int64_t n_blocks;
 };
 
+// Where the gradients of an nn.Linear go; null what nobody asked for. Element (o, i) of the weight's at
+// weight[o * row + i * col], one of the strides 1.
+struct LinearGradient {
+    float* weight;
+    int64_t row, col;
+    float* bias;
+
+    bool any() const { return weight || bias; }
+};
+
+struct BlockGradients {
+    float *scale1, *shift1;  // both or neither
+    LinearGradient query, key, value, out_proj;
+    float *scale2, *shift2;
+    LinearGradient up, down;
+};
+
+// A block in a training step: rows are batch * tokens. A dropout's threshold is its probability times 2^32.
+struct BlockStep {
+    int64_t batch, tokens, width, heads, head_dim, hidden;
+    const float* x;  // [rows, width]
+    float* y;        // [rows, width]; null in backward
+    float* kept;     // from forward to backward: block_kept floats
+    int64_t seed, drop_attention, drop_shortcut;
+    float* workspace;  // block_step_workspace floats
+};
+
+// The embeddings of token ids: y = dropout(tok_emb[id] + pos_emb[past + t]).
+struct Embedding {
+    int64_t batch, tokens, past, width;
+    const void* ids;                 // [batch, tokens]
+    int64_t wide_ids;                // whether they are int64 rather than int32
+    const float *tok_emb, *pos_emb;  // [vocab, width], [context, width]; null in backward
+    int64_t seed, threshold;
+};
+
+struct NormBackward {
+    const float *dy, *x, *scale, *mean, *rstd;
+    const float* dtotal;     // [rows, cols] or null: joins dx
+    float* dx;               // or null
+    float *dscale, *dshift;  // or both null
+    float* partials;         // norm_partials floats, where dscale is set
+    int64_t rows, cols;
+};
+
 struct Kernels {
     const char* isa;
     void (*layer_norm)(const float* x, const float* branch, const float* weight, const float* bias, float* total,
-                       float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int threads);
+                       float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed,
+                       int64_t threshold, int threads);
+    int64_t (*norm_partials)(int64_t rows, int64_t cols);
+    void (*layer_norm_backward)(const NormBackward& b, float* dbranch, int64_t seed, int64_t threshold, int threads);
     void (*bias_gelu)(const float* x, const float* bias, float* y, int64_t rows, int64_t cols, int threads);
+    void (*bias_gelu_backward)(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
+                               int64_t rows, int64_t cols, int threads);
     // False where the workspace could not be had; nothing is written then.
-    bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, float* lse, float scale,
-                             const AttentionShape& shape, int threads);
+    bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+                             const AttentionShape& shape, int64_t seed, int64_t threshold, int threads);
+    bool (*causal_attention_backward)(const float* q, const float* k, const float* v, const float* out,
+                                      const float* dout, const double* lse, float* dq, float* dk, float* dv,
+                                      float scale, const AttentionShape& shape, const AttentionShape& gradients,
+                                      int64_t seed, int64_t threshold, int threads);
+    void (*embedding)(const Embedding& e, float* y, int threads);
+    void (*embedding_backward)(const Embedding& e, const float* dy, float* dtok, int64_t vocab, float* dpos,
+                               int64_t context, int threads);
+    int64_t (*linear_scratch)(bool backward);  // floats a thread
+    void (*linear)(const Linear& w, const float* x, float* y, int64_t rows, float* workspace, int threads);
+    void (*linear_backward)(const Linear& w, const float* dy, const float* x, float* dx, const LinearGradient& to,
+                            int64_t rows, float* workspace, int threads);
+    int64_t (*linear_cross_entropy_workspace)(int64_t rows, int64_t vocab, int threads);
+    void (*linear_cross_entropy)(const Linear& w, const float* x, const int64_t* targets, int64_t ignore, float* loss,
+                                 const float* upstream, float* dx, const LinearGradient& to, int64_t rows,
+                                 float* workspace, int threads);
+    int64_t (*block_kept)(const BlockStep& s);
+    int64_t (*block_step_workspace)(const BlockStep& s, bool backward, int threads);
+    void (*block_step)(const BlockStep& s, const Block& b, float eps, int threads);
+    void (*block_step_backward)(const BlockStep& s, const Block& b, const float* dy, float* dx,
+                                const BlockGradients& to, int threads);
     int64_t (*forward_workspace)(const Forward& f, int threads);
     void (*forward)(const Forward& f, const Block* blocks, float eps, int threads);
 };

@@ -1,26 +1,17 @@
-// LayerNorm over rows, with an optional residual add in front: sum = x + branch, y = weight * (sum - mean) * rstd +
-// bias. The variance is the biased one, taken in a second pass over the row while it is in the first cache: E[x^2] -
-// mean^2 would cancel for rows whose mean is large.
+// LayerNorm over rows, with an optional residual add in front: sum = x + dropout(branch), y = weight * (sum - mean) *
+// rstd + bias. The variance is the biased one, taken in a second pass over the row while it is in the first cache:
+// E[x^2] - mean^2 would cancel for rows whose mean is large.
 #pragma once
 
 #include <math.h>
 
+#include "dropout.h"
+#include "kernels.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
-
-// Calls f(offset, vector length) for each vector of a row, the last one possibly short.
-template <class F>
-inline void for_each_vec(int64_t cols, F f) {
-    int64_t c = 0;
-    for (; c + Vec::width <= cols; c += Vec::width) f(c, Vec::width);
-    if (c < cols) f(c, cols - c);
-}
-
-FASTGPT_INLINE Vec load_part(const float* p, int64_t n) { return n == Vec::width ? load(p) : load(p, n); }
-FASTGPT_INLINE void store_part(float* p, Vec v, int64_t n) { n == Vec::width ? store(p, v) : store(p, v, n); }
 
 // Four chains of additions hide the latency and shorten each chain's rounding error.
 inline float row_sum(const float* x, int64_t cols) {
@@ -50,36 +41,134 @@ inline float row_squares(const float* x, float mean, int64_t cols) {
     return sum((s[0] + s[1]) + (s[2] + s[3])) + rest;
 }
 
-// y = scale * (x - mean) * rstd + shift for one row; mean and rstd are kept where they are wanted.
+// y = scale * (x - mean) * rstd + shift for one row.
+inline void normalise(const float* x, float mean, float rstd, const float* scale, const float* shift, float* y,
+                      int64_t cols) {
+    for_each_vec(cols, [&](int64_t c, int64_t n) {
+        const Vec norm = (load_part(x + c, n) - broadcast(mean)) * broadcast(rstd);
+        store_part(y + c, fma(norm, load_part(scale + c, n), load_part(shift + c, n)), n);
+    });
+}
+
+// The same by the row's own mean and deviation, kept where they are wanted.
 inline void norm_row(const float* x, const float* scale, const float* shift, float* y, int64_t cols, float eps,
                      float* mean = nullptr, float* rstd = nullptr) {
     const float m = row_sum(x, cols) / static_cast<float>(cols);
     const float rs = 1.0f / sqrtf(row_squares(x, m, cols) / static_cast<float>(cols) + eps);
-    for_each_vec(cols, [&](int64_t c, int64_t n) {
-        const Vec norm = (load_part(x + c, n) - broadcast(m)) * broadcast(rs);
-        store_part(y + c, fma(norm, load_part(scale + c, n), load_part(shift + c, n)), n);
-    });
+    normalise(x, m, rs, scale, shift, y, cols);
     if (mean) *mean = m, *rstd = rs;
 }
 
 // x, branch, total, y: [rows, cols] contiguous; weight, bias: [cols]; mean, rstd: [rows].
 // branch and total go together and may be null, mean and rstd likewise; total may be x.
 inline void layer_norm(const float* x, const float* branch, const float* weight, const float* bias, float* total,
-                       float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int threads) {
+                       float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed,
+                       int64_t threshold, int threads) {
+    const Dropout drop{static_cast<uint64_t>(seed), threshold, kBranchSite};
     const int64_t grain = max(1, 16384 / max(1, cols));
-    parallel_for(rows, grain, threads, [=](int64_t begin, int64_t end) {
+    parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const float* row = x + r * cols;
             if (branch) {
                 float* out = total + r * cols;
-                for_each_vec(cols, [&](int64_t c, int64_t n) {
-                    store_part(out + c, load_part(row + c, n) + load_part(branch + r * cols + c, n), n);
-                });
+                if (drop.on())
+                    drop.row(static_cast<uint64_t>(r), branch + r * cols, row, out, cols);
+                else
+                    for_each_vec(cols, [&](int64_t c, int64_t n) {
+                        store_part(out + c, load_part(row + c, n) + load_part(branch + r * cols + c, n), n);
+                    });
                 row = out;
             }
             norm_row(row, weight, bias, y + r * cols, cols, eps, mean ? mean + r : nullptr, rstd ? rstd + r : nullptr);
         }
     });
+}
+
+// The gradients of one row: with n = (x - mean) rstd and g = dy scale, dx = rstd (g - mean(g) - n mean(g n)) + dtotal.
+// dx may be null, dtotal too; dscale and dshift gather dy n and dy where they are set.
+inline void norm_backward_row(const float* dy, const float* x, const float* scale, float mean, float rstd,
+                              const float* dtotal, float* dx, float* dscale, float* dshift, int64_t cols) {
+    const Vec m = broadcast(mean), rs = broadcast(rstd);
+    Vec sum_g = zero(), sum_gn = zero();
+    for_each_vec(cols, [&](int64_t c, int64_t n) {
+        const Vec d = load_part(dy + c, n), norm = (load_part(x + c, n) - m) * rs, g = d * load_part(scale + c, n);
+        sum_g = sum_g + g;
+        sum_gn = fma(g, norm, sum_gn);
+        if (dscale) {
+            store_part(dscale + c, fma(d, norm, load_part(dscale + c, n)), n);
+            store_part(dshift + c, load_part(dshift + c, n) + d, n);
+        }
+    });
+    if (!dx) return;
+    const Vec mean_g = broadcast(sum(sum_g) / static_cast<float>(cols));
+    const Vec mean_gn = broadcast(sum(sum_gn) / static_cast<float>(cols));
+    for_each_vec(cols, [&](int64_t c, int64_t n) {
+        const Vec norm = (load_part(x + c, n) - m) * rs, g = load_part(dy + c, n) * load_part(scale + c, n);
+        const Vec d = (g - fma(norm, mean_gn, mean_g)) * rs;
+        store_part(dx + c, dtotal ? d + load_part(dtotal + c, n) : d, n);
+    });
+}
+
+constexpr int64_t kNormChunk = 64;  // rows whose weight gradients are summed up before they join the others
+
+inline int64_t norm_partials(int64_t rows, int64_t cols) { return (rows + kNormChunk - 1) / kNormChunk * 2 * cols; }
+
+// The order of the sums depends on the rows alone, not on the threads.
+inline void norm_backward(const Team& team, const NormBackward& b) {
+    const int64_t chunks = (b.rows + kNormChunk - 1) / kNormChunk, D = b.cols;
+    team.share_rows(chunks, [&](int64_t chunk) {
+        float *dscale = b.dscale ? b.partials + chunk * 2 * D : nullptr, *dshift = dscale ? dscale + D : nullptr;
+        if (dscale) std::memset(dscale, 0, sizeof(float) * static_cast<size_t>(2 * D));
+        for (int64_t r = chunk * kNormChunk; r < min(b.rows, (chunk + 1) * kNormChunk); ++r)
+            norm_backward_row(b.dy + r * D, b.x + r * D, b.scale, b.mean[r], b.rstd[r],
+                              b.dtotal ? b.dtotal + r * D : nullptr, b.dx ? b.dx + r * D : nullptr, dscale, dshift, D);
+    });
+    if (!b.dscale) return;
+    const int64_t vecs = (2 * D + Vec::width - 1) / Vec::width;
+    team.share_rows(vecs, [&](int64_t i) {
+        for (int64_t c = i * Vec::width; c < min(2 * D, (i + 1) * Vec::width); ++c) {
+            float total = 0.0f;
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) total += b.partials[chunk * 2 * D + c];
+            (c < D ? b.dscale[c] : b.dshift[c - D]) = total;
+        }
+    });
+}
+
+// dbranch = the dropout's factors * dx, where there is a dropout.
+inline void layer_norm_backward(const NormBackward& b, float* dbranch, int64_t seed, int64_t threshold, int threads) {
+    const Dropout drop{static_cast<uint64_t>(seed), threshold, kBranchSite};
+    Barrier meeting;
+    parallel_region(b.rows * b.cols < 16384 ? 1 : threads, [&](int64_t part, int64_t parts) {
+        const Team team{part, parts, meeting, nullptr};
+        norm_backward(team, b);
+        if (dbranch)
+            team.share_rows(b.rows, [&](int64_t r) {
+                drop.row(static_cast<uint64_t>(r), b.dx + r * b.cols, nullptr, dbranch + r * b.cols, b.cols);
+            });
+    });
+}
+
+// out[c] = the sum of x[r * x_row + c] over the rows; nothing is shared. Chunks of rows shorten the chains of
+// additions.
+inline void column_sums(const Team& team, const float* x, int64_t x_row, int64_t rows, int64_t cols, float* out) {
+    constexpr int64_t kCols = 512;
+    float sums[kCols];
+    const int64_t vecs = (cols + Vec::width - 1) / Vec::width;
+    const int64_t end = min(cols, vecs * (team.part + 1) / team.parts * Vec::width);
+    for (int64_t c0 = vecs * team.part / team.parts * Vec::width; c0 < end; c0 += kCols) {
+        const int64_t n = min(kCols, end - c0);
+        for (int64_t r0 = 0; r0 < rows; r0 += kNormChunk) {
+            for (int64_t r = r0; r < min(rows, r0 + kNormChunk); ++r)
+                for_each_vec(n, [&](int64_t c, int64_t part) {
+                    const Vec v = load_part(x + r * x_row + c0 + c, part);
+                    store_part(sums + c, r == r0 ? v : v + load_part(sums + c, part), part);
+                });
+            for_each_vec(n, [&](int64_t c, int64_t part) {
+                const Vec v = load_part(sums + c, part);
+                store_part(out + c0 + c, r0 == 0 ? v : v + load_part(out + c0 + c, part), part);
+            });
+        }
+    }
 }
 
 }  // namespace FASTGPT_ISA

@@ -9,8 +9,11 @@
 //           eight rows of x are multiplied with them, and bias, GELU and residual follow while the sums are in L1. The
 //           next block is fetched meanwhile. The block goes with the call: nothing of W outlives it.
 //
-// The order of the sums depends on m, k and the layout of W, never on what other rows hold, on the threads or on the
-// tails, so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
+// The same serves backward: the gradient of x is a product with W read the other way round, that of W a product of two
+// activations of which the first is read the other way round too, which only tiles can do.
+//
+// The order of the sums depends on m, k and the layouts, never on what other rows hold, on the threads or on the tails,
+// so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
 #pragma once
 
 #include "gelu.h"
@@ -19,9 +22,13 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
+// What follows the sum. kGelu: y = gelu(sum), and the sum itself into pre where that is set. kGeluBackward: y = sum *
+// gelu'(pre), and gelu(pre) into act where that is set.
+enum Epilogue { kPlain, kGelu, kGeluBackward };
+
 struct LinearCall {
-    const float* x;  // [m, k], rows x_row apart
-    int64_t x_row;
+    const float* x;  // [m, k]: element (i, k) at x[i * x_row + k * x_col]; one of the two strides is 1
+    int64_t x_row, x_col;
     const float* w;  // [n, k]: element (j, k) at w[j * w_row + k * w_col]; one of the two strides is 1
     int64_t w_row, w_col;
     const float* bias;      // [n] or null
@@ -30,7 +37,9 @@ struct LinearCall {
     float* y;  // [m, n], rows y_row apart
     int64_t y_row;
     int64_t m, n, k;
-    bool gelu;  // the tanh form; not together with residual
+    Epilogue epilogue = kPlain;  // another one not together with residual
+    float* pre = nullptr;        // [m, n], rows y_row apart, like act
+    float* act = nullptr;
 };
 
 constexpr bool kWide = Vec::registers == 32;
@@ -53,32 +62,34 @@ constexpr int64_t kStreamRow = kStreamCols + 16;  // .. in rows that do not fall
 constexpr int64_t kStreamDepth = 128;             // .. and products in one sum before it joins y
 constexpr int64_t kStreamAhead = 256;             // floats between what is used and what is fetched
 constexpr int64_t kMaxStreamM = 24;               // rows of x up to which a column-major W is streamed
-constexpr int64_t kLinearScratch =
-    kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;  // floats of scratch a thread
+// Floats of scratch a thread, and what a product with x read the other way round needs on top.
+constexpr int64_t kLinearScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
+constexpr int64_t kTransposedScratch = (kBlockM + 2 * kTileRows) * kBlockK;
+constexpr int64_t linear_scratch(bool transposed) { return kLinearScratch + (transposed ? kTransposedScratch : 0); }
 
-// a / b, rounded up
-FASTGPT_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// One row of sums over a part of K, n of them, into y: bias and residual join with the first part, GELU with the last.
+// One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
+// the last.
 static void finish_row(const LinearCall& p, const float* sums, int64_t row, int64_t col, int64_t n, bool first_part,
                        bool last_part) {
-    float* y = p.y + row * p.y_row + col;
+    const int64_t at = row * p.y_row + col;
+    float *y = p.y + at, *pre = p.pre ? p.pre + at : nullptr, *act = p.act ? p.act + at : nullptr;
     const float* bias = first_part && p.bias ? p.bias + col : nullptr;
     const float* more = !first_part ? y : p.residual ? p.residual + row * p.residual_row + col : nullptr;
-    bool act = last_part && p.gelu;
-    int64_t j = 0;
-    for (; j + Vec::width <= n; j += Vec::width) {
-        Vec v = load(sums + j);
-        if (bias) v = v + load(bias + j);
-        if (more) v = v + load(more + j);
-        store(y + j, act ? gelu(v) : v);
-    }
-    if (j < n) {
-        Vec v = load(sums + j, n - j);
-        if (bias) v = v + load(bias + j, n - j);
-        if (more) v = v + load(more + j, n - j);
-        store(y + j, act ? gelu(v) : v, n - j);
-    }
+    const Epilogue epilogue = last_part ? p.epilogue : kPlain;
+    for_each_vec(n, [&](int64_t j, int64_t c) {
+        Vec v = load_part(sums + j, c);
+        if (bias) v = v + load_part(bias + j, c);
+        if (more) v = v + load_part(more + j, c);
+        if (epilogue == kGelu) {
+            if (pre) store_part(pre + j, v, c);
+            v = gelu(v);
+        } else if (epilogue == kGeluBackward) {
+            const Vec x = load_part(pre + j, c);
+            if (act) store_part(act + j, gelu(x), c);
+            v = v * gelu_slope(x);
+        }
+        store_part(y + j, v, c);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------- dots
@@ -172,9 +183,10 @@ static void dots(const LinearCall& p, float* workspace) {
 
 // --------------------------------------------------------------------------------------------------- tiles
 
-// sums[i * kPanel + j] = x_i . panel column j for MR rows of x over k, in chains of kChain. Meanwhile one line from
-// `ahead` on is read into the cache for each step of k, with a jump after each `run` of them.
-template <int MR>
+// sums[i * kPanel + j] = x_i . panel column j for MR rows of x over k, in chains of kChain. PACKED: x is [k,
+// kTileRows], else rows x_row apart. Meanwhile one line from `ahead` on is read into the cache for each step of k, with
+// a jump after each `run` of them.
+template <int MR, bool PACKED>
 static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const float* ahead, int64_t run,
                  int64_t jump, float* sums) {
     const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
@@ -198,9 +210,13 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
                 panel += kPanel;
                 FASTGPT_UNROLL
                 for (int i = 0; i < MR; i++) {
-                    Vec xi = broadcast(xp[i / 3][(i % 3) * x_row]);
+                    Vec xi = broadcast(PACKED ? x[i] : xp[i / 3][(i % 3) * x_row]);
                     FASTGPT_UNROLL
                     for (int v = 0; v < kVecs; v++) sum[i][v] = fma(xi, w[v], sum[i][v]);
+                }
+                if (PACKED) {
+                    x += kTileRows;
+                    continue;
                 }
                 FASTGPT_UNROLL
                 for (int g = 0; g < (MR + 2) / 3; g++) {
@@ -220,8 +236,15 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
 }
 
 typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const float*, int64_t, int64_t, float*);
-static const TileKernel tile_kernels[] = {
-    tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<(kWide ? 7 : 1)>, tile<(kWide ? 8 : 1)>};
+template <bool PACKED>
+static const TileKernel tile_kernels[] = {tile<1, PACKED>,
+                                          tile<2, PACKED>,
+                                          tile<3, PACKED>,
+                                          tile<4, PACKED>,
+                                          tile<5, PACKED>,
+                                          tile<6, PACKED>,
+                                          tile<(kWide ? 7 : 1), PACKED>,
+                                          tile<(kWide ? 8 : 1), PACKED>};
 
 // panel[kk * kPanel + j] = W[n0 + j][k0 + kk]; columns past the end are zero.
 static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, float* panel) {
@@ -237,37 +260,39 @@ static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, f
         }
         return;
     }
-    for (int v = 0; v < kVecs; v++) {
-        int64_t have = cols - v * Vec::width;
-        const float* w = p.w + (n0 + v * Vec::width) * p.w_row + k0;
-        for (int64_t kk = 0; kk < k; kk += Vec::width) {
-            Vec block[Vec::width];
-            float* to = panel + kk * kPanel + v * Vec::width;
-            if (have >= Vec::width && kk + Vec::width <= k) {
-                FASTGPT_UNROLL
-                for (int j = 0; j < Vec::width; j++) block[j] = load(w + j * p.w_row + kk);
-                transpose(block, to, kPanel);
-            } else {
-                int64_t c = min(Vec::width, k - kk);
-                float scratch[Vec::width * Vec::width];
-                for (int j = 0; j < Vec::width; j++) block[j] = j < have ? load(w + j * p.w_row + kk, c) : zero();
-                transpose(block, scratch, Vec::width);
-                for (int64_t i = 0; i < c; i++) store(to + i * kPanel, load(scratch + i * Vec::width));
-            }
-        }
-    }
+    for (int v = 0; v < kVecs; v++)
+        transpose_rows(p.w + (n0 + v * Vec::width) * p.w_row + k0, p.w_row, cols - v * Vec::width, k,
+                       panel + v * Vec::width, kPanel);
 }
 
-// Any m, either layout.
+// packed[(i / kTileRows * k + kk) * kTileRows + i % kTileRows] = x[i * 1 + kk * x_col] for m rows; rows past the end of
+// the last group are whatever was there: computed, never stored.
+static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k, float* packed) {
+    constexpr int64_t kGroups = 8;  // streams written side by side
+    for (int64_t i0 = 0; i0 < m; i0 += kGroups * kTileRows)
+        for (int64_t kk = 0; kk < k; kk++)
+            for (int64_t i = i0; i < min(m, i0 + kGroups * kTileRows); i += kTileRows)
+                for (int64_t r = 0; r < kTileRows; r++)
+                    packed[i * k + kk * kTileRows + r] = i + r < m ? x[i + r + kk * x_col] : 0.0f;
+}
+
+// Any m, any layout.
 static void tiles(const LinearCall& p, float* workspace) {
-    float *packed = workspace, *sums = workspace + kBlockFloats;
-    int64_t depth = min(kBlockK, p.k), width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, kBlockM);
-    bool column_major = p.w_row == 1;
-    for (int64_t b = 0; b < blocks_m; b++)
-        for (int64_t k0 = 0; k0 < p.k; k0 += depth)
+    float *packed = workspace, *sums = workspace + kBlockFloats, *packed_x = workspace + kLinearScratch;
+    const bool column_major = p.w_row == 1, transposed = p.x_col != 1;
+    // A weight's gradient sums over rows, in parts of about one depth; a forward product's parts are as they always
+    // were.
+    int64_t depth = transposed ? up(p.k, up(p.k, kBlockK)) : min(kBlockK, p.k);
+    int64_t width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, kBlockM);
+    for (int64_t b = 0; b < blocks_m; b++) {
+        // On whole tiles: packed groups of rows start anew with each block.
+        const int64_t tiles_m = up(p.m, kTileRows);
+        const int64_t m0 = tiles_m * b / blocks_m * kTileRows, m1 = min(tiles_m * (b + 1) / blocks_m * kTileRows, p.m);
+        for (int64_t k0 = 0; k0 < p.k; k0 += depth) {
+            const int64_t k = min(depth, p.k - k0);
+            if (transposed) pack_transposed(p.x + m0 + k0 * p.x_col, p.x_col, m1 - m0, k, packed_x);
             for (int64_t n0 = 0; n0 < p.n; n0 += width) {
-                int64_t m0 = p.m * b / blocks_m, m1 = p.m * (b + 1) / blocks_m;
-                int64_t k = min(depth, p.k - k0), n1 = min(n0 + width, p.n), next = min(width, p.n - n1);
+                int64_t n1 = min(n0 + width, p.n), next = min(width, p.n - n1);
                 for (int64_t n = n0; n < n1; n += kPanel) pack_panel(p, n, k0, k, packed + (n - n0) * k);
                 // The next block's part of W is fetched meanwhile: `runs` pieces of `run` lines, ahead_row apart.
                 const float* ahead = p.w + n1 * p.w_row + k0 * p.w_col;
@@ -277,14 +302,18 @@ static void tiles(const LinearCall& p, float* workspace) {
                     for (int64_t n = n0; n < n1; n += kPanel) {
                         int64_t rows = min(kTileRows, m1 - m);
                         const float* panel = packed + (n - n0) * k;
+                        const float* x = transposed ? packed_x + (m - m0) * k : p.x + m * p.x_row + k0;
                         bool fetch = runs > 0;
-                        tile_kernels[rows - 1](k, p.x + m * p.x_row + k0, p.x_row, panel, fetch ? ahead : panel,
-                                               fetch ? run : k, fetch ? ahead_row - run * 16 : 0, sums);
+                        (transposed ? tile_kernels<true> : tile_kernels<false>)[rows - 1](
+                            k, x, p.x_row, panel, fetch ? ahead : panel, fetch ? run : k,
+                            fetch ? ahead_row - run* 16 : 0, sums);
                         if (fetch) ahead += k / run * ahead_row, runs -= k / run;
                         for (int64_t i = 0; i < rows; i++)
                             finish_row(p, sums + i * kPanel, m + i, n, min(kPanel, n1 - n), k0 == 0, k0 + k == p.k);
                     }
             }
+        }
+    }
 }
 
 // -------------------------------------------------------------------------------------------------- stream
@@ -350,14 +379,16 @@ static void stream(const LinearCall& p, float* workspace) {
 enum Way { kDots, kTiles, kStream };
 
 inline Way way_for(const LinearCall& p) {
+    if (p.x_col != 1) return kTiles;
     if (p.w_col == 1) return p.m <= kMaxDotM ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 
 // Part `part` of `parts` of a product, into its own columns and rows of y: nothing is shared, so there is no barrier
 // inside, and the bits do not depend on `parts`. With more parts than threads the parts may be handed out as threads
-// get free. The workspace, kLinearScratch floats, belongs to the calling thread.
-[[maybe_unused]] static void product(const LinearCall& whole, int part, int parts, float* workspace) {
+// get free. The workspace, kLinearScratch floats and kTransposedScratch where x is read the other way round, belongs to
+// the calling thread.
+[[maybe_unused]] static void product(const LinearCall& whole, int64_t part, int64_t parts, float* workspace) {
     LinearCall p = whole;
     Way way = way_for(p);
     int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), parts_m = 1, best = -1;
@@ -373,6 +404,8 @@ inline Way way_for(const LinearCall& p) {
     p.x += m0 * p.x_row;
     p.w += n0 * p.w_row;
     p.y += m0 * p.y_row + n0;
+    if (p.pre) p.pre += m0 * p.y_row + n0;
+    if (p.act) p.act += m0 * p.y_row + n0;
     if (p.bias) p.bias += n0;
     if (p.residual) p.residual += m0 * p.residual_row + n0;
     if (way == kDots)

@@ -68,6 +68,22 @@ class Barrier {
     std::atomic<int64_t> arrived_{0}, phase_{0};
 };
 
+// One thread's view of a region whose threads share phases of work.
+struct Team {
+    int64_t part, parts;
+    Barrier& meeting;
+    float* scratch;  // this thread's own
+
+    void barrier() const { meeting.wait(parts); }
+
+    // f(row) for this thread's share of the rows, then a barrier.
+    template <class F>
+    void share_rows(int64_t rows, F f) const {
+        for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) f(r);
+        barrier();
+    }
+};
+
 // f(begin, end) over [0, n) in one piece a thread, none much shorter than the grain.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {

@@ -12,8 +12,9 @@ constexpr int kGroupRows = 6;
 constexpr int kGroupVecs = Vec::width == 16 ? 4 : 2;
 constexpr int kGroupCols = kGroupVecs * Vec::width;
 
-// C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART).
-template <int ROWS, int VECS, bool ADD, bool PART>
+// C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART). TURNED: A
+// lies as [k, ROWS], lda from one k to the next.
+template <int ROWS, int VECS, bool ADD, bool TURNED, bool PART>
 inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                int64_t k, int64_t last) {
     const auto column = [last](const float* p, int j) {
@@ -26,7 +27,7 @@ inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int6
         Vec row[VECS];
         for (int j = 0; j < VECS; ++j) row[j] = column(b + p * ldb, j);
         for (int i = 0; i < ROWS; ++i) {
-            const Vec s = broadcast(a[i * lda + p]);
+            const Vec s = broadcast(TURNED ? a[p * lda + i] : a[i * lda + p]);
             for (int j = 0; j < VECS; ++j) acc[i][j] = fma(s, row[j], acc[i][j]);
         }
     }
@@ -37,32 +38,34 @@ inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int6
         }
 }
 
-template <int ROWS, bool ADD, int VECS = kGroupVecs>
+template <int ROWS, bool ADD, bool TURNED, int VECS = kGroupVecs>
 inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                               int64_t k, int64_t cols) {
     if (cols > (VECS - 1) * Vec::width) {
         const int64_t last = cols - (VECS - 1) * Vec::width;
         if (last == Vec::width)
-            tile_product_fixed<ROWS, VECS, ADD, false>(a, lda, b, ldb, c, ldc, k, last);
+            tile_product_fixed<ROWS, VECS, ADD, TURNED, false>(a, lda, b, ldb, c, ldc, k, last);
         else
-            tile_product_fixed<ROWS, VECS, ADD, true>(a, lda, b, ldb, c, ldc, k, last);
+            tile_product_fixed<ROWS, VECS, ADD, TURNED, true>(a, lda, b, ldb, c, ldc, k, last);
     } else if constexpr (VECS > 1) {
-        tile_product_cols<ROWS, ADD, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
+        tile_product_cols<ROWS, ADD, TURNED, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
     }
 }
 
-// C[rows, cols] (+)= A[rows, k] B[k, cols] for rows <= kGroupRows and any number of columns.
-template <bool ADD>
+// C[rows, cols] (+)= A[rows, k] B[k, cols] for any number of rows and columns.
+template <bool ADD, bool TURNED = false>
 inline void tile_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
                          int64_t cols, int64_t k) {
+    const int64_t step = TURNED ? 1 : lda;  // from one row of A to the next
     for (int64_t j = 0; j < cols; j += kGroupCols) {
         const int64_t n = min(kGroupCols, cols - j);
         int64_t i = 0;
         for (; i + kGroupRows <= rows; i += kGroupRows)
-            tile_product_cols<kGroupRows, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            tile_product_cols<kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i + 2 <= rows; i += 2)
-            tile_product_cols<2, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
-        for (; i < rows; ++i) tile_product_cols<1, ADD>(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            tile_product_cols<2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+        for (; i < rows; ++i)
+            tile_product_cols<1, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
     }
 }
 

@@ -251,6 +251,38 @@ FASTGPT_INLINE Vec exp(Vec x) {
 
 FASTGPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTGPT_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a / b, rounded up
+
+// Calls f(offset, vector length) for each vector of a row, the last one possibly short.
+template <class F>
+inline void for_each_vec(int64_t cols, F f) {
+    int64_t c = 0;
+    for (; c + Vec::width <= cols; c += Vec::width) f(c, Vec::width);
+    if (c < cols) f(c, cols - c);
+}
+
+FASTGPT_INLINE Vec load_part(const float* p, int64_t n) { return n == Vec::width ? load(p) : load(p, n); }
+FASTGPT_INLINE void store_part(float* p, Vec v, int64_t n) { n == Vec::width ? store(p, v) : store(p, v, n); }
+
+// dst[k * dst_row + j] = src[j * src_row + k] for the first `cols` k and a register's worth of j; zero from j = rows
+// on.
+inline void transpose_rows(const float* src, int64_t src_row, int64_t rows, int64_t cols, float* dst, int64_t dst_row) {
+    constexpr int W = Vec::width;
+    for (int64_t k = 0; k < cols; k += W) {
+        Vec block[W];
+        if (rows >= W && k + W <= cols) {
+            FASTGPT_UNROLL
+            for (int j = 0; j < W; j++) block[j] = load(src + j * src_row + k);
+            transpose(block, dst + k * dst_row, dst_row);
+        } else {
+            const int64_t c = min(W, cols - k);
+            float scratch[W * W];
+            for (int j = 0; j < W; j++) block[j] = j < rows ? load(src + j * src_row + k, c) : zero();
+            transpose(block, scratch, W);
+            for (int64_t i = 0; i < c; i++) store(dst + (k + i) * dst_row, load(scratch + i * W));
+        }
+    }
+}
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
@@ -53,8 +55,7 @@ def backends() -> dict[str, Backend]:
             "cpu",
             reason is None,
             reason,
-            f"CPU tensors in float32, instruction set {isa}; other dtypes and attention dropout "
-            "while training run on reference",
+            f"CPU tensors in float32, instruction set {isa}; other dtypes run on reference",
         ),
         Backend("reference", True, None, "PyTorch's own best form, any device and dtype"),
     )
@@ -110,23 +111,46 @@ def _require(backend: Backend) -> None:
         raise BackendError(f"backend {backend.name!r} cannot run here: {backend.reason}")
 
 
-def choose(op: str, *tensors: torch.Tensor) -> str:
+def choose(op: str, *tensors: torch.Tensor | None) -> str:
     """The backend for these tensors: "cpu" or "reference".
 
     Raises:
         BackendError: a backend asked for by name cannot take them.
     """
     name = requested()
-    if name == "reference" or not _direct(tensors):
+    given = [t for t in tensors if t is not None]
+    if name == "reference" or not _direct(given):
         return "reference"
-    reason = _obstacle(tensors)
+    reason = _obstacle(given)
     if reason is None:
         return "cpu"
     if name != "auto":
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
-    if tensors[0].device.type == "cpu":
+    if given[0].device.type == "cpu":
         _say_once(reason)
     return "reference"
+
+
+def kernels(op: str, *tensors: torch.Tensor | None) -> Any:
+    """The module with the operation's kernels for these tensors; None for PyTorch's own form.
+
+    Raises:
+        BackendError: a backend asked for by name cannot take them.
+    """
+    backend = choose(op, *tensors)
+    return None if backend == "reference" else _module(backend, op)
+
+
+@functools.cache
+def _module(backend: str, op: str) -> ModuleType:
+    return importlib.import_module(f"fastgpt.{backend}.{op}")
+
+
+def once(*gradients: torch.Tensor) -> bool:
+    """Whether a backward pass may run kernels on these gradients: no second derivative is wanted,
+    and nothing watches or transforms.
+    """
+    return not torch.is_grad_enabled() and _direct(gradients)
 
 
 def transformed() -> bool:
@@ -137,7 +161,7 @@ def transformed() -> bool:
     )
 
 
-def _direct(tensors: tuple[torch.Tensor, ...]) -> bool:
+def _direct(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a kernel may read these tensors' memory with nothing watching or transforming.
 
     Not so under a dispatch mode (fake tensors, FLOP counters), a transform, tracing, or for a
@@ -161,14 +185,20 @@ def takes_whole_pass(idx: torch.Tensor) -> bool:
     """Whether a whole forward pass over these ids may run in C++; its weights are looked at
     elsewhere.
     """
+    return not torch.is_grad_enabled() and runs_whole(idx)
+
+
+def runs_whole(x: torch.Tensor) -> bool:
+    """Whether several operations in a row may run as one call into C++, as far as their input
+    tells; their weights are looked at elsewhere.
+    """
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and requested() in ("auto", "cpu")
-        and idx.device.type == "cpu"
+        and x.device.type == "cpu"
         and cpu.missing_reason() is None
-        and not autocasts(idx)
-        and _direct((idx,))
+        and not autocasts(x)
+        and _direct((x,))
     )
 
 
@@ -181,7 +211,7 @@ def traceable(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
+def _obstacle(tensors: Iterable[torch.Tensor]) -> str | None:
     """Why the C++ kernels cannot take these tensors, or None where they can."""
     for t in tensors:
         if t.device.type != "cpu":

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config, check_config, check_ids
 from fastgpt.kv_cache import KVCache, Staged, cached_tokens, extended
-from fastgpt.plain import drops_nothing, known, plain
+from fastgpt.plain import drop_probability, known, plain
 
 
 @known
@@ -63,9 +63,9 @@ class FeedForward(nn.Module):
         if not self._fusable(x):
             return self.layers(x)
         up: Any = self.layers[0]
-        h = F.linear(x, up.weight)
+        h = ops.linear(x, up.weight, owner=self)
         h = ops.bias_gelu(h, up.bias, out=None if dispatch.needs_grad(h, up.bias) else h)
-        return self.layers[2](h)
+        return _linear(self.layers[2], h)
 
     def _fusable(self, x: Tensor) -> bool:
         if not plain(self.layers, nn.Sequential) or len(self.layers) != 3:
@@ -139,23 +139,25 @@ class MultiHeadAttention(nn.Module):
         """
         B, T, _ = x.shape
         past = cached_tokens(cache, layer)
-        if past + T > self._context():
-            raise ValueError(
-                f"{past + T} tokens are more than the context length {self._context()}"
-            )
+        self._check_tokens(past + T)
         heads = (self.num_heads, self.head_dim)
-        k = self.W_key(x).unflatten(-1, heads).transpose(1, 2)
-        q = self.W_query(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.W_value(x).unflatten(-1, heads).transpose(1, 2)
+        k = _linear(self.W_key, x).unflatten(-1, heads).transpose(1, 2)
+        q = _linear(self.W_query, x).unflatten(-1, heads).transpose(1, 2)
+        v = _linear(self.W_value, x).unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
             k, v = extended(cache.get(layer), k, v, self._context())
             cache.update(layer, (k, v))
-        if self._mask_is_causal() and drops_nothing(self.dropout):
-            context = ops.causal_attention(q, k, v)
+        dropout_p = drop_probability(self.dropout)
+        if self._mask_is_causal() and dropout_p is not None:
+            context = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         else:
             hidden = self._hidden(past, T, q.device)
             context = reference.causal_attention(q, k, v, hidden, self.dropout)
-        return self.out_proj(context.transpose(1, 2).reshape(B, T, self.d_out))
+        return _linear(self.out_proj, context.transpose(1, 2).reshape(B, T, self.d_out))
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self._context():
+            raise ValueError(f"{tokens} tokens are more than the context length {self._context()}")
 
     def _context(self) -> int:
         mask = self._buffers.get("mask")
@@ -249,17 +251,25 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
         """[B, T, emb_dim] -> [B, T, emb_dim]."""
-        x, branch = self._advance(x, None, cache, layer)
-        return branch + x
+        x, branch = self._advance(x, None, cache, layer, self)
+        return x if branch is None else branch + x
 
     def _advance(
-        self, x: Tensor, branch: Tensor | None, cache: Any, layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """The block on x + branch; the sum at its end is left to the next norm, which adds."""
+        self, x: Tensor, branch: Tensor | None, cache: Any, layer: int, owner: nn.Module
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block on x + branch. Where it does not run as a whole the sum at its end is left to
+        the next norm, which adds.
+        """
+        if cache is None:
+            from fastgpt import stack  # which knows the classes here
+
+            whole = stack.block_step(self, x, branch, owner)
+            if whole is not None:
+                return whole, None
         x, h = _add_norm(x, branch, self.norm1)
         # A replaced attention need not know of caches.
         attended = self.att(h) if cache is None else self.att(h, cache, layer)
-        x, h = _add_norm(x, self.drop_shortcut(attended), self.norm2)
+        x, h = _add_norm(x, attended, self.norm2, self.drop_shortcut)
         return x, self.drop_shortcut(self.ff(h))
 
 
@@ -332,16 +342,65 @@ class GPTModel(nn.Module):
             staged.commit()
         return logits
 
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The cross entropy of the model's predictions, without the block of logits that
+        ``cross_entropy(model(idx).flatten(0, 1), targets.flatten())`` holds, where the head is a
+        plain linear layer without a bias; with it otherwise.
+
+        Args:
+            idx: [B, T] token ids, any integer dtype.
+            targets: [B, T], the ids that should follow.
+            ignore_index: targets of this value cost nothing and do not count.
+            reduction: "mean" over the targets that count, "sum" or "none".
+
+        Returns:
+            A scalar, or [B, T] for "none".
+
+        Raises:
+            TypeError: the ids or the targets are not integers.
+            ValueError: idx is not [B, T], targets have another shape, the tokens are more than the
+                context length, or the reduction is none of these.
+            IndexError: an id or a target is outside the vocabulary (an id on the CPU).
+        """
+        if not isinstance(targets, Tensor) or targets.shape != idx.shape:
+            shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets {shape} must have the shape of the ids {tuple(idx.shape)}")
+        head: Any = self.out_head
+        rest = (ignore_index, reduction)
+        if (
+            plain(self, GPTModel)
+            and plain(head, nn.Linear)
+            and head._parameters.get("weight") is not None
+            and head.bias is None
+        ):
+            ops.check_targets(targets, head.weight.shape[0], ignore_index)
+            h = self._features(self._checked(idx, 0), 0, None, last_only=False)
+            return ops.linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
+        logits = self(idx)
+        ops.check_targets(targets, logits.shape[-1], ignore_index)
+        logits, labels = logits.flatten(0, 1), targets.flatten().long()
+        loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+
     def _by_modules(
         self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool
     ) -> Tensor:
-        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
-        x = self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
+        return _linear(self.out_head, self._features(in_idx, past, cache, last_only))
+
+    def _features(self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool) -> Tensor:
+        """What the head gets, [B, T or 1, emb_dim]."""
+        x = self._embedded(in_idx, past)
         branch: Tensor | None = None
         if plain(self.trf_blocks, nn.Sequential) or cache is not None:
             for layer, block in enumerate(self.trf_blocks):
                 if isinstance(block, TransformerBlock) and plain(block, TransformerBlock):
-                    x, branch = block._advance(x, branch, cache, layer)
+                    x, branch = block._advance(x, branch, cache, layer, self)
                 else:
                     x = x if branch is None else branch + x
                     x, branch = block(x) if cache is None else block(x, cache, layer), None
@@ -349,8 +408,16 @@ class GPTModel(nn.Module):
             x = self.trf_blocks(x)
         if last_only:
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
-        _, h = _add_norm(x, branch, self.final_norm)
-        return self.out_head(h)
+        return _add_norm(x, branch, self.final_norm)[1]
+
+    def _embedded(self, in_idx: Tensor, past: int) -> Tensor:
+        dropout_p = drop_probability(self.drop_emb)
+        if dropout_p is not None and not torch.compiler.is_compiling():
+            tables = [_table(module) for module in (self.tok_emb, self.pos_emb)]
+            if tables[0] is not None and tables[1] is not None:
+                return ops.embedding(in_idx, tables[0], tables[1], past, dropout_p)
+        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
+        return self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
 
     def _context(self) -> int:
         positions: nn.Module = self.pos_emb
@@ -387,12 +454,37 @@ def _is_causal(mask: Tensor) -> bool:
     return torch.equal(mask.bool(), hidden)
 
 
-def _add_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """The residual stream with the branch added, and its norm."""
+def _add_norm(
+    x: Tensor, branch: Tensor | None, norm: Any, dropout: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch, behind its dropout, added; and its norm."""
     if branch is None:
         return x, norm(x)
-    if plain(norm, LayerNorm) and branch.shape == x.shape:
-        h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps)
+    dropout_p = 0.0 if dropout is None else drop_probability(dropout)
+    if plain(norm, LayerNorm) and branch.shape == x.shape and dropout_p is not None:
+        h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps, dropout_p)
         return x, h
-    x = branch + x
+    x = (branch if dropout is None else dropout(branch)) + x
     return x, norm(x)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """What the module makes of x, by the fused product where it is plainly an nn.Linear."""
+    # Without the key somebody has put another tensor in the parameter's place.
+    held = module._parameters.keys() >= {"weight", "bias"} if plain(module, nn.Linear) else False
+    if not held or torch.compiler.is_compiling():
+        return module(x)
+    return ops.linear(x, module.weight, module.bias, owner=module)
+
+
+def _table(module: Any) -> Tensor | None:
+    """The weight of an embedding that does nothing but look up; None for any other."""
+    looks_up = (
+        plain(module, nn.Embedding)
+        and module._parameters.get("weight") is not None
+        and module.padding_idx is None
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+    return module.weight if looks_up else None

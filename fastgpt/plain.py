@@ -41,8 +41,15 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
+def drop_probability(dropout: Any) -> float | None:
+    """The probability with which this dropout module drops an element of a call, 0 in evaluation;
+    None where it is not plainly one.
+    """
+    if plain(dropout, nn.Dropout):
+        return dropout.p if dropout.training else 0.0
+    return 0.0 if plain(dropout, nn.Identity) else None
+
+
 def drops_nothing(dropout: Any) -> bool:
     """Whether this dropout module passes its input through and draws no random number."""
-    if plain(dropout, nn.Dropout):
-        return not dropout.training or dropout.p == 0
-    return plain(dropout, nn.Identity)
+    return drop_probability(dropout) == 0

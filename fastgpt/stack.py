@@ -1,15 +1,20 @@
-"""The whole stack in as few calls into C++ as its pieces allow, where gradients are off."""
+"""What runs as one call into C++: where gradients are off the whole stack, as far as its pieces are
+plainly ours; in training each block.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastgpt import dispatch
+from fastgpt import dispatch, ops
 from fastgpt.config import check_ids
-from fastgpt.cpu.forward import EPS, Run, address, linear
+from fastgpt.cpu.forward import Run
+from fastgpt.cpu.records import address, linear
+from fastgpt.cpu.transformer_block import EPS, BlockParameters
+from fastgpt.cpu.transformer_block import record as block_record
 from fastgpt.kv_cache import Slot, Staged
 from fastgpt.model import (
     GELU,
@@ -19,7 +24,7 @@ from fastgpt.model import (
     MultiHeadAttention,
     TransformerBlock,
 )
-from fastgpt.plain import drops_nothing, plain
+from fastgpt.plain import drop_probability, drops_nothing, plain
 
 Memo = dict[Any, Any]
 
@@ -93,40 +98,81 @@ def _norm(norm: Any, width: int) -> tuple[int, int] | None:
     return None if scale is None or shift is None else (scale, shift)
 
 
-def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
-    """The fields of struct Block but for its caches, and the width of its feed-forward's middle."""
+class _Block(NamedTuple):
+    """A block whose pieces are plainly ours."""
+
+    parameters: BlockParameters
+    width: int
+    heads: int
+    attention_p: float
+    shortcut_p: float
+
+
+def _taken_apart(block: Any) -> _Block | None:
     if not plain(block, TransformerBlock):
         return None
     # Past nn.Module's own look-up, which for a small model would cost as much as the arithmetic.
-    pieces, width = block._modules, run.width
+    pieces = block._modules
     att, ff = pieces.get("att"), pieces.get("ff")
     if not (plain(att, MultiHeadAttention) and plain(ff, FeedForward)):
         return None
-    projections, layers = att._modules, ff._modules.get("layers")
+    inner, layers = att._modules, ff._modules.get("layers")
+    attention_p = drop_probability(inner.get("dropout"))
+    shortcut_p = drop_probability(pieces.get("drop_shortcut"))
     if not (
         plain(layers, nn.Sequential)
         and list(layers._modules) == ["0", "1", "2"]
         and plain(layers._modules["1"], GELU)
-        and drops_nothing(pieces.get("drop_shortcut"))
-        and drops_nothing(projections.get("dropout"))
-        and (att.num_heads, att.head_dim, att.d_out) == (run.heads, run.head_dim, width)
+        and attention_p is not None
+        and shortcut_p is not None
+        and att.num_heads * att.head_dim == att.d_out
         and att._mask_is_causal()
     ):
         return None
-    up, down = layers._modules["0"], layers._modules["2"]
-    names = ("W_query", "W_key", "W_value", "out_proj")
-    linears = (*(projections.get(name) for name in names), up, down)
-    for module in linears:
-        if not plain(module, nn.Linear):
+    norms = (pieces.get("norm1"), pieces.get("norm2"))
+    for norm in norms:
+        if not plain(norm, LayerNorm) or norm.eps != EPS:
             return None
-    hidden = up.out_features
-    sizes = [(width, width)] * 4 + [(width, hidden), (hidden, width)]
-    records = [linear(m, *size) for m, size in zip(linears, sizes, strict=True)]
-    norms = [_norm(norm, width) for norm in (pieces.get("norm1"), pieces.get("norm2"))]
-    if None in records or None in norms:
+    names = ("W_query", "W_key", "W_value", "out_proj")
+    linears = (*(inner.get(name) for name in names), layers._modules["0"], layers._modules["2"])
+    held: list[Any] = []
+    for module in linears:
+        # Without the key somebody has put another tensor in the parameter's place.
+        if not plain(module, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
+            return None
+        held += (module._parameters["weight"], module._parameters["bias"])
+    scales = [norm._parameters.get(name) for norm in norms for name in ("scale", "shift")]
+    parameters = BlockParameters(*scales[:2], *held[:8], *scales[2:], *held[8:])
+    return _Block(parameters, att.d_out, att.num_heads, attention_p, shortcut_p)
+
+
+def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
+    """The fields of struct Block but for its caches, and the width of its feed-forward's middle."""
+    b = _taken_apart(block)
+    if b is None or b.attention_p or b.shortcut_p:
         return None
-    fields = (norms[0], *records[:4], norms[1], *records[4:])
-    return tuple(number for part in fields for number in part), hidden  # type: ignore[union-attr]
+    if (b.width, b.heads) != (run.width, run.heads):
+        return None
+    record = block_record(b.parameters, run.width)
+    return None if record is None else (record, b.parameters.up_weight.shape[0])
+
+
+def block_step(
+    block: TransformerBlock, x: Tensor, branch: Tensor | None, owner: nn.Module
+) -> Tensor | None:
+    """The block on x + branch as one operation of a training step; None where it can't be one.
+
+    Raises:
+        ValueError: the tokens are more than the block's context length.
+    """
+    if not torch.is_grad_enabled() or not dispatch.runs_whole(x):
+        return None
+    b = _taken_apart(block)
+    if b is None or x.dim() != 3 or x.shape[2] != b.width:
+        return None
+    block.att._check_tokens(x.shape[1])
+    x = x if branch is None else branch + x
+    return ops.transformer_block(x, b.parameters, b.heads, b.attention_p, b.shortcut_p, owner)
 
 
 def _slot(run: Run, cache: Staged | None, layer: int) -> tuple[int, int]:
@@ -149,5 +195,8 @@ def _end(model: GPTModel, run: Run) -> tuple[tuple[int, int], tuple[int, ...]] |
     if not plain(head, nn.Linear):
         return None
     norm = _norm(model.final_norm, run.width)
-    record = linear(head, run.width, head.out_features)
+    if "bias" not in head._parameters:  # somebody has put another tensor in its place
+        return None
+    weight, bias = head._parameters.get("weight"), head._parameters["bias"]
+    record = linear(weight, bias, run.width, head.out_features)
     return None if norm is None or record is None else (norm, record)

@@ -115,12 +115,11 @@ def test_activations_kept_elsewhere():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
     results = []
-    for i, model in enumerate(pair(drop_rate=0.2)):
+    for i, model in enumerate(pair()):
         for block in model.trf_blocks if i == 0 else []:
             block.forward = functools.partial(
                 torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=reentrant
             )
-        torch.manual_seed(9)
         results.append(grads_of(model, model(some_ids()).square().mean()))
     assert_same(*results)
 

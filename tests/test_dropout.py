@@ -1,25 +1,168 @@
-"""Dropout draws the very numbers that the reference draws, and none where it drops nothing."""
+"""The fused dropouts: their masks bit for bit, in forward and in backward, and what they draw."""
 
+import philox
 import pytest
 import torch
-from pairs import assert_same, assert_same_model, outputs_and_grads, pair, some_ids
+from helpers import PATHS, use_path
+from pairs import CONFIG, assert_same, assert_same_model, outputs_and_grads, pair, some_ids, weigh
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.dropout import draw_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+P = 0.3
+FUSED = [path for path in PATHS if path != "reference"]
 
 
-@pytest.mark.parametrize("where", ["everywhere", "drop_emb", "att.dropout", "drop_shortcut"])
-def test_dropout_draws_what_the_reference_draws(where):
-    results = []
-    for model in pair():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout) and (where == "everywhere" or name.endswith(where)):
-                module.p = 0.4
-        torch.manual_seed(9)
-        results.append(outputs_and_grads(model, some_ids()))
-        results[-1]["generator"] = torch.get_rng_state()
-    assert_same(*results)
-    assert not torch.allclose(results[0]["output"], pair()[0](some_ids()), atol=1e-2)
+@pytest.fixture(params=FUSED)
+def fused(request):
+    with use_path(request.param):
+        yield request.param
+
+
+def seed_after(manual_seed):
+    torch.manual_seed(manual_seed)
+    seed = draw_seed(P)
+    torch.manual_seed(manual_seed)
+    return seed
+
+
+def test_numpy_philox_gives_the_published_numbers():
+    """The known answers of the authors' own test file."""
+    ones = 0xFFFFFFFF
+    assert [f"{n:08x}" for n in philox.philox([0] * 4, (0, 0))] == [
+        "6627e8d5",
+        "e169c58d",
+        "bc57ac4c",
+        "9b00dbd8",
+    ]
+    assert [f"{n:08x}" for n in philox.philox([ones] * 4, (ones, ones))] == [
+        "408f276d",
+        "41c83b0e",
+        "a20bc7c6",
+        "6d5451fd",
+    ]
+
+
+@pytest.mark.parametrize("cols", [1, 16, 48, 64, 65, 200])
+def test_the_mask_of_a_branch(fused, cols):
+    x, branch = torch.randn(5, cols), torch.randn(5, cols, requires_grad=True)
+    mask = philox.factors(seed_after(3), P, philox.BRANCH, 5, cols).float()
+    _, total = ops.add_layer_norm(x, branch, torch.ones(cols), torch.zeros(cols), dropout_p=P)
+    torch.testing.assert_close(total, x + mask * branch)
+    assert torch.equal(total == x, mask == 0)
+    (grad,) = torch.autograd.grad(total, branch, torch.ones_like(total))
+    assert torch.equal(grad, mask)
+
+
+def test_the_mask_of_the_embeddings(fused):
+    tok, pos = torch.randn(7, 80, requires_grad=True), torch.randn(9, 80, requires_grad=True)
+    idx = torch.randint(0, 7, (2, 5))
+    mask = philox.factors(seed_after(3), P, philox.BRANCH, 10, 80).float().view(2, 5, 80)
+    x = ops.embedding(idx, tok, pos, past=2, dropout_p=P)
+    theirs = mask * (tok[idx] + pos[2:7])
+    torch.testing.assert_close(x, theirs)
+    grads = (torch.autograd.grad(weigh(y), (tok, pos)) for y in (x, theirs))
+    assert_same(*grads)
+
+
+def attention_with(mask, q, k, v):
+    T, S = q.shape[2], k.shape[2]
+    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(
+        torch.ones(T, S).triu(S - T + 1) > 0, -torch.inf
+    )
+    return (scores.softmax(-1) * mask.to(q.dtype)) @ v
+
+
+@pytest.mark.parametrize(("T", "S", "D"), [(1, 1, 16), (7, 9, 24), (50, 130, 64), (129, 129, 16)])
+def test_the_mask_of_the_attention(fused, T, S, D):
+    q, k, v = (torch.randn(2, 3, n, D, requires_grad=True) for n in (T, S, S))
+    mask = philox.factors(seed_after(5), P, philox.ATTENTION, 2 * 3 * T, S).view(2, 3, T, S)
+    ours, theirs = ops.causal_attention(q, k, v, dropout_p=P), attention_with(mask, q, k, v)
+    assert_same(ours, theirs)
+    assert_same(*(torch.autograd.grad(weigh(y), (q, k, v)) for y in (ours, theirs)))
+
+
+def test_the_masks_of_a_block(fused):
+    """Forward and every gradient, against the block taken apart with the same masks."""
+    model = pair(drop_rate=P)[0]
+    block, B, T, D, H = model.trf_blocks[0], 2, 9, CONFIG["emb_dim"], CONFIG["n_heads"]
+    x = torch.randn(B, T, D, requires_grad=True)
+    seed = seed_after(8)
+    ours = block(x)
+
+    def mask(site, cols, *shape):
+        return philox.factors(seed, P, site, B * T if site > 1 else B * H * T, cols).view(shape)
+
+    att = block.att
+    h = F.layer_norm(x, (D,), block.norm1.scale, block.norm1.shift)
+    q, k, v = (
+        linear(h).unflatten(-1, (H, -1)).transpose(1, 2)
+        for linear in (att.W_query, att.W_key, att.W_value)
+    )
+    context = attention_with(mask(philox.ATTENTION, T, B, H, T, T), q, k, v)
+    branch = att.out_proj(context.transpose(1, 2).flatten(2))
+    m = x + mask(philox.SHORTCUT1, D, B, T, D).float() * branch
+    h = F.layer_norm(m, (D,), block.norm2.scale, block.norm2.shift)
+    up, _, down = block.ff.layers
+    branch = down(F.gelu(up(h), approximate="tanh"))
+    theirs = m + mask(philox.SHORTCUT2, D, B, T, D).float() * branch
+    assert_same(ours, theirs)
+    leaves = [x, *block.parameters()]
+    assert_same(*(torch.autograd.grad(weigh(y), leaves) for y in (ours, theirs)))
+
+
+def losses(model, n=3):
+    """And the gradients, under one seed."""
+    torch.manual_seed(9)
+    found = []
+    for _ in range(n):
+        loss = model(some_ids()).square().mean()
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    return found
+
+
+def test_repeats_under_a_seed_and_differs_between_calls(fused):
+    model = pair(drop_rate=P)[0]
+    first, second = losses(model), losses(model)
+    for one, two in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert len({float(step[0]) for step in first}) == 3
+
+
+def test_the_same_on_one_thread_as_on_several(fused):
+    model = pair(drop_rate=P, emb_dim=96, vocab_size=700)[0]
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(losses(model, n=1)[0][0])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_keeps_the_mean(fused):
+    """Over many masks the attention's output tends to what it is without dropout."""
+    q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
+    draws = torch.stack([ops.causal_attention(q, k, v, dropout_p=P) for _ in range(600)])
+    error = (draws.mean(0) - ops.causal_attention(q, k, v)) / (draws.std(0) / 600**0.5 + 1e-6)
+    assert error.square().mean() < 1.4  # of a standard normal: 1, give or take 0.05
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_drops_as_many_as_asked_for(fused, p):
+    branch = torch.ones(300, 256)
+    _, total = ops.add_layer_norm(
+        0 * branch, branch, torch.ones(256), torch.zeros(256), dropout_p=p
+    )
+    spread = (p * (1 - p) / branch.numel()) ** 0.5
+    assert abs((total == 0).float().mean().item() - p) < 5 * spread
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.0, False), (0.4, False)])
@@ -30,21 +173,68 @@ def test_no_dropout_draws_nothing(p, training):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_everything_dropped():
+def test_everything_dropped(path):
     assert_same_model(*pair(drop_rate=1.0))
 
 
-def test_one_part_in_training_mode():
+@pytest.mark.parametrize("where", ["everywhere", "drop_emb", "att.dropout", "drop_shortcut"])
+def test_on_the_reference_backend_it_draws_what_the_book_draws(where):
     results = []
-    for model in pair(drop_rate=0.4):
-        model.eval()
-        model.trf_blocks[1].att.train()
+    for model in pair():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and (where == "everywhere" or name.endswith(where)):
+                module.p = 0.4
         torch.manual_seed(9)
-        results.append(outputs_and_grads(model, some_ids()))
+        with fastgpt.use_backend("reference"):
+            results.append(outputs_and_grads(model, some_ids()))
     assert_same(*results)
+
+
+def test_one_part_in_training_mode(fused):
+    model = pair(drop_rate=0.4)[0].eval()
+    quiet = model(some_ids())
+    assert torch.equal(model(some_ids()), quiet)
+    model.trf_blocks[1].att.train()
+    assert not torch.allclose(model(some_ids()), quiet, atol=1e-2)
 
 
 def test_training_with_dropout_holds_no_mask():
     model = pair(drop_rate=0.3)[0].train()
     model(some_ids())
     assert all(block.att._buffers["mask"] is None for block in model.trf_blocks)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_what_is_no_probability_is_refused(fused, p):
+    x = torch.randn(2, 2, 3, 8)
+    with pytest.raises(ValueError, match="must be in"):
+        ops.causal_attention(x, x, x, dropout_p=p)
+    with pytest.raises(ValueError, match="must be in"):
+        ops.add_layer_norm(x, x, x[0, 0, 0], x[0, 0, 0], dropout_p=p)
+
+
+def test_a_second_derivative_is_refused(fused):
+    x = torch.randn(2, 2, 3, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        ops.causal_attention(x, x, x).square().sum(), x, create_graph=True
+    )
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(
+            ops.causal_attention(x, x, x, dropout_p=P).square().sum(), x, create_graph=True
+        )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_makes_the_same_masks_again(fused, reentrant):
+    block = pair(drop_rate=P)[0].trf_blocks[0]
+    x = torch.randn(2, 9, CONFIG["emb_dim"], requires_grad=True)
+    grads = []
+    for call in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
+        torch.manual_seed(9)
+        weigh(call(x)).backward()
+        leaves = [x, *block.parameters()]
+        grads.append([leaf.grad.clone() for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))

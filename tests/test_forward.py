@@ -10,7 +10,7 @@ from torch import nn
 
 import fastgpt
 from fastgpt import cpu, reference
-from fastgpt.cpu import forward as engine
+from fastgpt.cpu import workspace
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 FUSED = [path for path in PATHS if path != "reference"]
@@ -195,14 +195,14 @@ def test_workspaces_go_with_the_model():
     ours, _ = _models()
     with torch.no_grad():
         ours(torch.randint(0, 61, (1, 4)))
-    assert ours in engine._idle
+    assert ours in workspace._idle
     gc.collect()
-    count = len(engine._idle)
+    count = len(workspace._idle)
     twin = copy.deepcopy(ours)
-    assert twin not in engine._idle
+    assert twin not in workspace._idle
     del ours
     gc.collect()
-    assert len(engine._idle) == count - 1
+    assert len(workspace._idle) == count - 1
 
 
 def test_the_same_bits_again_and_for_earlier_tokens():

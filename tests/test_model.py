@@ -113,7 +113,7 @@ def test_a_block_as_wide_as_gpt2_xl(path):
     assert_as_exact(*results, {"": book.double()(x.double())})
 
 
-def losses(model, ids, steps=10):
+def losses(model, ids, steps=20):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     torch.manual_seed(42)  # for dropout
     history = []
@@ -126,7 +126,7 @@ def losses(model, ids, steps=10):
     return torch.stack(history)
 
 
-def test_ten_steps_of_adamw(path):
+def test_twenty_steps_of_adamw(path):
     ours, book = pair()
     ids = some_ids(T=33)
     exact = losses(copy.deepcopy(book).double(), ids)
@@ -134,10 +134,11 @@ def test_ten_steps_of_adamw(path):
     assert_as_exact({"": losses(ours, ids)}, {"": losses(book, ids)}, {"": exact})
 
 
-def test_ten_steps_with_dropout_draw_the_same_numbers():
+def test_on_the_reference_backend_dropout_draws_the_same_numbers():
     ours, book = pair(drop_rate=0.2)
     ids = some_ids(T=33)
-    torch.testing.assert_close(losses(ours, ids), losses(book, ids), rtol=1e-4, atol=0)
+    with fastgpt.use_backend("reference"):
+        torch.testing.assert_close(losses(ours, ids), losses(book, ids), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("T", [3, 70])

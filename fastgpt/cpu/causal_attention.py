@@ -6,34 +6,75 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
+from fastgpt.cpu.records import data, threshold
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> None:
-    """Writes out = softmax(scale q k^T, causal) v and the log-sum-exp of each row of scores.
+    """Writes out = dropout(softmax(scale q k^T, causal)) v and the log-sum-exp of each row of
+    scores.
 
     q, out: [B, H, T, D]; k, v: [B, H, S, D] with S >= T, query i seeing the keys up to i + S - T;
-    any strides but 1 along D. lse: [B, H, T] contiguous. All float32.
+    any strides but 1 along D. lse: [B, H, T] contiguous, float64: the weights are its exponentials,
+    and backward would see its rounding. The others float32.
     """
     if out.numel() == 0:
         return
-    B, H, T, D = q.shape
     _C.causal_attention(
         q.data_ptr(),
-        q.stride()[:3],
         k.data_ptr(),
-        k.stride()[:3],
         v.data_ptr(),
-        v.stride()[:3],
         out.data_ptr(),
-        out.stride()[:3],
-        lse.data_ptr() if lse is not None else 0,
-        B,
-        H,
-        T,
-        k.shape[2],
-        D,
+        data(lse),
         scale,
+        _shape(q, k, v, out),
+        seed,
+        threshold(dropout_p),
         torch.get_num_threads(),
     )
+
+
+def causal_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Writes dq, dk and dv, from what ``causal_attention`` took and gave; shapes and strides as
+    there.
+    """
+    if out.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    _C.causal_attention_backward(
+        [t.data_ptr() for t in (q, k, v, out, dout, lse, dq, dk, dv)],
+        scale,
+        _shape(q, k, v, out),
+        _shape(dq, dk, dv, dout),
+        seed,
+        threshold(dropout_p),
+        torch.get_num_threads(),
+    )
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
+    """struct AttentionShape."""
+    B, H, T, D = q.shape
+    return [B, H, T, k.shape[2], D, *(n for t in (q, k, v, out) for n in t.stride()[:3])]

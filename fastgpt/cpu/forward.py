@@ -7,63 +7,18 @@ gathered and runs that piece itself.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.cpu import _C
+from fastgpt.cpu.records import address, threads_for
+from fastgpt.cpu.transformer_block import EPS
+from fastgpt.cpu.workspace import workspace
 
-EPS = 1e-5
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 _NO_LINEAR = (0, 0, 0, 0, 0, 0)
-_GRAIN = 1 << 20  # multiplications below which a second thread costs more than it saves
-
-# Workspaces that no call is using, by model: kept, because a fresh large block costs page faults
-# each time, and gone with the model.
-_idle: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
-
-
-def address(tensor: Tensor | None, *shape: int, contiguous: bool = True) -> int | None:
-    """Where a float32 CPU tensor of this shape starts; None for any other, or not contiguous."""
-    if (
-        tensor is None
-        or tensor.dtype is not torch.float32
-        or tensor.shape != shape
-        or not tensor.is_cpu
-        or (contiguous and not tensor.is_contiguous())
-        or (type(tensor) is not nn.Parameter and type(tensor) is not Tensor)
-    ):
-        return None
-    return tensor.data_ptr()
-
-
-def linear(module: nn.Module, n_in: int, n_out: int) -> tuple[int, ...] | None:
-    """The record of an nn.Linear of these sizes, its weight row-major or column-major; None for any
-    other.
-    """
-    parameters = module._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if (
-        weight is None
-        or "bias" not in parameters  # somebody has put another tensor in its place
-        or weight.dtype is not torch.float32
-        or weight.shape != (n_out, n_in)
-        or not weight.is_cpu
-        or (type(weight) is not nn.Parameter and type(weight) is not Tensor)
-    ):
-        return None
-    row, col = weight.stride()
-    if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
-        return None
-    at = 0
-    if bias is not None:
-        found = address(bias, n_out)
-        if found is None:
-            return None
-        at = found
-    return weight.data_ptr(), row, col, at, n_out, n_in
 
 
 class Run:
@@ -154,25 +109,16 @@ class Run:
         ids = (self.ids.data_ptr() if self._embeddings else 0, int(self.ids.dtype is torch.int64))
         at_out = out.data_ptr() if out is not None else 0
 
-        def fields(at_x: int, workspace: int) -> list[int]:
+        def fields(at_x: int, at_workspace: int) -> list[int]:
             embeddings = self._embeddings or (0, 0)
-            rest = (at_out, int(last_only), workspace, self._n_blocks)
+            rest = (at_out, int(last_only), at_workspace, self._n_blocks)
             return [*sizes, *ids, *embeddings, at_x, *norm, *head, *rest]
 
         rows = B * T
         work = rows * self.width * (self._n_blocks * (4 * self.width + 2 * self._hidden) + head[4])
-        threads = torch.get_num_threads() if work > _GRAIN else 1
+        threads = threads_for(work)
         stream = 0 if x is not None else rows * self.width
-        need = stream + _C.forward_workspace(fields(0, 0), threads)
-        idle = _idle.setdefault(self.owner, [])
-        try:
-            workspace = idle.pop()
-        except IndexError:  # another thread may have taken the last one
-            workspace = torch.empty(need, **_FLOAT32)
-        if workspace.numel() < need:
-            workspace = torch.empty(need, **_FLOAT32)
-        start = workspace.data_ptr()
-        at_x = x.data_ptr() if x is not None else start
-        _C.forward(fields(at_x, start + 4 * stream), self._blocks, EPS, threads)
-        idle.append(workspace)
+        with workspace(self.owner, stream + _C.forward_workspace(fields(0, 0), threads)) as start:
+            at_x = x.data_ptr() if x is not None else start
+            _C.forward(fields(at_x, start + 4 * stream), self._blocks, EPS, threads)
         self._x, self._embeddings, self._blocks, self._n_blocks = x, None, [], 0

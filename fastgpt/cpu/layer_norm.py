@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
+from fastgpt.cpu.records import data, threshold
 
 
 def layer_norm(
@@ -18,8 +19,10 @@ def layer_norm(
     rstd: Tensor | None = None,
     branch: Tensor | None = None,
     total: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> None:
-    """Writes y = LayerNorm(x), or total = x + branch and y = LayerNorm(total).
+    """Writes y = LayerNorm(x), or total = x + dropout(branch) and y = LayerNorm(total).
 
     x, branch, total, y: [..., D] contiguous; weight, bias: [D] contiguous; mean, rstd: one a row.
     All float32. total may be x.
@@ -29,15 +32,56 @@ def layer_norm(
         return
     _C.layer_norm(
         x.data_ptr(),
-        branch.data_ptr() if branch is not None else 0,
+        data(branch),
         weight.data_ptr(),
         bias.data_ptr(),
-        total.data_ptr() if total is not None else 0,
+        data(total),
         y.data_ptr(),
-        mean.data_ptr() if mean is not None else 0,
-        rstd.data_ptr() if rstd is not None else 0,
+        data(mean),
+        data(rstd),
         x.numel() // cols,
         cols,
         eps,
+        seed,
+        threshold(dropout_p),
+        torch.get_num_threads(),
+    )
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    dtotal: Tensor | None = None,
+    dbranch: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Writes the gradients that are given: dx with dtotal added, dbranch = dx behind the dropout.
+
+    x: what was normalised. dy, x, dx, dtotal, dbranch: [..., D] contiguous; weight, dweight, dbias:
+    [D] contiguous, the gradients both or neither; mean, rstd: one a row. All float32.
+    """
+    cols = x.shape[-1]
+    rows = x.numel() // max(cols, 1)
+    if x.numel() == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    partials = None
+    if dweight is not None:
+        partials = x.new_empty(_C.norm_partials(rows, cols))
+    tensors = (dy, x, weight, mean, rstd, dtotal, dx, dweight, dbias, partials)
+    _C.layer_norm_backward(
+        [*map(data, tensors), rows, cols],
+        data(dbranch),
+        seed,
+        threshold(dropout_p),
         torch.get_num_threads(),
     )

@@ -3,7 +3,22 @@ backend.
 """
 
 from fastgpt.ops.causal_attention import causal_attention
+from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.layer_norm import add_layer_norm, layer_norm
+from fastgpt.ops.linear import linear
+from fastgpt.ops.linear_cross_entropy import check_targets, linear_cross_entropy
+from fastgpt.ops.transformer_block import transformer_block
 
-__all__ = ["add_layer_norm", "bias_gelu", "causal_attention", "gelu", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "bias_gelu",
+    "causal_attention",
+    "check_targets",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "transformer_block",
+]

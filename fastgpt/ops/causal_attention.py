@@ -9,23 +9,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.cpu import causal_attention as cpu
+from fastgpt.dropout import draw_seed, refuse_double_backward
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v, where query i sees the keys up to i + S - T.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """dropout(softmax(scale q k^T)) v, where query i sees the keys up to i + S - T.
 
     Args:
         q: [B, H, T, D], any floating dtype, any strides.
         k: [B, H, S, D] with S >= T.
         v: [B, H, S, D].
         scale: of the scores; 1 / sqrt(D) if None.
+        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - p). Draws one
+            number from torch's CPU generator if not 0.
 
     Returns:
         [B, H, T, D], a transposed view of [B, T, H, D], so that joining the heads copies nothing.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or dropout_p is not a probability.
         BackendError: a backend asked for by name cannot take these tensors.
     """
     fits = q.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
@@ -35,80 +39,137 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     if scale is None:
         scale = q.shape[3] ** -0.5
     if torch.compiler.is_compiling():
-        if dispatch.traceable(q, k, v):
-            return torch.ops.fastgpt.causal_attention(q, k, v, scale).transpose(1, 2)
-        return _torch(q, k, v, scale)
-    if dispatch.choose("causal_attention", q, k, v) == "reference":
-        return _torch(q, k, v, scale)
+        if dispatch.traceable(q, k, v) and dropout_p == 0:
+            return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
+        return _torch(q, k, v, scale, dropout_p)
+    kernels = dispatch.kernels("causal_attention", q, k, v)
+    if kernels is None:
+        return _torch(q, k, v, scale, dropout_p)
+    drop = (dropout_p, draw_seed(dropout_p))
     if dispatch.needs_grad(q, k, v):
-        return _CausalAttention.apply(q, k, v, scale).transpose(1, 2)
-    return _forward(q, k, v, scale).transpose(1, 2)
+        return _CausalAttention.apply(kernels, q, k, v, scale, *drop).transpose(1, 2)
+    return _forward(kernels, q, k, v, scale, *drop, keep=False)[0].transpose(1, 2)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
     T, S = q.shape[2], k.shape[2]
     if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
-        return _weights(q, k, scale) @ v
+        return F.dropout(weights(q, k, scale), dropout_p) @ v
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
+        )
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout_p)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Returns [B, T, H, D]."""
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """As the kernels read them: neighbours along D are adjacent."""
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _log_sum_exp(q: Tensor) -> Tensor:
+    """An empty [B, H, T] in the dtype that the device's kernels keep it in."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.is_cpu else torch.float32)
+
+
+def _forward(kernels, q, k, v, scale, dropout_p=0.0, seed=0, *, keep):
+    """Returns [B, T, H, D] and, where it is kept for backward, the log-sum-exp [B, H, T]."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
-    cpu.causal_attention(q, k, v, scale, out.transpose(1, 2))
-    return out
+    lse = _log_sum_exp(q) if keep else None
+    kernels.causal_attention(*_rows(q, k, v), scale, out.transpose(1, 2), lse, dropout_p, seed)
+    return out, lse
 
 
-def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _backward(kernels, dout, q, k, v, out, lse, scale, dropout_p=0.0, seed=0):
+    """Gradients of q, k, v. dout, out: [B, T, H, D]."""
+    # Laid out [B, T, H, D], as the projections that they go to have them.
+    grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
+    (dout,) = _rows(dout.transpose(1, 2))
+    kernels.causal_attention_backward(
+        dout, *_rows(q, k, v), out.transpose(1, 2), lse, scale, *grads, dropout_p, seed
+    )
+    return tuple(grads)
+
+
+def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """[B, H, T, S], by PyTorch's differentiable operations."""
     T, S = q.shape[2], k.shape[2]
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     return torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v by the plain formulas, differentiable themselves. dout: [B, T, H, D]."""
-    weights = _weights(q, k, scale)
+def _formulas(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v by operations that are differentiable themselves, with a block of
+    queries x keys. dout: [B, T, H, D].
+    """
+    p = weights(q, k, scale)
     dout = dout.transpose(1, 2)
-    dweights = dout @ v.mT
-    dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
-    return dscores @ k, dscores.mT @ q, weights.mT @ dout
+    dp = dout @ v.mT
+    dscores = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    return dscores @ k, dscores.mT @ q, p.mT @ dout
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
-        return _forward(q, k, v, scale)
+    def forward(ctx, kernels, q, k, v, scale, dropout_p, seed):
+        out, lse = _forward(kernels, q, k, v, scale, dropout_p, seed, keep=True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.kernels, ctx.scale, ctx.drop = kernels, scale, (dropout_p, seed)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v = ctx.saved_tensors
-        return *_backward(dout, q, k, v, ctx.scale), None
+        q, k, v, out, lse = ctx.saved_tensors
+        if dispatch.once(dout):
+            grads = _backward(ctx.kernels, dout, q, k, v, out, lse, ctx.scale, *ctx.drop)
+        else:
+            refuse_double_backward(ctx.drop[0])
+            grads = _formulas(dout, q, k, v, ctx.scale)
+        return None, *grads, None, None, None
 
 
 @torch.library.custom_op("fastgpt::causal_attention", mutates_args=())
-def _causal_attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if dispatch.choose("causal_attention", q, k, v) == "reference":
-        return _torch(q, k, v, scale).transpose(1, 2).contiguous()
-    return _forward(q, k, v, scale)
+def _causal_attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    kernels = dispatch.kernels("causal_attention", q, k, v)
+    if kernels is None:
+        out = _torch(q, k, v, scale, 0.0).transpose(1, 2).contiguous()
+        return out, _log_sum_exp(q).zero_()
+    return _forward(kernels, q, k, v, scale, keep=True)
 
 
 @_causal_attention_op.register_fake
 def _(q, k, v, scale):
     B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D)
+    return q.new_empty(B, T, H, D), _log_sum_exp(q)
+
+
+@torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())
+def _causal_attention_backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = dispatch.kernels("causal_attention", q, k, v)
+    if kernels is None:
+        grads = _formulas(dout, q, k, v, scale)
+    else:
+        grads = _backward(kernels, dout, q, k, v, out, lse, scale)
+    return tuple(t.contiguous() for t in grads)  # type: ignore[return-value]
+
+
+@_causal_attention_backward_op.register_fake
+def _(dout, q, k, v, out, lse, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _setup(ctx, inputs, output):
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output)
 
 
-_causal_attention_op.register_autograd(_CausalAttention.backward, setup_context=_setup)
+def _op_backward(ctx, dout, dlse):
+    saved = ctx.saved_tensors
+    return *torch.ops.fastgpt.causal_attention_backward(dout, *saved, ctx.scale), None
+
+
+_causal_attention_op.register_autograd(_op_backward, setup_context=_setup)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.cpu import gelu as cpu
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -58,47 +57,62 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         if dispatch.traceable(*tensors):
             return torch.ops.fastgpt.bias_gelu(x, bias)
         return _torch(x, bias)
-    if dispatch.choose("gelu", *tensors) == "reference":
+    kernels = dispatch.kernels("gelu", x, bias)
+    if kernels is None:
         y = _torch(x, bias)
         return y if out is None else out.copy_(y)
-    if dispatch.needs_grad(*tensors):
-        return _BiasGelu.apply(x, bias)
-    return _forward(x, bias, out)
+    if dispatch.needs_grad(x, bias):
+        return _BiasGelu.apply(kernels, x, bias)
+    return _forward(kernels, x, bias, out)
 
 
 def _torch(x: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-def _forward(x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _forward(kernels, x, bias, out=None):
     x = x.contiguous()
     if out is None:
         out = torch.empty_like(x)
-    cpu.bias_gelu(x, None if bias is None else bias.contiguous(), out)
+    kernels.bias_gelu(x, None if bias is None else bias.contiguous(), out)
     return out
+
+
+def _formulas(dy, x, bias, wanted):
+    """The gradients of x and bias by operations that are differentiable themselves."""
+    dx = torch.ops.aten.gelu_backward(dy, x if bias is None else x + bias, approximate="tanh")
+    db = dx.flatten(0, -2).sum(0) if wanted[1] else None
+    return dx if wanted[0] else None, db
+
+
+def _backward(kernels, dy, x, bias, wanted):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    db = bias.new_empty(bias.shape) if wanted[1] else None
+    bias = None if bias is None else bias.contiguous()
+    kernels.bias_gelu_backward(dy.contiguous(), x.contiguous(), bias, dx, db)
+    return dx if wanted[0] else None, db
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx, kernels, x, bias):
         ctx.save_for_backward(x, bias)
-        return _forward(x, bias)
+        ctx.kernels = kernels
+        return _forward(kernels, x, bias)
 
     @staticmethod
     def backward(ctx, dy):
+        wanted = ctx.needs_input_grad[1:]
         x, bias = ctx.saved_tensors
-        # Differentiable itself, so double backward works.
-        dx = torch.ops.aten.gelu_backward(dy, x if bias is None else x + bias, approximate="tanh")
-        db = dx.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return dx if ctx.needs_input_grad[0] else None, db
+        if dispatch.once(dy):
+            return None, *_backward(ctx.kernels, dy, x, bias, wanted)
+        return None, *_formulas(dy, x, bias, wanted)
 
 
 @torch.library.custom_op("fastgpt::bias_gelu", mutates_args=())
 def _bias_gelu_op(x: Tensor, bias: Tensor | None) -> Tensor:
-    tensors = (x,) if bias is None else (x, bias)
-    if dispatch.choose("gelu", *tensors) == "reference":
-        return _torch(x, bias).contiguous()
-    return _forward(x, bias)
+    kernels = dispatch.kernels("gelu", x, bias)
+    return _torch(x, bias).contiguous() if kernels is None else _forward(kernels, x, bias)
 
 
 @_bias_gelu_op.register_fake
@@ -106,6 +120,13 @@ def _(x, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _op_backward(ctx, dy):
+    """Traced by torch.compile, which makes its own kernels of the formulas."""
+    x, bias = ctx.saved_tensors
+    return _formulas(dy, x, bias, ctx.needs_input_grad)
+
+
 _bias_gelu_op.register_autograd(
-    _BiasGelu.backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    _op_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )

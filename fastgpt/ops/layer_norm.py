@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch, reference
-from fastgpt.cpu import layer_norm as cpu
+from fastgpt.dropout import draw_seed, refuse_double_backward
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -34,18 +34,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         if dispatch.traceable(x, weight, bias):
             return torch.ops.fastgpt.layer_norm(x, weight, bias, eps)[0]
         return _torch(x, weight, bias, eps)
-    if dispatch.choose("layer_norm", x, weight, bias) == "reference":
+    kernels = dispatch.kernels("layer_norm", x, weight, bias)
+    if kernels is None:
         return _torch(x, weight, bias, eps)
     if dispatch.needs_grad(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, eps)
-    return _forward(x, weight, bias, eps, stats=False)[0]
+        return _LayerNorm.apply(kernels, x, weight, bias, eps)
+    return _forward(kernels, x, weight, bias, eps, stats=False)[0]
 
 
 def add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The residual add and the LayerNorm after it, in one pass: (layer_norm(x + branch), x +
-    branch).
+    """The residual add and the LayerNorm after it, in one pass: with total = x + dropout(branch),
+    (layer_norm(total), total).
 
     Args:
         x: [..., D], the residual stream, any floating dtype.
@@ -53,26 +59,31 @@ def add_layer_norm(
         weight: [D].
         bias: [D].
         eps: added to the variance.
+        dropout_p: probability of dropping an element of the branch; the others are scaled by
+            1 / (1 - p). Draws one number from torch's CPU generator if not 0.
 
     Returns:
         The normalised sum and the sum, each [..., D].
 
     Raises:
-        ValueError: branch has another shape than x, or weight or bias is not [D].
+        ValueError: branch has another shape than x, weight or bias is not [D], or dropout_p is not
+            a probability.
         BackendError: a backend asked for by name cannot take these tensors.
     """
     _check(x, weight, bias)
     if branch.shape != x.shape:
         raise ValueError(f"branch {tuple(branch.shape)} must have the shape of x {tuple(x.shape)}")
     if torch.compiler.is_compiling():
-        if dispatch.traceable(x, branch, weight, bias):
+        if dispatch.traceable(x, branch, weight, bias) and dropout_p == 0:
             return torch.ops.fastgpt.add_layer_norm(x, branch, weight, bias, eps)[:2]
-        return _torch_add(x, branch, weight, bias, eps)
-    if dispatch.choose("add_layer_norm", x, branch, weight, bias) == "reference":
-        return _torch_add(x, branch, weight, bias, eps)
+        return _torch_add(x, branch, weight, bias, eps, dropout_p)
+    kernels = dispatch.kernels("layer_norm", x, branch, weight, bias)
+    if kernels is None:
+        return _torch_add(x, branch, weight, bias, eps, dropout_p)
+    drop = (dropout_p, draw_seed(dropout_p))
     if dispatch.needs_grad(x, branch, weight, bias):
-        return _AddLayerNorm.apply(x, branch, weight, bias, eps)
-    y, total, _, _ = _forward_add(x, branch, weight, bias, eps, stats=False)
+        return _AddLayerNorm.apply(kernels, x, branch, weight, bias, eps, *drop)
+    y, total, _, _ = _forward_add(kernels, x, branch, weight, bias, eps, *drop, stats=False)
     return y, total
 
 
@@ -91,9 +102,9 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _torch_add(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    total = x + branch
+    total = x + (F.dropout(branch, dropout_p) if dropout_p > 0 else branch)
     return _torch(total, weight, bias, eps), total
 
 
@@ -102,67 +113,105 @@ def _stats(x: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
     return (x.new_empty(shape), x.new_empty(shape)) if wanted else (None, None)
 
 
-def _forward(x, weight, bias, eps, stats):
+def _forward(kernels, x, weight, bias, eps, stats):
     x = x.contiguous()
     y = torch.empty_like(x)
     mean, rstd = _stats(x, stats)
-    cpu.layer_norm(x, weight.contiguous(), bias.contiguous(), eps, y, mean, rstd)
+    kernels.layer_norm(x, weight.contiguous(), bias.contiguous(), eps, y, mean, rstd)
     return y, mean, rstd
 
 
-def _forward_add(x, branch, weight, bias, eps, stats):
-    x = x.contiguous()
+def _forward_add(kernels, x, branch, weight, bias, eps, dropout_p, seed, stats):
+    x, branch = x.contiguous(), branch.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = _stats(x, stats)
     weight, bias = weight.contiguous(), bias.contiguous()
-    cpu.layer_norm(x, weight, bias, eps, y, mean, rstd, branch.contiguous(), total)
+    kernels.layer_norm(x, weight, bias, eps, y, mean, rstd, branch, total, dropout_p, seed)
     return y, total, mean, rstd
 
 
-def _backward(dy, saved, wanted):
-    # Differentiable itself, so double backward works.
+def _formulas(dy, saved, wanted):
+    """The gradients of x, weight and bias by an operation that is differentiable itself."""
     x, mean, rstd, weight, bias = saved
     return torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, bias, list(wanted)
     )
 
 
+def _backward(kernels, dy, saved, wanted, dtotal=None, dropout_p=0.0, seed=0):
+    """The gradients of the normalised x, of the branch behind its dropout, of weight and bias."""
+    x, mean, rstd, weight, _ = saved
+    x = x.contiguous()
+    dx = torch.empty_like(x) if wanted[0] else None
+    dbranch = torch.empty_like(x) if wanted[0] and dropout_p > 0 else None
+    dw = db = None
+    if wanted[1] or wanted[2]:
+        dw, db = (weight.new_empty(weight.shape) for _ in range(2))
+    if dtotal is not None:
+        dtotal = dtotal.contiguous()
+    weight = weight.contiguous()
+    kernels.layer_norm_backward(
+        dy.contiguous(), x, weight, mean, rstd, dx, dw, db, dtotal, dbranch, dropout_p, seed
+    )
+    branch = dx if dbranch is None else dbranch
+    return dx, branch, dw if wanted[1] else None, db if wanted[2] else None
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = _forward(x, weight, bias, eps, stats=True)
+    def forward(ctx, kernels, x, weight, bias, eps):
+        y, mean, rstd = _forward(kernels, x, weight, bias, eps, stats=True)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.kernels = kernels
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *_backward(dy, ctx.saved_tensors, ctx.needs_input_grad[:3]), None
+        wanted = ctx.needs_input_grad[1:4]
+        if dispatch.once(dy):
+            dx, _, dw, db = _backward(ctx.kernels, dy, ctx.saved_tensors, wanted)
+        else:
+            dx, dw, db = _formulas(dy, ctx.saved_tensors, wanted)
+        return None, dx, dw, db, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, eps):
-        y, total, mean, rstd = _forward_add(x, branch, weight, bias, eps, stats=True)
+    def forward(ctx, kernels, x, branch, weight, bias, eps, dropout_p, seed):
+        y, total, mean, rstd = _forward_add(
+            kernels, x, branch, weight, bias, eps, dropout_p, seed, stats=True
+        )
         ctx.save_for_backward(total, mean, rstd, weight, bias)
+        ctx.kernels, ctx.drop = kernels, (dropout_p, seed)
         return y, total
 
     @staticmethod
     def backward(ctx, dy, dtotal):
-        wanted = ctx.needs_input_grad
-        stream = wanted[0] or wanted[1]
-        dx, dw, db = _backward(dy, ctx.saved_tensors, (stream, wanted[2], wanted[3]))
-        if dx is not None:
-            dx = dx + dtotal
-        return dx if wanted[0] else None, dx if wanted[1] else None, dw, db, None
+        _, *wanted = ctx.needs_input_grad[:5]
+        stream = (wanted[0] or wanted[1], wanted[2], wanted[3])
+        if dispatch.once(dy, dtotal):
+            grads = _backward(ctx.kernels, dy, ctx.saved_tensors, stream, dtotal, *ctx.drop)
+        else:
+            refuse_double_backward(ctx.drop[0])
+            grads = _add_formulas(dy, dtotal, ctx.saved_tensors, stream)
+        kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return None, *kept, None, None, None
+
+
+def _add_formulas(dy, dtotal, saved, wanted):
+    dx, dw, db = _formulas(dy, saved, wanted)
+    dx = dx if dx is None else dx + dtotal
+    return dx, dx, dw, db
 
 
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
 def _layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dispatch.choose("layer_norm", x, weight, bias) == "reference":
+    kernels = dispatch.kernels("layer_norm", x, weight, bias)
+    if kernels is None:
         return torch.native_layer_norm(x.contiguous(), x.shape[-1:], weight, bias, eps)
-    return _forward(x, weight, bias, eps, stats=True)
+    return _forward(kernels, x, weight, bias, eps, stats=True)
 
 
 @_layer_norm_op.register_fake
@@ -174,11 +223,12 @@ def _(x, weight, bias, eps):
 def _add_layer_norm_op(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if dispatch.choose("add_layer_norm", x, branch, weight, bias) == "reference":
+    kernels = dispatch.kernels("layer_norm", x, branch, weight, bias)
+    if kernels is None:
         total = (x + branch).contiguous()
         y, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], weight, bias, eps)
         return y, total, mean, rstd
-    return _forward_add(x, branch, weight, bias, eps, stats=True)
+    return _forward_add(kernels, x, branch, weight, bias, eps, 0.0, 0, stats=True)
 
 
 @_add_layer_norm_op.register_fake
@@ -199,10 +249,20 @@ def _setup_add(ctx, inputs, output):
     ctx.save_for_backward(total, mean, rstd, weight, bias)
 
 
+# Traced by torch.compile, which makes its own kernels of the formulas.
 _layer_norm_op.register_autograd(
-    lambda ctx, dy, dmean, drstd: _LayerNorm.backward(ctx, dy), setup_context=_setup
+    lambda ctx, dy, dmean, drstd: (
+        *_formulas(dy, ctx.saved_tensors, ctx.needs_input_grad[:3]),
+        None,
+    ),
+    setup_context=_setup,
 )
-_add_layer_norm_op.register_autograd(
-    lambda ctx, dy, dtotal, dmean, drstd: _AddLayerNorm.backward(ctx, dy, dtotal),
-    setup_context=_setup_add,
-)
+
+
+def _add_backward(ctx, dy, dtotal, dmean, drstd):
+    wanted = ctx.needs_input_grad[:4]
+    grads = _add_formulas(dy, dtotal, ctx.saved_tensors, (wanted[0] or wanted[1], *wanted[2:]))
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
+_add_layer_norm_op.register_autograd(_add_backward, setup_context=_setup_add)

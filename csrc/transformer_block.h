@@ -1,0 +1,115 @@
+// One transformer block, by a team of threads that share each phase and meet at a barrier between phases. The whole
+// pass without gradients (forward.h) and a block of a training step run the same code: one keeps nothing and works in
+// place, the other keeps what its backward reads.
+#pragma once
+
+#include "attend_row.h"
+#include "causal_attention.h"
+#include "dropout.h"
+#include "kernels.h"
+#include "linear.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+constexpr int64_t kFewQueries = 8;  // up to which a row at a time beats packing the keys
+
+// What a block reads and writes beside its weights; rows are batch * tokens.
+struct BlockRun {
+    int64_t batch, tokens, past, capacity, width, heads, head_dim;
+    const float* x;  // [rows, width]: the residual stream in
+    float* middle;   // .. after the attention; may be x
+    float* y;        // .. out; may be middle
+    float* qkv;      // [rows, qkv_row]: query, key and value side by side
+    int64_t qkv_row;
+    float* context;  // [rows, width]: the heads' outputs; may be h without dropout
+    float* act;      // [rows, act_row]: the feed-forward's middle; may be qkv where nothing is kept
+    int64_t act_row;
+    float* h;  // [rows, width]: scratch
+    // What a backward pass reads, or null: the statistics of the norms, [rows], the log-sum-exp, [batch, heads,
+    // tokens], and the feed-forward's middle before its GELU, rows act_row apart.
+    double* lse;
+    float *mean1, *rstd1, *mean2, *rstd2, *pre;
+    Dropout drop_attention, drop_shortcut1, drop_shortcut2;
+
+    int64_t rows() const { return batch * tokens; }
+    float scale() const { return 1.0f / sqrtf(static_cast<float>(head_dim)); }
+    // Floats of each thread's scratch: the largest of what the phases need.
+    static int64_t scratch(int64_t keys, int64_t head_dim) {
+        return up(max(kLinearScratch, max(keys + 16, AttentionWorkspace::floats(keys, head_dim))), 16) * 16;
+    }
+};
+
+inline void share_linear(const Team& team, const Linear& w, const float* x, int64_t x_row, int64_t rows, float* y,
+                         int64_t y_row, const float* residual = nullptr, Epilogue epilogue = kPlain,
+                         float* pre = nullptr) {
+    const LinearCall call{x, x_row, 1,    w.weight, w.row, w.col,    w.bias, residual, y_row,
+                          y, y_row, rows, w.out,    w.in,  epilogue, pre,    nullptr};
+    product(call, team.part, team.parts, team.scratch);
+}
+
+// Appends the tokens' keys and values to the cache, [batch, heads, capacity, head_dim] each.
+inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
+    const int64_t batch = row / r.tokens, token = r.past + row % r.tokens;
+    const float* qkv = r.qkv + row * r.qkv_row;
+    const size_t bytes = sizeof(float) * static_cast<size_t>(r.head_dim);
+    for (int64_t h = 0; h < r.heads; ++h) {
+        const int64_t at = ((batch * r.heads + h) * r.capacity + token) * r.head_dim;
+        std::memcpy(b.key_cache + at, qkv + r.width + h * r.head_dim, bytes);
+        std::memcpy(b.value_cache + at, qkv + 2 * r.width + h * r.head_dim, bytes);
+    }
+}
+
+// Attention of every head, from the query columns of qkv into context; keys and values from there or from the cache.
+inline void attend(const Team& team, const BlockRun& r, const Block& b) {
+    const int64_t T = r.tokens, D = r.head_dim, keys = r.past + T;
+    const bool cached = b.key_cache != nullptr;
+    const float *k = cached ? b.key_cache : r.qkv + r.width, *v = cached ? b.value_cache : r.qkv + 2 * r.width;
+    const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
+    const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
+    if (T > kFewQueries || r.lse || r.drop_attention.on()) {
+        const AttentionShape s{r.batch, r.heads,  T,        keys,    D,        T * r.qkv_row, D, r.qkv_row, kv_batch,
+                               kv_head, kv_token, kv_batch, kv_head, kv_token, T * r.width,   D, r.width};
+        return attention_share(r.qkv, k, v, r.context, r.lse, r.scale(), s, r.drop_attention, team.scratch, team.part,
+                               team.parts);
+    }
+    for (int64_t unit = team.part; unit < r.batch * r.heads; unit += team.parts) {
+        const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;
+        for (int64_t t = 0; t < T; ++t)
+            attend_row(r.qkv + (batch * T + t) * r.qkv_row + head * D, k + kv, kv_token, v + kv, kv_token,
+                       r.past + t + 1, D, r.scale(), team.scratch, r.context + (batch * T + t) * r.width + head * D);
+    }
+}
+
+inline void block_forward(const Team& team, const BlockRun& r, const Block& b, float eps) {
+    const int64_t M = r.rows(), D = r.width;
+    const auto norm = [&](const float* x, const float* scale, const float* shift, float* mean, float* rstd) {
+        team.share_rows(M, [&](int64_t i) {
+            norm_row(x + i * D, scale, shift, r.h + i * D, D, eps, mean ? mean + i : nullptr,
+                     rstd ? rstd + i : nullptr);
+        });
+    };
+    // y = residual + dropout(x W^T + bias); the branch goes through h where something is dropped.
+    const auto shortcut = [&](const Linear& w, const float* x, int64_t x_row, const float* residual, float* y,
+                              const Dropout& drop) {
+        share_linear(team, w, x, x_row, M, drop.on() ? r.h : y, D, drop.on() ? nullptr : residual);
+        team.barrier();
+        if (drop.on()) team.share_rows(M, [&](int64_t i) { drop.row(i, r.h + i * D, residual + i * D, y + i * D, D); });
+    };
+    norm(r.x, b.scale1, b.shift1, r.mean1, r.rstd1);
+    share_linear(team, b.query, r.h, D, M, r.qkv, r.qkv_row);
+    share_linear(team, b.key, r.h, D, M, r.qkv + D, r.qkv_row);
+    share_linear(team, b.value, r.h, D, M, r.qkv + 2 * D, r.qkv_row);
+    team.barrier();
+    if (b.key_cache) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
+    attend(team, r, b);
+    team.barrier();
+    shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);
+    norm(r.middle, b.scale2, b.shift2, r.mean2, r.rstd2);
+    share_linear(team, b.up, r.h, D, M, r.act, r.act_row, nullptr, kGelu, r.pre);
+    team.barrier();
+    shortcut(b.down, r.act, r.act_row, r.middle, r.y, r.drop_shortcut2);
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

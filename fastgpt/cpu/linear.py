@@ -1,0 +1,69 @@
+"""The product of a linear layer on the CPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastgpt.cpu import _C
+from fastgpt.cpu.records import data, linear_gradient, threads_for
+from fastgpt.cpu.records import linear as linear_record
+from fastgpt.cpu.workspace import workspace
+
+
+def takes(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a weight lies as the kernel can read it; any but an odd view does."""
+    n_out, n_in = weight.shape
+    return n_in > 0 and linear_record(weight, bias, n_in, n_out) is not None
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, owner: object | None = None
+) -> None:
+    """Writes y = x W^T + bias.
+
+    x: [..., n_in], y: [..., n_out], contiguous; weight: [n_out, n_in], row- or column-major; bias:
+    [n_out] contiguous or None. All float32. The owner keeps the scratch memory for its next call.
+    """
+    if y.numel() == 0:
+        return
+    n_out, n_in = weight.shape
+    record, rows = linear_record(weight, bias, n_in, n_out), x.numel() // n_in
+    assert record is not None
+    threads = threads_for(rows * n_in * n_out)
+    with workspace(owner, threads * _C.linear_scratch(False) + 32) as scratch:
+        _C.linear(record, x.data_ptr(), y.data_ptr(), rows, scratch, threads)
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    owner: object | None = None,
+) -> None:
+    """Writes the gradients that are given.
+
+    dy: [..., n_out], x, dx: [..., n_in], contiguous; dweight: as ``gradient_like`` makes it.
+    """
+    if x.numel() == 0 or dy.numel() == 0:
+        for gradient in (dx, dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    n_out, n_in = weight.shape
+    record, rows = linear_record(weight, None, n_in, n_out), x.numel() // n_in
+    assert record is not None
+    threads = threads_for(rows * n_in * n_out)
+    with workspace(owner, threads * _C.linear_scratch(True) + 32) as scratch:
+        _C.linear_backward(
+            record,
+            dy.data_ptr(),
+            x.data_ptr(),
+            data(dx),
+            linear_gradient(dweight, dbias),
+            rows,
+            scratch,
+            threads,
+        )

@@ -1,0 +1,95 @@
+"""Token embedding plus position embedding, with dropout: the start of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt import dispatch
+from fastgpt.config import check_ids
+from fastgpt.dropout import draw_seed, refuse_double_backward
+
+
+def embedding(
+    idx: Tensor, tok: Tensor, pos: Tensor, past: int = 0, dropout_p: float = 0.0
+) -> Tensor:
+    """dropout(tok[idx] + pos[past], pos[past + 1], ...).
+
+    Args:
+        idx: [B, T] token ids, int32 or int64.
+        tok: [V, D], any floating dtype.
+        pos: [C, D] with C >= past + T.
+        past: the position of the first token.
+        dropout_p: probability of dropping an element; the others are scaled by 1 / (1 - p). Draws
+            one number from torch's CPU generator if not 0.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        ValueError: the shapes do not fit each other, or dropout_p is not a probability.
+        IndexError: an id is outside the vocabulary.
+        BackendError: a backend asked for by name cannot take these tensors.
+    """
+    fits = idx.dim() == tok.dim() == pos.dim() == 2 and tok.shape[1] == pos.shape[1]
+    if not fits or past + idx.shape[1] > pos.shape[0]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (idx, tok, pos))
+        raise ValueError(
+            f"ids [B, T], tok [V, D] and pos [C >= {past} + T, D] do not fit: {shapes}"
+        )
+    if torch.compiler.is_compiling():
+        return _torch(idx, tok, pos, past, dropout_p)
+    kernels = dispatch.kernels("embedding", tok, pos)
+    if kernels is None:
+        try:
+            return _torch(idx, tok, pos, past, dropout_p)
+        except IndexError:
+            check_ids(idx, tok.shape[0])
+            raise
+    check_ids(idx, tok.shape[0])
+    step = (past, dropout_p, draw_seed(dropout_p))
+    if dispatch.needs_grad(tok, pos):
+        return _Embedding.apply(kernels, idx, tok, pos, *step)
+    return _forward(kernels, idx, tok, pos, *step)
+
+
+def _torch(idx: Tensor, tok: Tensor, pos: Tensor, past: int, dropout_p: float) -> Tensor:
+    x = F.embedding(idx, tok) + pos[past : past + idx.shape[1]]
+    return F.dropout(x, dropout_p) if dropout_p > 0 else x
+
+
+def _forward(kernels, idx, tok, pos, past, dropout_p, seed):
+    y = tok.new_empty(*idx.shape, tok.shape[1])
+    tables = (tok.contiguous(), pos.contiguous())
+    kernels.embedding(idx.contiguous(), *tables, past, y, dropout_p, seed)
+    return y
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, idx, tok, pos, past, dropout_p, seed):
+        ctx.save_for_backward(idx)
+        ctx.kernels, ctx.shapes, ctx.step = kernels, (tok.shape, pos.shape), (past, dropout_p, seed)
+        return _forward(kernels, idx, tok, pos, past, dropout_p, seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (idx,) = ctx.saved_tensors
+        wanted, (past, dropout_p, _) = ctx.needs_input_grad[2:4], ctx.step
+        if dispatch.once(dy):
+            grads = [
+                dy.new_empty(shape) if want else None
+                for shape, want in zip(ctx.shapes, wanted, strict=True)
+            ]
+            ctx.kernels.embedding_backward(dy.contiguous(), idx.contiguous(), *grads, *ctx.step)
+        else:
+            refuse_double_backward(dropout_p)
+            at = torch.arange(past, past + idx.shape[1], device=idx.device).expand_as(idx)
+            grads = [
+                torch.ops.aten.embedding_dense_backward(dy, ids, shape[0], -1, False)
+                if want
+                else None
+                for ids, shape, want in zip((idx, at), ctx.shapes, wanted, strict=True)
+            ]
+        return None, None, *grads, None, None, None
