@@ -2,7 +2,8 @@
 
 A fused dropout keeps no mask: it is a function of a seed and of each element's place
 (Philox4x32-10; csrc/dropout.h), made again in backward. The seed is the one number that a call
-draws from torch's CPU generator, so masks repeat under ``torch.manual_seed`` and differ from call to call.
+draws from torch's CPU generator, so masks repeat under ``torch.manual_seed`` and differ from call
+to call.
 """
 
 from __future__ import annotations

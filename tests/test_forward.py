@@ -10,6 +10,7 @@ from torch import nn
 
 import fastgpt
 from fastgpt import cpu, reference
+from fastgpt.cpu import forward as engine
 from fastgpt.cpu import workspace
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
