@@ -66,8 +66,8 @@ def generate(
         [B, T + n] token ids with n <= max_new_tokens.
 
     Raises:
-        ValueError: as for ``generate_text_simple``, or temperature is negative, top_k below 1 or top_p
-            outside (0, 1].
+        ValueError: as for ``generate_text_simple``, or temperature is negative, top_k below 1 or
+            top_p outside (0, 1].
     """
     choose = _sampling(temperature, top_k, top_p)
     steps = _steps(model, idx, max_new_tokens, context_size, choose)
