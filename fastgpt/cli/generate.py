@@ -125,8 +125,8 @@ def _batches(
             texts, came = _complete(model, encoding, [ids[i] for i in batch], args)
             done.update(zip(batch, texts, strict=True))
             tokens += came
-    for number_, prompt in enumerate(prompts):
-        print(json.dumps({"prompt": prompt, "text": done[number_]}, ensure_ascii=False))
+    for i, prompt in enumerate(prompts):
+        print(json.dumps({"prompt": prompt, "text": done[i]}, ensure_ascii=False))
     return tokens
 
 

@@ -6,13 +6,14 @@ import argparse
 import importlib.metadata
 import json
 import os
+import warnings
 from typing import Any
 
 import torch
 
 from fastgpt import cpu
 from fastgpt.cli.usage import Commands, UsageError
-from fastgpt.dispatch import backends, requested
+from fastgpt.dispatch import BackendWarning, backends, requested
 from fastgpt.machine import machine
 
 # Beside the core: what each is for, and the extra that brings it.
@@ -38,7 +39,9 @@ def add_to(commands: Commands) -> None:
 def run_info(args: argparse.Namespace) -> int:
     try:
         requested()
-        facts = collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BackendWarning)  # "missing" says it too
+            facts = collect()
     except ValueError as error:  # FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there
         raise UsageError(error) from None
     if args.json:

@@ -95,6 +95,7 @@ class Group:
                 answer = work()
             except Exception as error:
                 self.store.set(key, json.dumps({"error": str(error)}))
+                self._heard(key)
                 raise
             self.store.set(key, json.dumps({"answer": answer}))
             return answer
@@ -102,8 +103,15 @@ class Group:
             time.sleep(0.05)
         said = json.loads(self.store.get(key))
         if "error" in said:
+            self.store.add(f"{key} heard", 1)
             raise SettingsError(said["error"])
         return said["answer"]
+
+    def _heard(self, key: str, limit: float = 10.0) -> None:
+        """Waits for the others to have read it: the first process's end is the store's."""
+        end = time.monotonic() + limit
+        while self.store.add(f"{key} heard", 0) < self.size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fastgpt.training.trainer import Step
 
 LOG, PICTURE = "log.csv", "loss.png"
+DRAW_EVERY = 30.0  # seconds
 
 
 class Report:
@@ -53,6 +55,7 @@ class Console(Report):
         self._log: TextIO | None = None
         self._bar, self._task = _rich_bar(self.stream)
         self._seconds_a_token: float | None = None
+        self._drawn = time.monotonic()
 
     def start(self, step: int, steps: int, line: str) -> None:
         self._say(line)
@@ -72,9 +75,10 @@ class Console(Report):
         self._say("  " + " ".join(text.split()))
 
     def saved(self, step: int) -> None:
-        drawn = draw(self.out / LOG, self.out / PICTURE)
-        lacks = "" if drawn else f"; no {PICTURE}, that takes pip install 'fastgpt[train]'"
-        self._say(f"saved step {step}{lacks}")
+        self._say(f"saved step {step}")
+        if time.monotonic() - self._drawn > DRAW_EVERY:
+            draw(self.out / LOG, self.out / PICTURE)
+            self._drawn = time.monotonic()
 
     def reading(self, done: int, total: int) -> None:
         if self._bar is not None:
@@ -84,6 +88,8 @@ class Console(Report):
     def end(self, step: int, finished: bool) -> None:
         if not finished:
             self._say(f"stopped at step {step}; --resume goes on from there")
+        if not draw(self.out / LOG, self.out / PICTURE):
+            self._say(f"no {PICTURE}: that takes matplotlib, pip install 'fastgpt[train]'")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -116,24 +122,26 @@ class Console(Report):
 
 def open_log(path: Path, step: int) -> TextIO:
     """The log, opened behind the row of that step: rows after it were never saved."""
-    kept = [",".join(row) for row in read_log(path, step)]
+    kept = read_log(path, step)
     if kept:
-        fields = path.read_text().splitlines()[0]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(kept[0]))
+        writer.writeheader()
+        writer.writerows(kept)
         with whole_file(path) as file:
-            file.write("".join(f"{line}\n" for line in (fields, *kept)).encode())
+            file.write(text.getvalue().encode())
     else:
         path.unlink(missing_ok=True)
-    return path.open("a", newline="", buffering=io.DEFAULT_BUFFER_SIZE)
+    return path.open("a", newline="")
 
 
-def read_log(path: Path, last: int | None = None) -> list[list[str]]:
-    """The log's whole rows, up to a step."""
+def read_log(path: Path, last: int | None = None) -> list[dict[str, str]]:
+    """The log's whole rows by their columns' names, up to a step."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        fields, *rows = list(csv.reader(file)) or [[]]
-    rows = [row for row in rows if len(row) == len(fields)]
-    return [row for row in rows if last is None or int(row[0]) <= last]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [row for row in rows if last is None or int(row["step"]) <= last]
 
 
 def draw(log: Path, picture: Path) -> bool:
@@ -143,15 +151,12 @@ def draw(log: Path, picture: Path) -> bool:
     except ImportError:
         return False
     rows = read_log(log)
-    with log.open() as file:
-        fields = next(csv.reader(file), [])
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, label, marker in (("loss", "training", ""), ("validation_loss", "validation", "o")):
-        column = fields.index(name)
-        points = [(int(row[0]), float(row[column])) for row in rows if row[column]]
-        axes.plot(*zip(*points, strict=True), marker=marker, label=label) if points else None
-    axes.set(xlabel="step", ylabel="loss")
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, values, marker=marker, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(picture) as file:

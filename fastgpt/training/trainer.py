@@ -232,10 +232,12 @@ def lr_factor(settings: Settings, step: int) -> float:
 def _optimizer(model: GPTModel, settings: Settings, group: Group) -> torch.optim.AdamW:
     """AdamW that decays matrices only, fused where PyTorch has it fused."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    for param_group in groups:
+        param_group["initial_lr"] = settings.lr  # as in a checkpoint's groups, which must match
     fused = group.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
