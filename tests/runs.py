@@ -28,7 +28,9 @@ CONFIG = {
 # Processes forked from one that has all imported: they start in no time.
 PROCESSES = multiprocessing.get_context("forkserver") if os.name != "nt" else None
 if PROCESSES is not None:
-    PROCESSES.set_forkserver_preload(["fastgpt.training.start", "fastgpt.cli", "matplotlib.figure"])
+    # The last two are imported by FSDP and by the first optimiser.
+    modules = ["fastgpt.cli", "fastgpt.training.start", "matplotlib.figure"]
+    PROCESSES.set_forkserver_preload([*modules, "torch.distributed.fsdp", "torch._dynamo"])
 
 
 def write_inputs(folder, letters=3000):

@@ -9,7 +9,7 @@ from runs import needs_table
 import fastgpt
 from fastgpt import cli
 from fastgpt.text_stream import TextStream
-from fastgpt.training import checkpoint
+from fastgpt.training import model_files
 
 TEXT = "naïve 猫 café — 👩‍🚀 so what\n"
 CONFIG = {
@@ -32,7 +32,7 @@ def encoding():
 def model(tmp_path_factory, encoding):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    checkpoint.save_model(fastgpt.GPTModel(CONFIG), folder)
+    model_files.save_model(fastgpt.GPTModel(CONFIG), folder)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_greedy_text_is_that_of_generate(capsys, model, encoding):
     out, err = run(capsys, model, "Every effort", "--max-new-tokens", "40")
     ids = torch.tensor([encoding.encode("Every effort")])
     with torch.no_grad():
-        loaded = checkpoint.load_model(model).eval()
+        loaded = model_files.load_model(model).eval()
         expected = fastgpt.generate(loaded, ids, 40, 24, eos_id=encoding.eot_token)
     assert out == encoding.decode(expected[0].tolist()) + "\n"
     assert err.startswith("40 tokens in ")
@@ -118,7 +118,7 @@ def test_what_cannot_be(capsys, model, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     small = tmp_path / "small"
     small.mkdir()
-    checkpoint.save_model(fastgpt.GPTModel(CONFIG | {"vocab_size": 256}), small)
+    model_files.save_model(fastgpt.GPTModel(CONFIG | {"vocab_size": 256}), small)
     for arguments, message in (
         ([], "give either a prompt or --prompts FILE"),
         (["x", "--prompts", "y"], "give either a prompt or --prompts FILE"),

@@ -10,7 +10,7 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, report
+from fastgpt.training import checkpoint, model_files, report
 from fastgpt.training.trainer import Step
 
 
@@ -57,14 +57,14 @@ def test_epochs_and_starting_weights(inputs):
     assert cli.main(train_arguments(inputs, first, "--epochs", "0.25", "--lr", "0")) == 0
     # 1,200 tokens, of which 120 validate: 67 windows of 16.
     assert settings(first)["steps"] == 3
-    trained = checkpoint.load_model(first)
+    trained = model_files.load_model(first)
     torch.manual_seed(123)
     fresh = fastgpt.GPTModel(CONFIG)
     # Only the decay, which goes with lr, could change them.
     assert all(map(torch.equal, trained.parameters(), fresh.parameters()))
     arguments = ["train", str(inputs / "text.txt"), "--out", str(second), "--from", str(first)]
     assert cli.main([*arguments, "--steps", "1", "--lr", "0", "--batch", "2"]) == 0
-    again = checkpoint.load_model(second)
+    again = model_files.load_model(second)
     assert all(map(torch.equal, again.parameters(), fresh.parameters()))
 
 
@@ -137,21 +137,15 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
 def test_no_run_over_a_model_of_another_making(inputs, capsys):
     out = inputs / "model"
     out.mkdir()
-    checkpoint.save_model(fastgpt.GPTModel(CONFIG), out)
+    model_files.save_model(fastgpt.GPTModel(CONFIG), out)
     assert cli.main(train_arguments(inputs, out)) == 2
     assert "holds a model of another making" in capsys.readouterr().err
 
 
-def test_without_what_the_extra_brings(inputs, capsys, monkeypatch):
+def test_without_matplotlib(inputs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(train_arguments(inputs, inputs / "run", "--steps", "1")) == 0
     assert "no loss.png: that takes matplotlib" in capsys.readouterr().err
-    for name in [name for name in sys.modules if name.startswith("fastgpt.training.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("fastgpt.training.checkpoint")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert cli.main(train_arguments(inputs, inputs / "other")) == 2
-    assert "training needs safetensors: pip install 'fastgpt[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import Run, losses, needs_table, steps_done, train_arguments, trained, write_inputs
 
-from fastgpt.training import checkpoint
+from fastgpt.training import model_files
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -38,7 +38,7 @@ def assert_same(mine, right):
 def test_the_losses_of_one_process(folder, alone, size, options):
     out = folder / f"{size}{''.join(options)}"
     assert_same(trained(folder, out, "--steps", "9", *SAME, *options, size=size), alone)
-    mine, right = checkpoint.load_model(out), checkpoint.load_model(folder / "alone")
+    mine, right = model_files.load_model(out), model_files.load_model(folder / "alone")
     for ours, theirs in zip(mine.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
 
@@ -82,7 +82,7 @@ def stops_after_6():
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_lost_process_ends_the_run(folder, number):
     out = folder / f"lost{number}"
-    more = ("--steps", "100000", "--checkpoint-every", "4", "--timeout", "5")
+    more = ("--steps", "100000", "--checkpoint-every", "4", "--timeout", "3")
     run = Run(folder, train_arguments(folder, out, *more), 2)
     run.wait_for(lambda: steps_done(out) >= 6)
     os.kill(run.processes[1].pid, number)

@@ -25,7 +25,7 @@ from torch import nn
 
 import fastgpt
 from fastgpt import training
-from fastgpt.training import checkpoint, files, tokens, trainer
+from fastgpt.training import checkpoint, files, model_files, tokens, trainer
 from fastgpt.training.data import Windows, mix, shuffled
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.speed import flops_per_token
@@ -309,7 +309,7 @@ def test_the_model_learns_and_loads_again(inputs, encoding):
     (inputs / "text.txt").write_text(text)
     out = inputs / "run"
     trained(inputs, out, "--steps", "60", "--lr", "3e-3", "--epochs", "9", "--seed", "1")
-    model = checkpoint.load_model(out).eval()
+    model = model_files.load_model(out).eval()
     prompt = torch.tensor([encoding.encode("a\nb\n")])
     ids = fastgpt.generate_text_simple(model, prompt, 8, 16)
     assert encoding.decode(ids[0].tolist()) == "a\nb\nc\nd\ne\nf\n"
@@ -319,13 +319,13 @@ def test_the_model_learns_and_loads_again(inputs, encoding):
 def test_a_tied_head_stays_tied(tmp_path):
     model = fastgpt.GPTModel(CONFIG)
     model.out_head.weight = model.tok_emb.weight
-    checkpoint.save_model(model, tmp_path)
-    again = checkpoint.load_model(tmp_path)
+    model_files.save_model(model, tmp_path)
+    again = model_files.load_model(tmp_path)
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(SettingsError, match="can be loaded"):
-        checkpoint.load_model(tmp_path)
+        model_files.load_model(tmp_path)
 
 
 def test_files_are_whole_or_not_there(tmp_path):

@@ -18,6 +18,7 @@ from fastgpt.generate import generate_stream
 from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT, EncodingError, gpt2_encoding
+from fastgpt.training.device import pick_device
 from fastgpt.training.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("give either a prompt or --prompts FILE")
     try:
-        from fastgpt.training.checkpoint import load_model
-        from fastgpt.training.parallel import pick_device
+        from fastgpt.training.model_files import load_model
     except ModuleNotFoundError as error:
         message = f"loading a model needs {error.name}: pip install 'fastgpt[train]'"
         raise UsageError(message) from None

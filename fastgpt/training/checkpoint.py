@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,41 +31,12 @@ from fastgpt.training.files import (
     whole_file,
     whole_folder,
 )
+from fastgpt.training.model_files import filled, save_model
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.settings import SettingsError
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
-CONFIG, WEIGHTS, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.pt", "state.json"
-
-
-def save_model(model: GPTModel, folder: Path) -> None:
-    """Writes the model into a folder that ``load_model`` reads."""
-    tensors: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in seen:  # a tied head is written once
-            seen[id(parameter)] = name
-            tensors[name] = parameter.detach().contiguous()
-    (folder / CONFIG).write_text(json.dumps(model.cfg, indent=1))
-    save_file(tensors, folder / WEIGHTS)
-
-
-def load_model(folder: Path) -> GPTModel:
-    """The model in a folder of ``save_model``.
-
-    Raises:
-        SettingsError: the folder holds no model, or a broken one.
-    """
-    if not (folder / CONFIG).is_file():
-        raise SettingsError(f"{folder} holds no model: it has no {CONFIG}")
-    try:
-        cfg = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        model = _filled(cfg, tensors)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"{folder} holds no model that can be loaded: {reason}") from None
-    return model
+OPTIMIZER, STATE = "optimizer.pt", "state.json"
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -161,17 +130,4 @@ def _gathered(model: GPTModel, group: Group) -> GPTModel | None:
             tensors[name] = tensor.cpu()
     if group.rank != 0:
         return None
-    return _filled(model.cfg, tensors)
-
-
-def _filled(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> GPTModel:
-    """A model with these parameters; a head that isn't among them is tied to the embedding."""
-    with torch.device("meta"):
-        model = GPTModel(cfg)
-    tied = "out_head.weight" not in tensors
-    if tied:
-        tensors = tensors | {"out_head.weight": tensors["tok_emb.weight"]}
-    model.load_state_dict(tensors, assign=True)
-    if tied:
-        model.out_head.weight = model.tok_emb.weight
-    return model.requires_grad_()
+    return filled(model.cfg, tensors)

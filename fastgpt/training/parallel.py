@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgpt.model import GPTModel
+from fastgpt.training.device import pick_device
 from fastgpt.training.settings import SettingsError
 from fastgpt.training.tokens import TextError
 
@@ -50,10 +51,7 @@ class Group:
     def wrap(self, model: GPTModel) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's loss such that its backward shares gradients; shards the model in place."""
         if self.size > 1 and not self.sharded:
-            # No buffer of the model's ever changes.
-            return nn.parallel.DistributedDataParallel(
-                LossOf(model), broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            return nn.parallel.DistributedDataParallel(LossOf(model), gradient_as_bucket_view=True)
         if self.sharded:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -153,29 +151,6 @@ def join(device: str = "auto", fsdp: bool = False, timeout: float = 600) -> Iter
             dist.destroy_process_group()
             raise
         dist.destroy_process_group()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; for auto the best there is; of several GPUs, this process's.
-
-    Raises:
-        SettingsError: it is not to be had.
-    """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if has["cuda"] else "mps" if has["mps"] and _alone() else "cpu"
-    if not has.get(name):
-        raise SettingsError(f"device {name!r} is not to be had here; PyTorch finds no such device")
-    if name != "cuda":
-        return torch.device(name)
-    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= found:
-        raise SettingsError(f"process {local} of this machine has no GPU left: it has {found}")
-    return torch.device("cuda", local)
-
-
-def _alone() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) <= 1
 
 
 @contextlib.contextmanager

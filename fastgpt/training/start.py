@@ -14,6 +14,7 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import gpt2_encoding
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows
+from fastgpt.training.model_files import CONFIG, load_model
 from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
@@ -70,7 +71,7 @@ def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
     before = checkpoint.read_run(args.out)
     saved = checkpoint.checkpoints(args.out)
     last = saved[-1] if saved else None
-    if before is None and (args.out / checkpoint.CONFIG).exists():
+    if before is None and (args.out / CONFIG).exists():
         raise SettingsError(f"{args.out} holds a model of another making: take another --out")
     if before is not None and last is not None and not args.resume:
         raise SettingsError(
@@ -99,7 +100,7 @@ def _config(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
     if before is None and args.start is not None:
         if args.config is not None or args.context is not None:
             raise SettingsError("--from brings its own --config and --context")
-        return dict(checkpoint.load_model(args.start).cfg)
+        return dict(load_model(args.start).cfg)
     if before is not None and args.config is None:
         config: dict[str, Any] = dict(before["config"])
     else:
@@ -165,9 +166,9 @@ def _settings(
 
 def _model(run: dict[str, Any], last: Path | None, seed: int) -> GPTModel:
     if last is not None:
-        return checkpoint.load_model(last)
+        return load_model(last)
     if run["start"] is not None:
-        return checkpoint.load_model(Path(run["start"]))
+        return load_model(Path(run["start"]))
     torch.manual_seed(seed)
     return GPTModel(run["config"])
 
