@@ -37,7 +37,12 @@ def assert_same(mine, right):
 @pytest.mark.parametrize(("size", "options"), [(2, ()), (3, ()), (2, ("--fsdp",))])
 def test_the_losses_of_one_process(folder, alone, size, options):
     out = folder / f"{size}{''.join(options)}"
-    assert_same(trained(folder, out, "--steps", "9", *SAME, *options, size=size), alone)
+    sample = ("--sample", "a\nb", "--sample-tokens", "2")
+    run = Run(folder, train_arguments(folder, out, "--steps", "9", *SAME, *sample, *options), size)
+    assert run.codes() == [0] * size, run.said()
+    assert run.said().count("\n  a b") == 3  # the first process alone speaks
+    assert "Warning" not in run.said()
+    assert_same(losses(out), alone)
     mine, right = model_files.load_model(out), model_files.load_model(folder / "alone")
     for ours, theirs in zip(mine.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)

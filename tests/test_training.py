@@ -24,7 +24,7 @@ from runs import (
 from torch import nn
 
 import fastgpt
-from fastgpt import training
+from fastgpt import cli, training
 from fastgpt.training import checkpoint, files, model_files, tokens, trainer
 from fastgpt.training.data import Windows, mix, shuffled
 from fastgpt.training.settings import Settings, SettingsError, read_config
@@ -326,6 +326,21 @@ def test_a_tied_head_stays_tied(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(SettingsError, match="can be loaded"):
         model_files.load_model(tmp_path)
+
+
+def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
+    out = inputs / "run"
+    assert cli.main(train_arguments(inputs, out, "--steps", "2")) == 0
+
+    def full(*args):
+        raise RuntimeError("unexpected pos 64 vs 0")  # PyTorch's way to say so
+
+    monkeypatch.setattr(torch, "save", full)
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "step-00000004 can't be written: unexpected pos" in said
+    assert "step-00000002 is saved, --resume goes on from it" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_files_are_whole_or_not_there(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -52,7 +53,11 @@ def save(
     group: Group,
     keep: int,
 ) -> None:
-    """Writes the checkpoint of a step, then removes those older than the newest keep."""
+    """Writes the checkpoint of a step, then removes those older than the newest keep.
+
+    Raises:
+        OSError: it can't be written; the checkpoints before it stand.
+    """
     plain = _gathered(model, group)
     optimizer_state = get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=group.sharded)
@@ -60,17 +65,25 @@ def save(
     path = out / CHECKPOINTS / f"step-{step:08d}"
     if group.rank == 0 and not path.exists():
         assert plain is not None
-        with whole_folder(path) as folder:
-            save_model(plain, folder)
-            names = [file.name for file in folder.iterdir()]
-            torch.save(optimizer_state, folder / OPTIMIZER)
-            state = {"step": step, "processes": group.size}
-            (folder / STATE).write_text(json.dumps(state))
+        names = _write(path, plain, optimizer_state, {"step": step, "processes": group.size})
         for name in names:
             link_or_copy(path / name, out / name)
         for old in checkpoints(out)[:-keep]:
             # Renamed first: a removal cut short leaves nothing that looks whole.
             shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
+
+
+def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, int]) -> list[str]:
+    """Writes a checkpoint's folder; returns the names of the model's files."""
+    try:
+        with whole_folder(path) as folder:
+            save_model(model, folder)
+            names = [file.name for file in folder.iterdir()]
+            torch.save(optimizer_state, folder / OPTIMIZER)
+            (folder / STATE).write_text(json.dumps(state))
+    except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
+        raise OSError(f"{path} can't be written: {' '.join(str(error).split())}") from error
+    return names
 
 
 def load_step(checkpoint: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LOG, PICTURE = "log.csv", "loss.png"
 DRAW_EVERY = 30.0  # seconds
+SAY_EVERY = 10.0  # seconds, where no bar moves
 
 
 class Report:
@@ -55,7 +57,7 @@ class Console(Report):
         self._log: TextIO | None = None
         self._bar, self._task = _rich_bar(self.stream)
         self._seconds_a_token: float | None = None
-        self._drawn = time.monotonic()
+        self._drawn, self._said = time.monotonic(), -math.inf
 
     def start(self, step: int, steps: int, line: str) -> None:
         self._say(line)
@@ -68,8 +70,10 @@ class Console(Report):
         line = _line(row, steps, self._time_left(row, steps))
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step, description=line)
-        if row.validation_loss is not None or (self._bar is None and _round(row.step)):
+        silent = time.monotonic() - self._said > SAY_EVERY
+        if row.validation_loss is not None or (self._bar is None and silent):
             self._say(f"step {row.step}/{steps}  {line}")
+            self._said = time.monotonic()
 
     def sample(self, text: str) -> None:
         self._say("  " + " ".join(text.split()))
@@ -162,11 +166,6 @@ def draw(log: Path, picture: Path) -> bool:
     with whole_file(picture) as file:
         figure.savefig(file, format="png")
     return True
-
-
-def _round(step: int) -> bool:
-    """Whether lines that nobody redraws should tell of this step: 1, 2, 5, 10, 20 ... then tens."""
-    return step % 10 == 0 or step in (1, 2, 5)
 
 
 def _line(row: Step, steps: int, left: float) -> str:
