@@ -71,6 +71,12 @@ class Group:
         with loss_of.no_sync() if quiet else contextlib.nullcontext():
             yield
 
+    def reshard(self, model: GPTModel) -> None:
+        """Back to shards after a pass without a backward, which leaves the outermost gathered."""
+        if self.sharded:
+            sharded: Any = model
+            sharded.reshard()
+
     def sum(self, *numbers: Tensor | float) -> list[float]:
         """Each number summed over the processes."""
         total = torch.stack(

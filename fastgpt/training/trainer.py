@@ -136,6 +136,7 @@ class Trainer:
                 # FSDP gathers weights in each pass: a process without windows passes too.
                 idx, targets = self._placed(self.windows.validation(mine or numbers[:1]))
                 total += self.model.loss(idx, targets) * len(mine)
+        group.reshard(self.model)
         self.model.train()
         return group.sum(total)[0] / len(numbers)
 
@@ -209,6 +210,7 @@ class Trainer:
                 self.settings.sample_tokens,
                 self.windows.context,
             )
+        self.group.reshard(self.model)
         self.model.train()
         self.report.sample(self.encoding.decode(ids[0].tolist()))
 
