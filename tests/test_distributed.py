@@ -96,6 +96,7 @@ def test_a_lost_process_ends_the_run(folder, number):
     run.processes[1].kill()
     said = run.said()
     assert "process 0 lost another one of the run: " in said
+    assert ".cc:" not in said
     assert "is saved, --resume goes on from it" in said
     assert "Traceback" not in said
 

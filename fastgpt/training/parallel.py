@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,8 +54,10 @@ class Group:
         if self.size > 1 and not self.sharded:
             return nn.parallel.DistributedDataParallel(LossOf(model), gradient_as_bucket_view=True)
         if self.sharded:
-            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
+            try:
+                from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+            except ImportError:
+                raise SettingsError("--fsdp takes PyTorch 2.6 or newer") from None
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
             for module in [*model.trf_blocks, model]:
                 fully_shard(module, mesh=mesh)
@@ -168,5 +171,6 @@ def _losing_peers(rank: int) -> Iterator[None]:
         said = str(error)
         if not isinstance(error, dist.DistError) and "gloo" not in said.lower():
             raise
-        reason = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        # "[/its/source.cc:537] What happened. Advice." says more than a user can use.
+        reason = re.sub(r"^\[\S+\] ", "", said.partition("\n")[0]).partition(". ")[0]
         raise PeersLost(f"process {rank} lost another one of the run: {reason}") from error
