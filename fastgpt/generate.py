@@ -45,6 +45,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     eos_id: int | None = None,
+    top_p: float | None = None,
 ) -> Tensor:
     """Decoding with sampling, as in the book's chapter 5.
 
@@ -58,14 +59,17 @@ def generate(
         top_k: only the k likeliest tokens stay in the draw.
         eos_id: generation ends before this token; in a batch, once every row has come to it, and
             rows that end earlier are filled up with it.
+        top_p: only the likeliest tokens that together reach this probability stay in the draw,
+            after top_k and the temperature.
 
     Returns:
         [B, T + n] token ids with n <= max_new_tokens.
 
     Raises:
-        ValueError: as for ``generate_text_simple``, or temperature is negative or top_k below 1.
+        ValueError: as for ``generate_text_simple``, or temperature is negative, top_k below 1 or
+            top_p outside (0, 1].
     """
-    choose = _sampling(temperature, top_k)
+    choose = _sampling(temperature, top_k, top_p)
     steps = _steps(model, idx, max_new_tokens, context_size, choose)
     for new in _until(eos_id, steps):
         idx = torch.cat((idx, new), dim=1)
@@ -80,21 +84,26 @@ def generate_stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     eos_id: int | None = None,
+    top_p: float | None = None,
 ) -> Iterator[Tensor]:
     """``generate``, yielding each step's tokens [B, 1] as they come.
 
     Args, errors: those of ``generate``. Stopping early leaves nothing behind.
     """
-    choose = _sampling(temperature, top_k)
+    choose = _sampling(temperature, top_k, top_p)
     steps = _steps(model, idx, max_new_tokens, context_size, choose, watched=True)
     return _until(eos_id, steps)
 
 
-def _sampling(temperature: float, top_k: int | None) -> Callable[[Tensor], Tensor]:
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float | None
+) -> Callable[[Tensor], Tensor]:
     if temperature < 0:
         raise ValueError(f"temperature {temperature} is negative")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} is below 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
 
     def choose(logits: Tensor) -> Tensor:
         if top_k is not None:
@@ -102,9 +111,19 @@ def _sampling(temperature: float, top_k: int | None) -> Callable[[Tensor], Tenso
             logits = logits.masked_fill(logits < least, -torch.inf)
         if temperature == 0:
             return _likeliest(logits)
-        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        probabilities = torch.softmax(logits / temperature, dim=-1)
+        if top_p is not None:
+            probabilities = _likeliest_that_reach(top_p, probabilities)
+        return torch.multinomial(probabilities, num_samples=1)
 
     return choose
+
+
+def _likeliest_that_reach(top_p: float, probabilities: Tensor) -> Tensor:
+    """[B, V] -> the same with the tokens behind the first that reach top_p at 0."""
+    values, order = probabilities.sort(dim=-1, descending=True)
+    behind = values.cumsum(dim=-1) - values >= top_p
+    return probabilities.masked_fill(behind.scatter(-1, order, behind), 0)
 
 
 def _likeliest(logits: Tensor) -> Tensor:

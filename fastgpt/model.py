@@ -323,6 +323,16 @@ class GPTModel(nn.Module):
             cache = self._own_cache
         return self._forward(in_idx, cache)
 
+    def loss(
+        self, idx: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross-entropy of the next tokens: idx [B, T], targets [B, T] -> a scalar, or [B, T]."""
+        logits = self(idx).flatten(0, 1)
+        loss = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction
+        )
+        return loss.view(targets.shape) if reduction == "none" else loss
+
     def reset_kv_cache(self) -> None:
         """Empties the model's own cache."""
         self._own_cache = None

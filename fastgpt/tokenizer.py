@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import tiktoken
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 class EncodingError(RuntimeError):
     """tiktoken's table is neither in its cache nor to be had; the message says why, in one line."""
 

@@ -11,6 +11,7 @@ import torch
 
 import fastgpt
 from fastgpt import GPT_CONFIG_124M, GPTModel, cli, compare
+from fastgpt.cli import compare as command
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
 # The vocabulary stays whole: the prompt's ids are GPT-2's.
@@ -26,8 +27,8 @@ def small(monkeypatch):
     def unavailable():
         raise EncodingError("not in this test")
 
-    monkeypatch.setattr(cli, "gpt2_encoding", unavailable)
-    monkeypatch.setattr(cli, "compare", compare_small)
+    monkeypatch.setattr(command, "gpt2_encoding", unavailable)
+    monkeypatch.setattr(command, "compare", compare_small)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -156,7 +157,7 @@ def test_missing_rich(monkeypatch, capsys):
 
 def test_tiktoken_without_its_table(monkeypatch, tmp_path, capsys):
     without_table(monkeypatch, tmp_path, refuse)
-    monkeypatch.setattr(cli, "compare", lambda prompt, **options: [])
+    monkeypatch.setattr(command, "compare", lambda prompt, **options: [])
     assert cli.main(["compare", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["prompt"]["ids"] == list(compare.PROMPT_IDS)
@@ -209,7 +210,7 @@ def test_interrupt_exits_quietly(monkeypatch, capsys):
     def interrupted(prompt, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compare", interrupted)
+    monkeypatch.setattr(command, "compare", interrupted)
     assert cli.main(["compare", "--json"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -55,6 +55,20 @@ def test_sampling_is_the_books_under_the_same_seed(path, options):
         assert torch.equal(fastgpt.generate(ours, idx, 25, 24, **options), expected)
 
 
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    ours, _ = _models()
+    idx = torch.randint(0, 61, (1, 6)).expand(400, 6)
+    with torch.no_grad():
+        likely, order = torch.softmax(ours(idx[:1])[0, -1], dim=-1).sort(descending=True)
+    reached = likely.cumsum(0)
+    keeps = 5
+    top_p = ((reached[keeps - 2] + reached[keeps - 1]) / 2).item()
+    drawn = fastgpt.generate(ours, idx, 1, 24, temperature=1.0, top_p=top_p)[:, -1]
+    assert set(drawn.tolist()) == set(order[:keeps].tolist())
+    least = fastgpt.generate(ours, idx[:9], 4, 24, temperature=1.0, top_p=1e-9)
+    assert torch.equal(least, fastgpt.generate_text_simple(ours, idx[:9], 4, 24))
+
+
 def test_a_batch_ends_when_every_row_has():
     ours, _ = _models()
     idx = torch.randint(0, 61, (4, 5))
@@ -176,6 +190,9 @@ def test_bad_arguments():
         fastgpt.generate(ours, idx, 3, 24, temperature=-1)
     with pytest.raises(ValueError, match=r"top_k 0"):
         fastgpt.generate(ours, idx, 3, 24, top_k=0)
+    for top_p in (0, 1.1):
+        with pytest.raises(ValueError, match=rf"top_p {top_p}"):
+            fastgpt.generate(ours, idx, 3, 24, temperature=1, top_p=top_p)
     with pytest.raises(IndexError, match="61"):
         fastgpt.generate(ours, torch.tensor([[1, 61]]), 3, 24)
     with pytest.raises(ValueError, match=r"25 tokens.*24"):

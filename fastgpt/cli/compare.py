@@ -1,7 +1,4 @@
-"""The `fastgpt` command. Each subcommand is one function that returns the exit code.
-
-0: done. 1: what was checked doesn't hold. 2: it couldn't run as asked. 130: interrupted.
-"""
+"""`fastgpt compare`: the book's model and ours side by side, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -16,34 +13,15 @@ from typing import Any
 
 import torch
 
-from fastgpt import BackendError, BackendWarning, __version__, backends, use_backend
+from fastgpt import BackendWarning, backends, use_backend
+from fastgpt.cli.usage import Commands, UsageError, positive
 from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
 from fastgpt.dispatch import NAMES, requested
 from fastgpt.machine import machine, machine_line
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
 
-class UsageError(Exception):
-    """The command can't run as asked; the message is one line for the user."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        code: int = args.run(args)
-    except (UsageError, BackendError) as error:
-        print(f"fastgpt {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return code
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fastgpt", description="The book's GPT, fast.")
-    top.add_argument("--version", action="version", version=f"fastgpt {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
+def add_to(commands: Commands) -> None:
     sub = commands.add_parser(
         "compare",
         help="time the book's model and fastgpt's on GPT-2 124M, and compare their outputs",
@@ -54,15 +32,12 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=123, metavar="N", help="of the weights (%(default)s)"
     )
     sub.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="timed rounds (%(default)s)"
+        "--rounds", type=positive, default=5, metavar="N", help="timed rounds (%(default)s)"
     )
-    sub.add_argument(
-        "--threads", type=_positive, metavar="N", help="default: as many as torch uses"
-    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--backend", choices=NAMES, help="default: $FASTGPT_BACKEND, else auto")
     sub.add_argument("--json", action="store_true", help="print one JSON document, no table")
     sub.set_defaults(run=run_compare)
-    return top
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -102,12 +77,6 @@ def run_compare(args: argparse.Namespace) -> int:
     else:
         _print_table(rows, args.seed, line)
     return 0 if agree else 1
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def _missing_kernels() -> str | None:

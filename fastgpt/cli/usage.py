@@ -1,0 +1,42 @@
+"""What the subcommands share: their errors, and the kinds of argument."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+# What add_subparsers returns; quoted, for it is generic to the type checker alone.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class UsageError(Exception):
+    """The command can't run as asked; the message is one line for the user."""
+
+
+class Failure(Exception):
+    """The command ran, and broke off; the message is one line for the user."""
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argument that is a finite number within [low, high]."""
+    limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+        return value
+
+    return parse

@@ -1,0 +1,25 @@
+"""Training: chapter 5 of the book under its names, and the trainer behind `fastgpt train`."""
+
+from fastgpt.training.book import (
+    GPTDatasetV1,
+    calc_loss_batch,
+    calc_loss_loader,
+    create_dataloader_v1,
+    evaluate_model,
+    generate_and_print_sample,
+    text_to_token_ids,
+    token_ids_to_text,
+    train_model_simple,
+)
+
+__all__ = [
+    "GPTDatasetV1",
+    "calc_loss_batch",
+    "calc_loss_loader",
+    "create_dataloader_v1",
+    "evaluate_model",
+    "generate_and_print_sample",
+    "text_to_token_ids",
+    "token_ids_to_text",
+    "train_model_simple",
+]

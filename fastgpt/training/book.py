@@ -1,0 +1,188 @@
+"""Chapter 5's functions, and chapter 2's data loader, under the book's names.
+
+They draw, print and return what the book's do; the loss of a plain GPTModel comes from
+``GPTModel.loss``, which never holds the logits of a whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fastgpt.generate import generate_text_simple
+from fastgpt.model import GPTModel
+from fastgpt.plain import plain
+from fastgpt.tokenizer import END_OF_TEXT, gpt2_encoding
+
+Device = torch.device | str
+
+
+class GPTDatasetV1(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of max_length tokens, stride apart, each with the window one token further on.
+
+    Args:
+        txt: the text.
+        tokenizer: tiktoken's "gpt2" encoding, or anything with its encode.
+        max_length: tokens in a window.
+        stride: how far on the next window begins.
+    """
+
+    def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
+        self.tokenizer = tokenizer
+        ids = torch.tensor(tokenizer.encode(txt, allowed_special={END_OF_TEXT}), dtype=torch.long)
+        enough = len(ids) > max_length
+        self.input_ids = list(ids[:-1].unfold(0, max_length, stride)) if enough else []
+        self.target_ids = list(ids[1:].unfold(0, max_length, stride)) if enough else []
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, idx: int) -> tuple[Tensor, Tensor]:
+        return self.input_ids[idx], self.target_ids[idx]
+
+
+def create_dataloader_v1(
+    txt: str,
+    batch_size: int = 4,
+    max_length: int = 256,
+    stride: int = 128,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    num_workers: int = 0,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of (inputs, targets), [batch_size, max_length] each, of txt in GPT-2's tokens.
+
+    Raises:
+        EncodingError: tiktoken's table isn't to be had.
+    """
+    return DataLoader(
+        GPTDatasetV1(txt, gpt2_encoding(), max_length, stride),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+    )
+
+
+def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
+    """Text -> token ids [1, T]."""
+    return torch.tensor(tokenizer.encode(text, allowed_special={END_OF_TEXT}))[None]
+
+
+def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
+    """Token ids [1, T] or [T] -> text."""
+    text: str = tokenizer.decode(token_ids.squeeze(0).tolist())
+    return text
+
+
+def calc_loss_batch(
+    input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device
+) -> Tensor:
+    """Mean cross-entropy of a batch's next tokens, [B, T] each; it carries the gradient."""
+    inputs, targets = input_batch.to(device), target_batch.to(device)
+    if isinstance(model, GPTModel) and plain(model, GPTModel):
+        return model.loss(inputs, targets)
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def calc_loss_loader(
+    data_loader: DataLoader[Any],
+    model: nn.Module,
+    device: Device,
+    num_batches: int | None = None,
+) -> float:
+    """Mean of the losses of the loader's first num_batches, or of all; NaN where it has none."""
+    available = len(data_loader)
+    if available == 0:
+        return float("nan")
+    wanted = available if num_batches is None else min(num_batches, available)
+    total = 0.0
+    for number, (inputs, targets) in enumerate(data_loader):
+        if number >= wanted:
+            break
+        total += calc_loss_batch(inputs, targets, model, device).item()
+    return total / wanted
+
+
+def evaluate_model(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any],
+    device: Device,
+    eval_iter: int,
+) -> tuple[float, float]:
+    """Training and validation loss over eval_iter batches each; the model trains afterwards."""
+    model.eval()
+    with torch.no_grad():
+        losses = [
+            calc_loss_loader(loader, model, device, num_batches=eval_iter)
+            for loader in (train_loader, val_loader)
+        ]
+    model.train()
+    return losses[0], losses[1]
+
+
+def generate_and_print_sample(
+    model: nn.Module, tokenizer: Any, device: Device, start_context: str
+) -> None:
+    """Prints start_context and 50 greedy tokens on one line; the model trains afterwards."""
+    model.eval()
+    positions: Any = model.pos_emb
+    ids = generate_text_simple(
+        model, text_to_token_ids(start_context, tokenizer).to(device), 50, len(positions.weight)
+    )
+    print(token_ids_to_text(ids, tokenizer).replace("\n", " "))
+    model.train()
+
+
+def train_model_simple(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any],
+    optimizer: torch.optim.Optimizer,
+    device: Device,
+    num_epochs: int,
+    eval_freq: int,
+    eval_iter: int,
+    start_context: str,
+    tokenizer: Any,
+) -> tuple[list[float], list[float], list[int]]:
+    """The book's training loop.
+
+    Args:
+        eval_freq: steps between evaluations, the first step among those evaluated.
+        eval_iter: batches of each loader in an evaluation.
+        start_context: the text that the sample printed after each epoch goes on from.
+
+    Returns:
+        Training losses, validation losses and tokens seen, one of each an evaluation.
+    """
+    train_losses: list[float] = []
+    val_losses: list[float] = []
+    tokens_at: list[int] = []
+    tokens_seen, step = 0, 0
+    for epoch in range(num_epochs):
+        model.train()
+        for inputs, targets in train_loader:
+            optimizer.zero_grad()
+            calc_loss_batch(inputs, targets, model, device).backward()
+            optimizer.step()
+            tokens_seen += inputs.numel()
+            if step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(
+                    model, train_loader, val_loader, device, eval_iter
+                )
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                tokens_at.append(tokens_seen)
+                print(
+                    f"Ep {epoch + 1} (Step {step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                )
+            step += 1
+        generate_and_print_sample(model, tokenizer, device, start_context)
+    return train_losses, val_losses, tokens_at

@@ -1,0 +1,146 @@
+"""Checkpoints of a run: a folder each, there whole or not at all.
+
+    DIR/run.json                     what was asked for
+    DIR/config.json, *.safetensors   the model of the newest checkpoint
+    DIR/checkpoints/step-00000100/   that model, optimizer.pt and state.json
+
+A checkpoint holds whole tensors under the parameters' names, so it fits any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from fastgpt.model import GPTModel
+from fastgpt.training.files import (
+    UNFINISHED,
+    clear_unfinished,
+    link_or_copy,
+    whole_file,
+    whole_folder,
+)
+from fastgpt.training.model_files import filled, save_model
+from fastgpt.training.parallel import Group, whole
+from fastgpt.training.settings import SettingsError
+
+RUN, CHECKPOINTS = "run.json", "checkpoints"
+OPTIMIZER, STATE = "optimizer.pt", "state.json"
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, the oldest first."""
+    return sorted((out / CHECKPOINTS).glob("step-*"))
+
+
+def save(
+    out: Path,
+    step: int,
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    keep: int,
+) -> None:
+    """Writes the checkpoint of a step, then removes those older than the newest keep.
+
+    Raises:
+        OSError: it can't be written; the checkpoints before it stand.
+    """
+    plain = _gathered(model, group)
+    optimizer_state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=group.sharded)
+    )
+    path = out / CHECKPOINTS / f"step-{step:08d}"
+    if group.rank == 0 and not path.exists():
+        assert plain is not None
+        names = _write(path, plain, optimizer_state, {"step": step, "processes": group.size})
+        for name in names:
+            link_or_copy(path / name, out / name)
+        for old in checkpoints(out)[:-keep]:
+            # Renamed first: a removal cut short leaves nothing that looks whole.
+            shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
+
+
+def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, int]) -> list[str]:
+    """Writes a checkpoint's folder; returns the names of the model's files."""
+    try:
+        with whole_folder(path) as folder:
+            save_model(model, folder)
+            names = [file.name for file in folder.iterdir()]
+            torch.save(optimizer_state, folder / OPTIMIZER)
+            (folder / STATE).write_text(json.dumps(state))
+    except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
+        raise OSError(f"{path} can't be written: {' '.join(str(error).split())}") from error
+    return names
+
+
+def load_step(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    try:
+        return int(json.loads((checkpoint / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{checkpoint} is no whole checkpoint: {error}") from None
+
+
+def load_optimizer(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+) -> None:
+    """Fills the optimiser of a wrapped model from a checkpoint.
+
+    Raises:
+        SettingsError: the file is missing, broken, or another model's.
+    """
+    try:
+        state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        options = StateDictOptions(full_state_dict=group.sharded)
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{checkpoint / OPTIMIZER} can't be loaded: {reason}") from None
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What a run's first start wrote with ``write_run``, or None where none has been."""
+    path = out / RUN
+    if not path.exists():
+        return None
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{path} is broken: {error}") from None
+    return run
+
+
+def write_run(out: Path, run: dict[str, Any]) -> None:
+    """Writes what a run is asked to do, and clears what killed processes left in its folder."""
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / CHECKPOINTS):
+        clear_unfinished(folder)
+    with whole_file(out / RUN) as file:
+        file.write(json.dumps(run, indent=1).encode())
+
+
+def _gathered(model: GPTModel, group: Group) -> GPTModel | None:
+    """The model with whole tensors, for the first process."""
+    if not group.sharded:
+        return model
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensor = whole(parameter.detach())  # every process takes part
+        if group.rank == 0:
+            tensors[name] = tensor.cpu()
+    if group.rank != 0:
+        return None
+    return filled(model.cfg, tensors)

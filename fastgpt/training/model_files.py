@@ -1,0 +1,56 @@
+"""A model in a folder: config.json and model.safetensors. What writes and reads one is all here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgpt.model import GPTModel
+from fastgpt.training.settings import SettingsError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_model(model: GPTModel, folder: Path) -> None:
+    """Writes the model into a folder that ``load_model`` reads."""
+    # A tied head is one parameter, written once.
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    (folder / CONFIG).write_text(json.dumps(model.cfg, indent=1))
+    save_file(tensors, folder / WEIGHTS)
+
+
+def load_model(folder: Path) -> GPTModel:
+    """The model in a folder of ``save_model``.
+
+    Raises:
+        SettingsError: the folder holds no model, or a broken one.
+    """
+    if not (folder / CONFIG).is_file():
+        raise SettingsError(f"{folder} holds no model: it has no {CONFIG}")
+    try:
+        cfg = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        model = filled(cfg, tensors)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{folder} holds no model that can be loaded: {reason}") from None
+    return model
+
+
+def filled(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> GPTModel:
+    """A model with these parameters; a head that isn't among them is tied to the embedding."""
+    with torch.device("meta"):
+        model = GPTModel(cfg)
+    tied = "out_head.weight" not in tensors
+    if tied:
+        tensors = tensors | {"out_head.weight": tensors["tok_emb.weight"]}
+    model.load_state_dict(tensors, assign=True)
+    if tied:
+        model.out_head.weight = model.tok_emb.weight
+    return model.requires_grad_()

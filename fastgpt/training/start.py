@@ -1,0 +1,183 @@
+"""What a run begins with: its settings, tokens and model, anew or where it left off."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.machine import machine_line
+from fastgpt.model import GPTModel
+from fastgpt.tokenizer import gpt2_encoding
+from fastgpt.training import checkpoint
+from fastgpt.training.data import Windows
+from fastgpt.training.model_files import CONFIG, load_model
+from fastgpt.training.parallel import Group
+from fastgpt.training.report import Console, Report
+from fastgpt.training.settings import Settings, SettingsError, read_config
+from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
+from fastgpt.training.trainer import Trainer
+
+# What decides the windows of each step can't change on the way.
+FIXED = ("batch", "seed", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for; None where nothing was said."""
+
+    out: Path
+    text: list[str]
+    config: str | None = None  # a size's name or a JSON file
+    context: int | None = None
+    start: Path | None = None  # a model whose weights to start from
+    resume: bool = False
+    epochs: float | None = None
+    tokens: Path | None = None  # the folder of token files
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of Settings, those given
+
+
+def train(request: Request, group: Group) -> bool:
+    """Trains as asked, in each process of the group; returns whether it came to the last step.
+
+    Raises:
+        TextError, SettingsError: it can't be done as asked; at most token files were made.
+        EncodingError: tiktoken's table isn't to be had.
+        Diverged, PeersLost: it broke off.
+    """
+    report = Console(request.out) if group.rank == 0 else Report()
+    try:
+        run = group.first(lambda: _prepared(request, group, report))
+        settings = Settings(**run["settings"])
+        last = None if run["resume"] is None else Path(run["resume"])
+        tokens, context = _tokens(run).ids(), run["config"]["context_length"]
+        windows = Windows(tokens, context, settings.validation, settings.seed)
+        model = _model(run, last, settings.seed)
+        encoding = gpt2_encoding() if settings.sample is not None else None
+        trainer = Trainer(model, windows, settings, request.out, group, report, encoding, last)
+        report.start(trainer.step, settings.steps, _headline(settings, model, windows, group))
+        finished = trainer.run()
+        report.end(trainer.step, finished)
+        return finished
+    finally:
+        report.close()
+
+
+def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
+    """What all processes need to know: run.json, and the checkpoint to go on from."""
+    before = checkpoint.read_run(args.out)
+    saved = checkpoint.checkpoints(args.out)
+    last = saved[-1] if saved else None
+    if before is None and (args.out / CONFIG).exists():
+        raise SettingsError(f"{args.out} holds a model of another making: take another --out")
+    if before is not None and last is not None and not args.resume:
+        raise SettingsError(
+            f"{args.out} holds a run at step {checkpoint.load_step(last)}: go on with it by "
+            "--resume, or start another in another --out"
+        )
+    if last is None:
+        before = None
+    run: dict[str, Any] = {"config": _config(args, before)}
+    tokens = _read_text(args, before, run["config"], report)
+    run |= {"tokens": str(tokens.path.resolve()), "digest": tokens.digest}
+    run["start"] = str(args.start.resolve()) if args.start and before is None else None
+    settings = _settings(args, before, tokens, run["config"]["context_length"])
+    if settings.batch % group.size:
+        raise SettingsError(
+            f"a batch of {settings.batch} can't be shared evenly among {group.size} processes"
+        )
+    # Raises where the text is too short, before anything is written.
+    Windows(tokens.ids(), run["config"]["context_length"], settings.validation, settings.seed)
+    run["settings"] = dataclasses.asdict(settings)
+    checkpoint.write_run(args.out, run)
+    return run | {"resume": None if last is None else str(last)}
+
+
+def _config(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
+    if before is None and args.start is not None:
+        if args.config is not None or args.context is not None:
+            raise SettingsError("--from brings its own --config and --context")
+        return dict(load_model(args.start).cfg)
+    if before is not None and args.config is None:
+        config: dict[str, Any] = dict(before["config"])
+    else:
+        config = read_config(args.config or "124M")
+    if args.context is not None:
+        config["context_length"] = args.context
+    if before is not None and config != before["config"]:
+        raise SettingsError(f"{args.out} holds a run of another --config or --context")
+    return config
+
+
+def _read_text(
+    args: Request,
+    before: dict[str, Any] | None,
+    config: dict[str, Any],
+    report: Report,
+) -> TokenFile:
+    if args.text:
+        folder = args.tokens or args.out / "tokens"
+        tokens = tokenise(text_files(args.text), folder, gpt2_encoding(), report.reading)
+    elif before is None:
+        raise SettingsError("give the texts to train on")
+    else:
+        tokens = _tokens(before)
+    if before is not None and tokens.digest != before["digest"]:
+        raise SettingsError(f"{args.out} holds a run on another text")
+    if tokens.largest >= config["vocab_size"]:
+        raise SettingsError(
+            f"the text has token {tokens.largest}, the model a vocabulary of {config['vocab_size']}"
+        )
+    return tokens
+
+
+def _tokens(run: dict[str, Any]) -> TokenFile:
+    path = Path(run["tokens"])
+    tokens = open_tokens(path)
+    if tokens is None:
+        raise SettingsError(f"the token file {path} is gone: give the texts again")
+    return tokens
+
+
+def _settings(
+    args: Request, before: dict[str, Any] | None, tokens: TokenFile, context: int
+) -> Settings:
+    """What is given, else the run's own, else the defaults."""
+    given = args.settings
+    settings: dict[str, Any] = {} if before is None else dict(before["settings"])
+    for name in FIXED:
+        if name in given and given[name] != settings.get(name, given[name]):
+            raise SettingsError(
+                f"--{name} {given[name]} is not that of the run in {args.out}, {settings[name]}"
+            )
+    settings |= given
+    if "lr" in given and "min_lr" not in given:
+        settings["min_lr"] = given["lr"] / 10
+    if ("steps" not in settings) or (args.epochs is not None and "steps" not in given):
+        draft = Settings(**{**settings, "steps": 1})
+        windows = Windows(tokens.ids(), context, draft.validation, draft.seed)
+        epochs = 1 if args.epochs is None else args.epochs
+        settings["steps"] = max(1, math.ceil(windows.train_size * epochs / draft.batch))
+    return Settings(**settings)
+
+
+def _model(run: dict[str, Any], last: Path | None, seed: int) -> GPTModel:
+    if last is not None:
+        return load_model(last)
+    if run["start"] is not None:
+        return load_model(Path(run["start"]))
+    torch.manual_seed(seed)
+    return GPTModel(run["config"])
+
+
+def _headline(settings: Settings, model: GPTModel, windows: Windows, group: Group) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    epoch = windows.train_size / settings.batch
+    where = f"{group.size} processes, {group.device.type}" if group.size > 1 else group.device.type
+    return (
+        f"{parameters:,} parameters, context {windows.context}, an epoch is {epoch:,.1f} steps; "
+        f"{where}, {machine_line()}"
+    )

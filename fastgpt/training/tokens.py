@@ -1,0 +1,185 @@
+"""Texts as a file of token ids: made once, then mapped into memory, whatever its size.
+
+The ids stand one after another as uint16, or as uint32 where the vocabulary needs it, the texts
+with <|endoftext|> between them. A JSON file beside says how many there are and of what; it is
+written last, so a token file without one was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.training.files import whole_file
+
+if TYPE_CHECKING:
+    import tiktoken
+
+PIECE = 1 << 18  # characters that go to the tokenizer at a time
+LONGEST = 16 * PIECE  # a piece without a place to cut is cut anyway
+ORDINARY_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+class TextError(ValueError):
+    """A text can't be trained on; the message names it."""
+
+
+class TokenFile(NamedTuple):
+    """Token ids on disk."""
+
+    path: Path
+    length: int
+    largest: int  # the largest id
+    digest: str  # SHA-256 of the ids
+    dtype: torch.dtype
+
+    def ids(self) -> Tensor:
+        """[length], mapped from the file: memory holds only what is looked at."""
+        return torch.from_file(str(self.path), shared=False, size=self.length, dtype=self.dtype)
+
+
+def text_files(texts: Iterable[str | Path]) -> list[Path]:
+    """The files named, and for a folder every *.txt below it, in the order of their names.
+
+    Raises:
+        TextError: one is missing or empty, or a folder holds no text.
+    """
+    files: list[Path] = []
+    for text in map(Path, texts):
+        if text.is_dir():
+            found = sorted(path for path in text.rglob("*.txt") if path.is_file())
+            if not found:
+                raise TextError(f"{text} holds no .txt file")
+            files += found
+        elif text.is_file():
+            files.append(text)
+        else:
+            raise TextError(f"{text}: there is no such file")
+    for path in files:
+        if path.stat().st_size == 0:
+            raise TextError(f"{path} is empty")
+    return files
+
+
+def tokenise(
+    files: Sequence[Path],
+    folder: Path,
+    encoding: tiktoken.Encoding,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> TokenFile:
+    """The texts' token file in that folder, made now if it isn't there.
+
+    Args:
+        files: UTF-8 texts; one that changed since makes a new token file.
+        folder: made where it is missing.
+        encoding: tiktoken's.
+        progress: called with the bytes read and those there are.
+
+    Raises:
+        TextError: a text isn't UTF-8. Nothing is left behind.
+    """
+    states = [(path.resolve(), path.stat()) for path in files]
+    key = [encoding.name, *([str(p), s.st_size, s.st_mtime_ns] for p, s in states)]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = folder / f"tokens-{name}.bin"
+    made = open_tokens(path)
+    if made is not None:
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(state.st_size for _, state in states)
+    with whole_file(path) as out:
+        facts = _write(files, encoding, out, lambda done: progress(done, total))
+    with whole_file(path.with_suffix(".json")) as out:
+        out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
+    made = open_tokens(path)
+    if made is None:
+        raise TextError(f"{path} was changed while it was being written")
+    return made
+
+
+def open_tokens(path: Path) -> TokenFile | None:
+    """The token file at that path, or None where there is no finished one."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        dtype = {2: torch.uint16, 4: torch.uint32}[facts["bytes_per_id"]]
+        if path.stat().st_size != facts["count"] * facts["bytes_per_id"]:
+            return None
+        return TokenFile(path, facts["count"], facts["largest"], facts["digest"], dtype)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write(
+    files: Sequence[Path],
+    encoding: tiktoken.Encoding,
+    out: BinaryIO,
+    progress: Callable[[int], object],
+) -> dict[str, Any]:
+    code = "H" if encoding.n_vocab <= 1 << 16 else "I"
+    digest, count, largest, before = hashlib.sha256(), 0, 0, 0
+    for number, path in enumerate(files):
+        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
+            for rows in _encoded(pieces(text, path), encoding, first=number == 0):
+                ids = array(code, itertools.chain.from_iterable(rows))
+                out.write(ids)
+                digest.update(ids)
+                count, largest = count + len(ids), max(largest, max(ids, default=0))
+                progress(before + raw.tell())
+        before += path.stat().st_size
+    size = array(code).itemsize
+    return {"count": count, "largest": largest, "digest": digest.hexdigest(), "bytes_per_id": size}
+
+
+def _encoded(
+    texts: Iterator[str], encoding: tiktoken.Encoding, first: bool
+) -> Iterator[list[list[int]]]:
+    threads = min(8, os.cpu_count() or 1)
+    special = encoding.special_tokens_set & {END_OF_TEXT}
+    if not first and special:
+        yield [[encoding.eot_token]]
+    while batch := list(itertools.islice(texts, threads)):
+        yield encoding.encode_batch(batch, num_threads=threads, allowed_special=special)
+
+
+def pieces(text: TextIO, path: Path, size: int = PIECE) -> Iterator[str]:
+    """The text in pieces of about that many characters, whose tokens are those of the whole text.
+
+    GPT-2's pattern lets no token reach from a visible character over the space or line break
+    behind it, so that is where the pieces are cut.
+
+    Raises:
+        TextError: the text isn't UTF-8.
+    """
+    held, lines = "", 1
+    while chunk := _read(text, path, size, lines):
+        lines += chunk.count("\n")
+        held += chunk
+        match = ORDINARY_CUT.match(held)
+        cut = match.end() if match else len(held) if len(held) > LONGEST else 0
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _read(text: TextIO, path: Path, size: int, lines: int) -> str:
+    try:
+        return text.read(size)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise TextError(
+            f"{path} is not UTF-8 text: byte 0x{byte:02x} at line {lines} or soon after"
+        ) from None

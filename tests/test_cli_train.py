@@ -1,0 +1,191 @@
+"""`fastgpt train` as a user meets it: its options, and what it says of those that can't be."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
+
+import fastgpt
+from fastgpt import cli
+from fastgpt.training import checkpoint, model_files, report
+from fastgpt.training.trainer import Step
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    needs_table()
+    return write_inputs(tmp_path, letters=600)
+
+
+def settings(out):
+    return json.loads((out / "run.json").read_text())["settings"]
+
+
+def test_a_run_and_what_it_leaves(inputs, capsys):
+    out = inputs / "run"
+    more = ("--steps", "5", "--sample", "a\nb", "--sample-tokens", "3", "--lr", "1e-3")
+    assert cli.main(train_arguments(inputs, out, *more)) == 0
+    said = capsys.readouterr().err
+    for part in (
+        "42,176 parameters, context 16, an epoch is ",
+        "step 1/5  loss ",
+        " tokens/s, ",
+        "% of peak",
+    ):
+        assert part in said
+    assert said.count("validation") == 2
+    assert said.count("\n  a b") == 2
+    assert settings(out)["min_lr"] == 1e-4
+    assert len(losses(out)) == 5
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints", "config.json", "log.csv", "loss.png", "model.safetensors", "run.json",
+        "tokens",
+    }  # fmt: skip
+
+    assert cli.main(train_arguments(inputs, out)) == 2
+    assert "holds a run at step 5: go on with it by --resume" in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
+    assert len(losses(out)) == 7
+    assert settings(out)["lr"] == 1e-3
+
+
+def test_epochs_and_starting_weights(inputs):
+    first, second = inputs / "first", inputs / "second"
+    assert cli.main(train_arguments(inputs, first, "--epochs", "0.25", "--lr", "0")) == 0
+    # 1,200 tokens, of which 120 validate: 67 windows of 16.
+    assert settings(first)["steps"] == 3
+    trained = model_files.load_model(first)
+    torch.manual_seed(123)
+    fresh = fastgpt.GPTModel(CONFIG)
+    # Only the decay, which goes with lr, could change them.
+    assert all(map(torch.equal, trained.parameters(), fresh.parameters()))
+    arguments = ["train", str(inputs / "text.txt"), "--out", str(second), "--from", str(first)]
+    assert cli.main([*arguments, "--steps", "1", "--lr", "0", "--batch", "2"]) == 0
+    again = model_files.load_model(second)
+    assert all(map(torch.equal, again.parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "text.txt is empty"),
+        (b"caf\xe9\n", "text.txt is not UTF-8 text: byte 0xe9 at line 1 or soon after"),
+        (b"a\nb\nc\n", "the text has 6 tokens: too short for a context of 16"),
+        (b"Hello\n" * 99, "the text has token 15496, the model a vocabulary of 256"),
+    ],
+)
+def test_bad_texts(inputs, capsys, text, message):
+    (inputs / "text.txt").write_bytes(text)
+    assert cli.main(train_arguments(inputs, inputs / "run")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastgpt train: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert not (inputs / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config", "125M"], "config '125M' is neither one of 124M, 355M, 774M, 1558M, toy nor"),
+        (["--min-lr", "1"], "min_lr 1 is not from 0 to lr"),
+        (["--precision", "float16"], "precision 'float16' is not auto, float32 or bfloat16"),
+        (["--device", "cuda"], "device 'cuda' is not to be had here"),
+        (["--fsdp"], "start them with torchrun"),
+        (["--from", "nowhere"], "--from brings its own --config"),
+    ],
+)
+def test_bad_options(inputs, capsys, more, message):
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("it is to be had")
+    assert cli.main([*train_arguments(inputs, inputs / "run"), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_what_a_resumed_run_keeps(inputs, capsys):
+    out = inputs / "run"
+    arguments = train_arguments(inputs, out, "--steps", "2")
+    assert cli.main(arguments) == 0
+    other = inputs / "other.txt"
+    other.write_text("b\n" * 900)
+    again = ["train", "--resume", "--out", str(out)]
+    for more, message in (
+        (["--seed", "9"], "--seed 9 is not that of the run"),
+        (["--batch", "2"], "--batch 2 is not that of the run"),
+        (["--context", "8"], "holds a run of another --config or --context"),
+        (["--config", "toy"], "holds a run of another --config or --context"),
+        ([str(other)], "holds a run on another text"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*again, *more]) == 2
+        assert message in capsys.readouterr().err
+    for path in (out / "tokens").iterdir():
+        path.unlink()
+    assert cli.main(again) == 2
+    assert "give the texts again" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--steps", "3"]) == 0
+    (checkpoint.checkpoints(out)[-1] / "optimizer.pt").write_bytes(b"broken")
+    assert cli.main([*again, "--steps", "4"]) == 2
+    assert "optimizer.pt can't be loaded" in capsys.readouterr().err
+
+
+def test_no_run_over_a_model_of_another_making(inputs, capsys):
+    out = inputs / "model"
+    out.mkdir()
+    model_files.save_model(fastgpt.GPTModel(CONFIG), out)
+    assert cli.main(train_arguments(inputs, out)) == 2
+    assert "holds a model of another making" in capsys.readouterr().err
+
+
+def test_without_matplotlib(inputs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(train_arguments(inputs, inputs / "run", "--steps", "1")) == 0
+    assert "no loss.png: that takes matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_bfloat16_and_accumulation_are_near_float32(inputs):
+    runs = {}
+    for name, more in (
+        ("float32", []),
+        ("accumulated", ["--micro-batch", "4"]),
+        ("bfloat16", ["--precision", "bfloat16"]),
+    ):
+        config = inputs / "config.json"
+        config.write_text(json.dumps(CONFIG | {"drop_rate": 0.0}))
+        assert cli.main(train_arguments(inputs, inputs / name, "--steps", "4", *more)) == 0
+        runs[name] = [loss for loss, _ in losses(inputs / name)]
+    assert runs["accumulated"] == pytest.approx(runs["float32"], rel=1e-5)
+    assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=2e-2)
+    assert runs["bfloat16"] != pytest.approx(runs["float32"], rel=1e-6)
+
+
+def test_the_bar_and_the_log(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    row = Step(1, 50, 2.5, 1e-3, 0.5, 1e3, 0.25, 2**30, None)
+    rows = [",".join(Step._fields), *(",".join(map(str, row._replace(step=n))) for n in (1, 2))]
+    (tmp_path / "log.csv").write_text("\n".join([*rows, "3,150,2."]).replace("None", ""))
+    console = report.Console(tmp_path, stream)
+    console.reading(5, 10)
+    console.start(1, 9, "on this machine")
+    console.step(row._replace(step=2, tokens=100, loss=1.5, validation_loss=1.25), 9)
+    console.sample("so it\nwent")
+    console.saved(2)
+    console.end(2, False)
+    console.close()
+    said = stream.getvalue()
+    for part in ("on this machine", "loss 1.500, validation 1.250, 1,000 tokens/s, 25% of peak",
+                 "1.00 GiB, 0:00:00 left", "so it went", "stopped at step 2"):  # fmt: skip
+        assert part in said, said
+    log = report.read_log(tmp_path / "log.csv")
+    assert [(row["step"], row["loss"]) for row in log] == [("1", "2.5"), ("2", "1.5")]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
