@@ -324,35 +324,6 @@ class GPTModel(nn.Module):
         return self._forward(in_idx, cache)
 
     def loss(
-        self, idx: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
-    ) -> Tensor:
-        """Cross-entropy of the next tokens: idx [B, T], targets [B, T] -> a scalar, or [B, T]."""
-        logits = self(idx).flatten(0, 1)
-        loss = F.cross_entropy(
-            logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction
-        )
-        return loss.view(targets.shape) if reduction == "none" else loss
-
-    def reset_kv_cache(self) -> None:
-        """Empties the model's own cache."""
-        self._own_cache = None
-
-    def _forward(
-        self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None
-    ) -> Tensor:
-        from fastgpt import stack  # which knows the classes above
-
-        past = cached_tokens(cache, 0)
-        in_idx = self._checked(in_idx, past)
-        staged = None if cache is None else Staged(cache, in_idx.shape[0], past)
-        logits = stack.forward(self, in_idx, past, staged, last_only, memo)
-        if logits is None:
-            logits = self._by_modules(in_idx, past, staged, last_only)
-        if staged is not None:
-            staged.commit()
-        return logits
-
-    def loss(
         self,
         idx: Tensor,
         targets: Tensor,
@@ -397,6 +368,25 @@ class GPTModel(nn.Module):
         logits, labels = logits.flatten(0, 1), targets.flatten().long()
         loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
+
+    def reset_kv_cache(self) -> None:
+        """Empties the model's own cache."""
+        self._own_cache = None
+
+    def _forward(
+        self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None
+    ) -> Tensor:
+        from fastgpt import stack  # which knows the classes above
+
+        past = cached_tokens(cache, 0)
+        in_idx = self._checked(in_idx, past)
+        staged = None if cache is None else Staged(cache, in_idx.shape[0], past)
+        logits = stack.forward(self, in_idx, past, staged, last_only, memo)
+        if logits is None:
+            logits = self._by_modules(in_idx, past, staged, last_only)
+        if staged is not None:
+            staged.commit()
+        return logits
 
     def _by_modules(
         self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool
