@@ -33,12 +33,12 @@ if PROCESSES is not None:
     PROCESSES.set_forkserver_preload([*modules, "torch.distributed.fsdp", "torch._dynamo"])
 
 
-def write_inputs(folder, letters=3000):
+def write_inputs(folder, letters=3000, **changes):
     """text.txt, in letters that are a token each, and config.json."""
     draw = random.Random(0)
     text = "".join(draw.choice("abcdefgh") + "\n" for _ in range(letters))
     (folder / "text.txt").write_text(text)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     return folder
 
 

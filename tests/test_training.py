@@ -75,7 +75,7 @@ def test_text_and_ids(encoding):
 def test_train_model_simple_is_the_books(encoding, capsys):
     ch05 = pytest.importorskip("llms_from_scratch.ch05")
     book = pytest.importorskip("llms_from_scratch.ch04")
-    cfg = CONFIG | {"vocab_size": 50257, "emb_dim": 8}
+    cfg = CONFIG | {"vocab_size": 50257, "emb_dim": 8, "drop_rate": 0.0}
     results = []
     for model_class, module in ((book.GPTModel, ch05), (fastgpt.GPTModel, training)):
         torch.manual_seed(123)

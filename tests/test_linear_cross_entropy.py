@@ -1,0 +1,230 @@
+import pytest
+import torch
+from helpers import check_operation
+from pairs import CONFIG, assert_same, pair, some_ids
+from torch import nn
+from torch.nn import functional as F
+
+from fastgpt.ops import linear_cross_entropy
+
+
+def _targets(n, vocab):
+    targets = torch.randint(0, vocab, (n,))
+    targets[::5] = -100
+    targets[-1] = vocab - 1
+    return targets
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 8, 3), (7, 48, 61), (70, 33, 700)])
+def test_loss_and_gradients(path, reduction, rows, width, vocab):
+    targets = _targets(rows, vocab)
+
+    def theirs(x, weight):
+        return F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
+
+    def ours(x, weight):
+        return linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+    upstream = [torch.randn(rows) if reduction == "none" else torch.tensor(-0.7)]
+    check_operation(ours, theirs, [torch.randn(rows, width), torch.randn(vocab, width)], upstream)
+
+
+def test_more_rows_than_a_chunk(path):
+    """1100 rows are three chunks; large and tiny logits."""
+    targets = _targets(1100, 50)
+    x, weight = torch.randn(1100, 16) * 6, torch.randn(50, 16) * 3
+    check_operation(
+        lambda x, w: linear_cross_entropy(x, w, targets),
+        lambda x, w: F.cross_entropy(F.linear(x, w), targets),
+        [x, weight],
+        [torch.ones(())],
+    )
+
+
+def test_logits_far_below_zero_do_not_underflow(path):
+    x, weight = torch.full((3, 4), -100.0), torch.rand(17, 4) + 1
+    loss = linear_cross_entropy(x, weight, torch.tensor([0, 8, 16]))
+    torch.testing.assert_close(loss, F.cross_entropy(x @ weight.mT, torch.tensor([0, 8, 16])))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_graph_serves_twice_and_every_scale(path, reduction):
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, grads = _targets(6, 11), []
+    for f in (
+        lambda: linear_cross_entropy(x, w, targets, reduction=reduction),
+        lambda: F.cross_entropy(F.linear(x, w), targets, reduction=reduction),
+    ):
+        loss = f().sum()
+        loss.backward(retain_graph=True)
+        (loss / 3).backward()
+        grads.append([x.grad, w.grad])
+        x.grad = w.grad = None
+    torch.testing.assert_close(*grads)
+
+
+def test_every_target_ignored(path):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    targets = torch.full((3,), 2)
+    loss = linear_cross_entropy(x, w, targets, ignore_index=2)
+    assert loss.isnan()  # as PyTorch has it: nothing divided by nothing
+    loss.backward()
+    assert torch.equal(w.grad, torch.zeros(5, 8))
+    assert linear_cross_entropy(x, w, targets, ignore_index=2, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_nothing_is_made_for_what_is_frozen(path, frozen):
+    tensors = {"x": torch.randn(4, 6), "weight": torch.randn(5, 6)}
+    for name, t in tensors.items():
+        t.requires_grad_(name != frozen)
+    linear_cross_entropy(*tensors.values(), torch.zeros(4, dtype=torch.int32)).backward()
+    assert tensors[frozen].grad is None
+    assert all(t.grad is not None for name, t in tensors.items() if name != frozen)
+
+
+def test_empty(path):
+    x, w = torch.randn(0, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.int64)
+    linear_cross_entropy(x, w, targets, reduction="sum").backward()
+    assert torch.equal(w.grad, torch.zeros(5, 6))
+    assert linear_cross_entropy(x, w, targets).isnan()
+
+
+def test_not_a_number_goes_through(path):
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    x[1, 2] = torch.nan
+    losses = linear_cross_entropy(x, w, torch.zeros(4, dtype=torch.int64), reduction="none")
+    assert losses.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("bad", [-1, 5, -101])
+def test_a_label_outside_the_vocabulary_is_named(path, bad):
+    targets = torch.tensor([1, bad, -100])
+    with pytest.raises(IndexError, match=f"target {bad} is outside the vocabulary of 5"):
+        linear_cross_entropy(torch.randn(3, 6), torch.randn(5, 6), targets)
+
+
+def test_bad_arguments(path):
+    x, w, t = torch.randn(3, 6), torch.randn(5, 6), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="targets must be integers"):
+        linear_cross_entropy(x, w, t.float())
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_cross_entropy(x, w, t[:2])
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(x, w, t, reduction="median")
+
+
+def test_second_derivative(path):
+    x, w = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    targets, seconds = torch.tensor([0, 4, 2, 2]), []
+    for f in (linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w), t)):
+        grads = torch.autograd.grad(f(x, w, targets), (x, w), create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w)))
+    torch.testing.assert_close(*seconds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_other_dtypes(dtype):
+    x, w = (torch.randn(n, 16, dtype=dtype, requires_grad=True) for n in (9, 33))
+    targets = _targets(9, 33)
+    loss = linear_cross_entropy(x, w, targets)
+    exact = F.cross_entropy(F.linear(x.double(), w.double()), targets)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(loss.double(), exact, **tolerance)
+    for ours, right in zip(
+        torch.autograd.grad(loss, (x, w)), torch.autograd.grad(exact, (x, w)), strict=True
+    ):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, right, **tolerance)
+
+
+# The model's own
+
+
+def readers_loss(model, ids, targets, **options):
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), **options)
+
+
+def change_nothing(model):
+    pass
+
+
+def tie(model):
+    model.out_head.weight = model.tok_emb.weight
+
+
+def two_classes(model):
+    model.out_head = nn.Linear(CONFIG["emb_dim"], 61)
+
+
+def hook(model):
+    model.register_forward_hook(lambda module, args, logits: logits * 0.5)
+
+
+def wrapped_head(model):
+    model.out_head = nn.Sequential(model.out_head)
+
+
+@pytest.mark.parametrize("change", [change_nothing, tie, two_classes, hook, wrapped_head])
+def test_the_models_loss(path, change):
+    ours, book = pair()
+    for model in (ours, book):
+        torch.manual_seed(1)
+        change(model)
+    ids, targets = some_ids(), some_ids(seed=8)
+    targets[0, :3] = -100
+    results = []
+    for loss, model in (
+        (ours.loss(ids, targets), ours),
+        (readers_loss(book, ids, targets), book),
+    ):
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert_same(*results)
+
+
+def test_the_models_loss_in_each_reduction(path):
+    ours, book = pair()
+    ids, targets = some_ids(), some_ids(seed=8)
+    with torch.no_grad():
+        for reduction in ("mean", "sum"):
+            assert_same(
+                ours.loss(ids, targets, reduction=reduction),
+                readers_loss(book, ids, targets, reduction=reduction),
+            )
+        each = ours.loss(ids, targets, ignore_index=3, reduction="none")
+        theirs = readers_loss(book, ids, targets, ignore_index=3, reduction="none")
+        assert_same(each, theirs.view(ids.shape))
+
+
+def test_what_the_models_loss_refuses():
+    model, ids = pair()[0], some_ids()
+    with pytest.raises(ValueError, match=r"targets \(2, 8\) must have the shape of the ids"):
+        model.loss(ids, ids[:, 1:])
+    with pytest.raises(IndexError, match="target 61 is outside the vocabulary of 61"):
+        model.loss(ids, ids.where(ids != ids[0, 0], 61))
+    with pytest.raises(IndexError, match="token id 61 is outside the vocabulary of 61"):
+        model.loss(ids.where(ids != ids[0, 0], 61), ids)
+    with pytest.raises(ValueError, match="33 tokens are more than the context length 32"):
+        model.loss(some_ids(T=33), some_ids(T=33))
+    with pytest.raises(TypeError, match="targets must be integers"):
+        model.loss(ids, ids.float())
+
+
+def test_a_head_replaced_after_the_loss_is_seen():
+    model, ids = pair()[0], some_ids()
+    before = model.loss(ids, ids)
+    with torch.no_grad():
+        model.out_head.weight.mul_(2)
+    after = model.loss(ids, ids)
+    assert_same(after, readers_loss(model, ids, ids))
+    assert abs((before - after).item()) > 1e-3
+
+
+def test_the_models_loss_under_compile():
+    model, ids = pair(n_layers=1)[0], some_ids()
+    loss = torch.compile(model.loss, backend="eager", fullgraph=True)(ids, ids)
+    assert_same(loss, readers_loss(model, ids, ids))
