@@ -14,6 +14,7 @@ from fastgpt.model import (
     MultiHeadAttention,
     TransformerBlock,
 )
+from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 __all__ = [
     "GELU",
@@ -26,12 +27,15 @@ __all__ = [
     "LayerNorm",
     "MultiHeadAttention",
     "TransformerBlock",
+    "WeightsError",
     "__version__",
     "backends",
     "cpu",
     "generate",
     "generate_stream",
     "generate_text_simple",
+    "load_weights",
+    "load_weights_into_gpt",
     "ops",
     "use_backend",
 ]
