@@ -2,6 +2,7 @@
 
 from fastgpt import cpu, ops
 from fastgpt._version import __version__
+from fastgpt.accelerate import accelerate
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.generate import generate, generate_stream, generate_text_simple
@@ -29,6 +30,7 @@ __all__ = [
     "TransformerBlock",
     "WeightsError",
     "__version__",
+    "accelerate",
     "backends",
     "cpu",
     "generate",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
+from fastgpt.empty import make_room, on_meta
 from fastgpt.weights import fill, hub
 from fastgpt.weights.files import Memory, Source
 from fastgpt.weights.names import WeightsError, style_of
@@ -39,13 +39,12 @@ def from_pretrained(
     """Makes a model from weights; see ``GPTModel.from_pretrained``."""
     source, known = hub.locate(name_or_path, **hub_options)
     sizes, plan = _planned(source, known, cfg)
-    with torch.device("meta"), _NoDraw():
-        model = cls(sizes.cfg)
+    model = on_meta(cls, sizes.cfg)
     plan.check(dict(model.named_parameters()))
     masks = plan.edited_masks()
     if plan.tied:
         model.out_head.weight = model.tok_emb.weight  # type: ignore[union-attr]
-    _make_room(model, dtype, device)
+    make_room(model, dtype, device)
     plan.copy_into(dict(model.named_parameters(remove_duplicate=False)))
     _set_masks(model, masks)
     _set_rates(model, sizes)
@@ -127,35 +126,6 @@ def _planned(
     shapes = {name: stored.shape for name, stored in source.stored.items()}
     sizes = completed(known, cfg, style, shapes)
     return sizes, fill.Plan(source, style, sizes.cfg, sizes.tied)
-
-
-class _NoDraw(TorchFunctionMode):
-    """Leaves out initial values, which on the meta device would only load PyTorch's compiler."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _DRAWS or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-_DRAWS = (Tensor.normal_, Tensor.uniform_)
-
-
-def _make_room(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None
-) -> None:
-    """Puts empty parameters in the place of those on meta; shared ones stay shared."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in made:
-                empty = torch.empty(p.shape, dtype=dtype, device=device)
-                made[id(p)] = nn.Parameter(empty, p.requires_grad)
-            if p is not None:
-                module._parameters[name] = made[id(p)]
 
 
 def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) -> None:
