@@ -3,9 +3,10 @@
 import copy
 import importlib
 
+import pairs
 import pytest
 import torch
-from pairs import CONFIG, assert_same, assert_same_model, pair, shake, some_ids
+from pairs import CONFIG, assert_same, assert_same_model, logits, pair, shake, some_ids
 from torch import nn
 
 import fastgpt
@@ -30,23 +31,9 @@ def books(kind, **changes):
 
 
 def hugging_face(**changes):
-    transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
-    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 32, "vocab_size": 61}
+    """In train mode, without dropout."""
     rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(5)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**{**sizes, **rates, **ends, **changes})
-    )
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def logits(model, ids=None):
-    result = model(some_ids() if ids is None else ids)
-    return getattr(result, "logits", result)
+    return pairs.hugging_face(**{**rates, **changes}).train()
 
 
 @pytest.fixture(params=["book", "faster", "hugging face", "hugging face, untied"])
