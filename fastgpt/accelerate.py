@@ -182,6 +182,8 @@ def _frame(tok: Any, pos: Any, drop: Any, norm: Any, blocks: Sequence[_Block]) -
         _share_norm(mine.norm1, theirs.norms[0], f"{theirs.path}: the first norm")
         _share_norm(mine.norm2, theirs.norms[1], f"{theirs.path}: the second norm")
         _untouched(theirs.act, f"{theirs.path}: the activation")
+        if any(True for _ in theirs.act.parameters()):
+            raise TypeError(f"{theirs.path}: the activation has parameters")
         x = torch.linspace(-6, 6, 97)
         _same(f"{theirs.path}: the activation", theirs.act(x), mine.ff.layers[1](x))
     return ours
@@ -263,7 +265,8 @@ def _rate(dropout: Any, path: str) -> float:
     """The probability of a dropout, which the book's faster variant keeps as a number."""
     if isinstance(dropout, (int, float)):
         return float(dropout)
-    _need(dropout, path, nn.Dropout, nn.Identity)
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        raise TypeError(f"{path} is a {type(dropout).__name__}, not nn.Dropout")
     _untouched(dropout, path)
     return float(getattr(dropout, "p", 0.0))
 
@@ -301,7 +304,12 @@ def _confirm(model: nn.Module, ours: GPTModel) -> None:
             mine: Any
             for i, (theirs, mine) in enumerate(zip(blocks, ours.trf_blocks, strict=False)):
                 _same(f"trf_blocks.{i}.att", _first(theirs.att(x)), mine.att(x), 1e-4)
-            logits = _first(getattr(right := model(ids), "logits", right))
+            try:
+                right = model(ids)
+            except Exception as error:
+                told = f"{type(model).__name__} cannot be called with token ids [B, T] alone"
+                raise TypeError(f"{told}: {error}") from error
+            logits = _first(getattr(right, "logits", right))
             _same(type(model).__name__, logits, ours(ids), 1e-4)
     finally:
         for module, mode in modes:

@@ -255,6 +255,11 @@ class Doubled(reference.MultiHeadAttention):
         return 2 * super().forward(x)
 
 
+class NeedsTwo(reference.GPTModel):
+    def forward(self, ids, more):
+        return ids
+
+
 def doubled():
     return Doubled(48, 48, 32, 0.0, 3, True)
 
@@ -262,6 +267,11 @@ def doubled():
 BOOK_REFUSALS = {
     "activation": (put("trf_blocks.1.ff.layers.1", nn.ReLU), r"trf_blocks.1: the activation comp"),
     "exact gelu": (put("trf_blocks.1.ff.layers.1", nn.GELU), r"trf_blocks.1: the activation comp"),
+    "an activation that learns": (
+        put("trf_blocks.0.ff.layers.1", lambda: nn.Sequential(nn.GELU("tanh"), nn.PReLU())),
+        r"trf_blocks.0: the activation has parameters",
+    ),
+    "a dropout": (put("drop_emb", nn.AlphaDropout), r"is a AlphaDropout, not nn.Dropout"),
     "rms norm": (put("final_norm", lambda: nn.RMSNorm(48)), r"the final norm is a RMSNorm without"),
     "attention": (put("trf_blocks.1.att", doubled), r"trf_blocks.1.att computes something else"),
     "positions": (put("pos_emb", nn.Identity), r"position embedding is a Identity, not nn.Embed"),
@@ -271,6 +281,7 @@ BOOK_REFUSALS = {
         put("trf_blocks.0.gamma", lambda: nn.Parameter(torch.ones(1))),
         r"trf_blocks.0 has also gamma",
     ),
+    "a forward with more": (lambda m: setattr(m, "__class__", NeedsTwo), r"alone: .*'more'"),
     "a hook": (hook("trf_blocks.1.norm2"), r"trf_blocks.1: the second norm has a hook"),
     "a hook on top": (hook(""), r"GPTModel has a hook"),
     "a forward": (put("trf_blocks.0.ff.forward", lambda: abs), r"trf_blocks.0.ff has a forward"),

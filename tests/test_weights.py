@@ -185,6 +185,11 @@ class TestSavePretrained:
         ):
             assert text in str(error.value)
         ours, _ = pair()
+        ours.trf_blocks[1].ff = torch.nn.Linear(48, 48)
+        ours.pos_emb = torch.nn.Identity()
+        with pytest.raises(WeightsError, match=r"MultiHeadAttention, Linear\n  pos_emb is a Ident"):
+            ours.save_pretrained(tmp_path)
+        ours, _ = pair()
         ours.trf_blocks[0].att.mask[:4, :4] = 0
         with pytest.raises(WeightsError, match=r"trf_blocks.0.att.mask is edited"):
             ours.save_pretrained(tmp_path)
@@ -227,6 +232,15 @@ class TestHub:
         repository = "openai-community/gpt2-medium" if name == "gpt2-medium" else name
         with pytest.raises(FileNotFoundError, match=rf"hf download {repository} config.json"):
             GPTModel.from_pretrained(name, **hub.options)
+
+    @pytest.mark.parametrize("message", ["404: no such repository", ""])
+    def test_what_the_hub_answers_is_passed_on(self, hub, monkeypatch, message):
+        def answer(*args, **options):
+            raise OSError(message)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
+        with pytest.raises(FileNotFoundError, match=message or "OSError"):
+            GPTModel.from_pretrained("gpt2", **hub.options)
 
     def test_a_folder_comes_before_the_hub(self, hub, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

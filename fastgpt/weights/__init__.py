@@ -95,7 +95,8 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
         raise TypeError(f"{type(model).__name__} is not the book's GPTModel")
     if any(p.is_meta for p in parameters.values()):
         raise ValueError("the model is on the meta device: model.to_empty(device='cpu') first")
-    heads = {block.att.num_heads for block in blocks if hasattr(block.att, "num_heads")}
+    attentions: list[Any] = [getattr(block, "att", None) for block in blocks]
+    heads = {att.num_heads for att in attentions if hasattr(att, "num_heads")}
     told = sizes.cfg.get("n_heads")
     if told is not None and heads - {told}:
         raise WeightsError(f"{source.label} is of {told} heads, the model has {heads}")

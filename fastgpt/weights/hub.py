@@ -82,10 +82,10 @@ def _fetched(name: str, options: dict[str, Any]) -> Path:
         cached = _cached(name, options) if repository != name else None
         if cached is not None:
             return cached
-        files = " ".join(_WANTED[0][:2])
+        files, reason = " ".join(_WANTED[0][:2]), str(error) or type(error).__name__
         raise FileNotFoundError(
             f"{name!r} is no file or folder here, and cannot be fetched from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}). Where there is a connection, run\n"
+            f"({reason.splitlines()[0]}). Where there is a connection, run\n"
             f"  hf download {repository} {files} --local-dir {name.rpartition('/')[2]}\n"
             "and give the folder in place of the name."
         ) from error

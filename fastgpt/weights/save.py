@@ -102,7 +102,14 @@ def described(model: Any) -> Sizes:
     Raises:
         WeightsError: a part of it is not as in GPT-2.
     """
-    from fastgpt.model import GELU, GPTModel, MultiHeadAttention, TransformerBlock, _is_causal
+    from fastgpt.model import (
+        GELU,
+        FeedForward,
+        GPTModel,
+        MultiHeadAttention,
+        TransformerBlock,
+        _is_causal,
+    )
 
     if not isinstance(model, GPTModel):
         raise TypeError(f"save_pretrained takes a fastgpt.GPTModel, not a {type(model).__name__}")
@@ -110,10 +117,14 @@ def described(model: Any) -> Sizes:
     heads: set[int] = set()
     epsilons: set[float] = set()
     drops: set[tuple[float, float]] = set()
+    block: Any
     for i, block in enumerate(model.trf_blocks):
         name = f"trf_blocks.{i}"
-        if not isinstance(block, TransformerBlock) or not isinstance(block.att, MultiHeadAttention):
-            faults.append(f"{name} is not a block of the book's")
+        pieces = (block, getattr(block, "att", None), getattr(block, "ff", None))
+        classes = (TransformerBlock, MultiHeadAttention, FeedForward)
+        if not all(map(isinstance, pieces, classes)):
+            kinds = ", ".join(type(piece).__name__ for piece in pieces)
+            faults.append(f"{name} is not a block of the book's, but {kinds}")
             continue
         act = block.ff.layers[1]
         if not isinstance(act, GELU) and getattr(act, "approximate", None) != "tanh":
@@ -128,6 +139,10 @@ def described(model: Any) -> Sizes:
     for what, values in (("heads", heads), ("eps of the norms", epsilons), ("dropout", drops)):
         if len(values) > 1:
             faults.append(f"{what} differ: {', '.join(map(str, values))}")
+    for name in ("tok_emb", "pos_emb"):
+        table = getattr(model, name)
+        if not isinstance(table, nn.Embedding):
+            faults.append(f"{name} is a {type(table).__name__}, not nn.Embedding")
     _refuse(faults)
     rate = model.cfg["drop_rate"]
     attention, shortcut = drops.pop() if drops else (rate, rate)
