@@ -76,6 +76,7 @@ def _over_the_books(model: nn.Module) -> GPTModel:
     names = ("tok_emb", "pos_emb", "drop_emb", "trf_blocks", "final_norm", "out_head")
     tok, pos, drop, blocks, norm, head = _parts(model, "", names)
     _need(blocks, "trf_blocks", nn.Sequential, nn.ModuleList)
+    _untouched(blocks, "trf_blocks")
     found = [_books_block(block, f"trf_blocks.{i}") for i, block in enumerate(blocks)]
     ours = _frame(tok, pos, drop, norm, found)
     ours.out_head = head

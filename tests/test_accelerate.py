@@ -147,7 +147,10 @@ def test_once_more_gives_the_same_parameters(theirs):
     with torch.no_grad():
         for p in theirs.parameters():
             p.data = p.data.clone()
-    assert_same(logits(fastgpt.accelerate(theirs)), logits(theirs))
+        three = fastgpt.accelerate(theirs)
+        for p in theirs.parameters():
+            p.mul_(1.5)
+    assert_same(logits(three), logits(theirs))
 
 
 def test_frozen_parameters_stay_frozen(theirs):
@@ -283,6 +286,7 @@ BOOK_REFUSALS = {
     ),
     "a forward with more": (lambda m: setattr(m, "__class__", NeedsTwo), r"alone: .*'more'"),
     "a hook": (hook("trf_blocks.1.norm2"), r"trf_blocks.1: the second norm has a hook"),
+    "a hook on the stack": (hook("trf_blocks"), r"^trf_blocks has a hook"),
     "a hook on top": (hook(""), r"GPTModel has a hook"),
     "a forward": (put("trf_blocks.0.ff.forward", lambda: abs), r"trf_blocks.0.ff has a forward"),
     "heads": (put("trf_blocks.1.att.num_heads", lambda: 2), r"one number in all blocks.*\[3, 2\]"),
