@@ -2,6 +2,7 @@
 
 from fastgpt import cpu, ops
 from fastgpt._version import __version__
+from fastgpt.accelerate import accelerate
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.generate import generate, generate_stream, generate_text_simple
@@ -14,6 +15,7 @@ from fastgpt.model import (
     MultiHeadAttention,
     TransformerBlock,
 )
+from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 __all__ = [
     "GELU",
@@ -26,12 +28,16 @@ __all__ = [
     "LayerNorm",
     "MultiHeadAttention",
     "TransformerBlock",
+    "WeightsError",
     "__version__",
+    "accelerate",
     "backends",
     "cpu",
     "generate",
     "generate_stream",
     "generate_text_simple",
+    "load_weights",
+    "load_weights_into_gpt",
     "ops",
     "use_backend",
 ]

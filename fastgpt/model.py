@@ -8,7 +8,9 @@ the rest stays fused. No weight is copied.
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config, check_config, check_ids
 from fastgpt.kv_cache import KVCache, Staged, cached_tokens, extended
 from fastgpt.plain import drop_probability, known, plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @known
@@ -299,6 +304,45 @@ class GPTModel(nn.Module):
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
         self._own_cache: KVCache | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], cfg: Config | None = None, **options: Any
+    ) -> Self:
+        """A model in eval mode with the weights of a folder, a file or the Hugging Face hub.
+
+        Reads safetensors and torch.save files, whole or in shards, under the names of the book (its
+        faster variant and its checkpoints too), Hugging Face or OpenAI. Files are mapped and copied
+        in small windows; a head that is tied in the file is tied here.
+
+        Args:
+            name_or_path: a path, or a repository of the hub such as "gpt2" or "gpt2-xl".
+            cfg: sizes that the files do not tell, which for the book's model.pth is n_heads, unless
+                it has one of GPT-2's sizes; drop_rate overrides theirs.
+            options: dtype and device, by default those of a new module; revision, cache_dir, token
+                and local_files_only, for the hub.
+
+        Raises:
+            WeightsError: a file cannot be read, or tensors are missing, left over or misshapen; all
+                of them are named.
+            FileNotFoundError: there is no such file, and the hub cannot be reached.
+            ImportError: safetensors or huggingface_hub is needed: the extra "hub".
+        """
+        from fastgpt import weights
+
+        return weights.from_pretrained(cls, name_or_path, cfg, **options)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes model.safetensors and config.json for Hugging Face's GPT2LMHeadModel; see
+        ``fastgpt.weights.save_pretrained``.
+        """
+        from fastgpt import weights
+
+        weights.save_pretrained(self, directory, state_dict)
 
     def forward(self, in_idx: Tensor, use_cache: bool = False, cache: Any = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab_size].

@@ -1,5 +1,6 @@
 """What the model's test files share: small configs, the same weights in both models."""
 
+import pytest
 import torch
 
 import fastgpt
@@ -69,3 +70,35 @@ def assert_same_model(ours, book, ids=None, **tolerance):
     with torch.no_grad():
         assert_same(ours(ids), book(ids), **tolerance)
     assert_same(outputs_and_grads(ours, ids), outputs_and_grads(book, ids), **tolerance)
+
+
+def hugging_face(**changes):
+    """A random GPT2LMHeadModel of these sizes in eval mode, off its initial values."""
+    transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 32, "vocab_size": 61}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(5)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **ends, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def same_weights(one, other):
+    """Whether both models hold the same numbers under the same names."""
+    one, other = dict(one.named_parameters()), dict(other.named_parameters())
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def logits(model, ids=None):
+    """What a model says of some ids; Hugging Face's is in an object."""
+    result = model(some_ids() if ids is None else ids)
+    return getattr(result, "logits", result)
+
+
+def assert_same_logits(ours, theirs):
+    with torch.no_grad():
+        assert_same(logits(ours), logits(theirs))

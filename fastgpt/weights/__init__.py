@@ -1,0 +1,149 @@
+"""Weights in and out: the book's checkpoints, Hugging Face's, OpenAI's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastgpt.empty import make_room, on_meta
+from fastgpt.weights import fill, hub
+from fastgpt.weights.files import Memory, Source
+from fastgpt.weights.names import WeightsError, style_of
+from fastgpt.weights.save import save_pretrained
+from fastgpt.weights.sizes import Sizes, completed
+
+__all__ = [
+    "WeightsError",
+    "from_pretrained",
+    "load_weights",
+    "load_weights_into_gpt",
+    "save_pretrained",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def from_pretrained(
+    cls: type[Model],
+    name_or_path: str | os.PathLike[str],
+    cfg: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **hub_options: Any,
+) -> Model:
+    """Makes a model from weights; see ``GPTModel.from_pretrained``."""
+    source, known = hub.locate(name_or_path, **hub_options)
+    sizes, plan = _planned(source, known, cfg)
+    model = on_meta(cls, sizes.cfg)
+    plan.check(dict(model.named_parameters()))
+    masks = plan.edited_masks()
+    if plan.tied:
+        model.out_head.weight = model.tok_emb.weight  # type: ignore[union-attr]
+    make_room(model, dtype, device)
+    plan.copy_into(dict(model.named_parameters(remove_duplicate=False)))
+    _set_masks(model, masks)
+    _set_rates(model, sizes)
+    return model.eval()
+
+
+def load_weights(
+    model: nn.Module, name_or_path: str | os.PathLike[str], **hub_options: Any
+) -> None:
+    """Writes weights into a model that is there, in its dtype, on its device.
+
+    Its parameters stay the objects they are. Nothing is written unless everything fits.
+
+    Args:
+        model: the book's GPTModel, from this package or any other, of the same sizes.
+        name_or_path: as for ``GPTModel.from_pretrained``.
+        hub_options: as there.
+
+    Raises:
+        WeightsError: tensors are missing, left over or misshapen; all of them are named.
+    """
+    source, sizes = hub.locate(name_or_path, **hub_options)
+    _load(model, source, sizes)
+
+
+def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
+    """The book's function: writes OpenAI's weights, as its dictionary of arrays, into a model.
+
+    Unlike the book's, it writes into the parameters that are there, so a tied head stays tied and
+    an optimiser keeps its parameters, and it writes nothing unless everything fits.
+
+    Args:
+        gpt: the book's GPTModel, from this package or any other, with qkv_bias True.
+        params: arrays or tensors, nested (wte, wpe, g, b, blocks) or flat, under any of the names
+            that a file may have.
+
+    Raises:
+        WeightsError: arrays are missing, left over or misshapen; all of them are named.
+    """
+    _load(gpt, Memory(params, "params"), Sizes())
+
+
+def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [k for k in ("tok_emb.weight", "pos_emb.weight") if k not in parameters]
+    blocks: Any = getattr(model, "trf_blocks", None)
+    if missing or blocks is None:
+        raise TypeError(f"{type(model).__name__} is not the book's GPTModel")
+    if any(p.is_meta for p in parameters.values()):
+        raise ValueError("the model is on the meta device: model.to_empty(device='cpu') first")
+    attentions: list[Any] = [getattr(block, "att", None) for block in blocks]
+    heads = {att.num_heads for att in attentions if hasattr(att, "num_heads")}
+    told = sizes.cfg.get("n_heads")
+    if told is not None and heads - {told}:
+        raise WeightsError(f"{source.label} is of {told} heads, the model has {heads}")
+    vocabulary, width = parameters["tok_emb.weight"].shape
+    cfg = {
+        "vocab_size": vocabulary,
+        "context_length": parameters["pos_emb.weight"].shape[0],
+        "emb_dim": width,
+        "n_layers": len(blocks),
+        "n_heads": told or 1,
+        "drop_rate": 0.0,
+        "qkv_bias": any(".att.W_" in key and key.endswith("bias") for key in parameters),
+    }
+    plan = _planned(source, Sizes(tied=sizes.tied), cfg)[1]
+    plan.check(parameters)
+    masks = plan.edited_masks()
+    plan.copy_into(parameters)
+    _set_masks(model, masks, causal=plan.masks.keys() - masks.keys())
+
+
+def _planned(
+    source: Source, known: Sizes, cfg: Mapping[str, Any] | None
+) -> tuple[Sizes, fill.Plan]:
+    style = style_of(source.stored)
+    if style is None:
+        found = ", ".join(list(source.stored)[:8]) or "nothing"
+        raise WeightsError(f"{source.label} holds no GPT-2 under a known name, but: {found}")
+    shapes = {name: stored.shape for name, stored in source.stored.items()}
+    sizes = completed(known, cfg, style, shapes)
+    return sizes, fill.Plan(source, style, sizes.cfg, sizes.tied)
+
+
+def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) -> None:
+    for layer in causal:
+        held = model.trf_blocks[layer].att._buffers.get("mask")
+        if held is not None:
+            held.copy_(torch.ones_like(held).triu(1))
+    for layer, mask in masks.items():
+        att = model.trf_blocks[layer].att
+        like = att.W_query.weight
+        att.mask = mask.to(device=like.device, dtype=like.dtype)
+
+
+def _set_rates(model: Any, sizes: Sizes) -> None:
+    """What a config.json tells and the book's config has no key for."""
+    embedding, attention, shortcut = sizes.drops or (sizes.cfg["drop_rate"],) * 3
+    model.drop_emb.p, model.final_norm.eps = embedding, sizes.eps
+    for block in model.trf_blocks:
+        block.att.dropout.p, block.drop_shortcut.p = attention, shortcut
+        block.norm1.eps = block.norm2.eps = sizes.eps

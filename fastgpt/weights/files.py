@@ -1,0 +1,252 @@
+"""Tensors in files and in memory: names, shapes and dtypes first, numbers a few rows at a time.
+
+Files are memory-mapped, and mapped anew for every reading, because pages once read stay resident
+as long as their mapping: so a whole checkpoint passes through a small window.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgpt.weights.names import Shape, WeightsError, unwrapped
+
+NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install 'fastgpt[hub]'"
+
+# What a safetensors header calls the dtypes that weights and masks come in.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# In the order in which they are looked for.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pth",
+)
+Read = Callable[[str], Any]
+
+
+class Stored(NamedTuple):
+    """What is known of a tensor before it is read; tensors with one place are one tensor."""
+
+    shape: Shape
+    dtype: torch.dtype | None
+    place: Any
+
+
+class Source(Protocol):
+    """Named tensors. Within ``opened`` a name gives what can be indexed by slices."""
+
+    label: str
+    stored: dict[str, Stored]
+
+    def opened(self) -> Any:
+        """A context manager that yields a ``Read``; nothing of it may be kept beyond."""
+
+
+class _Names:
+    """The names of a source without wrappers, and what each is in the file."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.stored: dict[str, Stored] = {}
+        self._at: dict[str, Any] = {}
+
+    def _add(self, name: str, stored: Stored, at: Any) -> None:
+        short = unwrapped(name)
+        if short in self.stored:
+            raise WeightsError(f"{self.label} holds {short} twice")
+        self.stored[short] = stored
+        self._at[short] = at
+
+
+class Memory(_Names):
+    """A mapping of tensors or arrays, nested or not, that somebody else holds."""
+
+    def __init__(self, tensors: Mapping[str, Any], label: str) -> None:
+        super().__init__(label)
+        for name, value in _flattened(tensors):
+            try:
+                tensor = _as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise WeightsError(f"{label}: {name} is a {type(value).__name__}") from None
+            self._add(name, Stored(tuple(tensor.shape), tensor.dtype, _place(tensor)), value)
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        yield lambda name: _as_tensor(self._at[name])
+
+
+class Safetensors(_Names):
+    """One safetensors file, or the shards of one checkpoint."""
+
+    def __init__(self, paths: Sequence[Path], label: str) -> None:
+        super().__init__(label)
+        self._paths = {str(path): path for path in paths}
+        with ExitStack() as stack:
+            for path in self._paths:
+                file = stack.enter_context(_safe_open(path))
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    at = (path, name)
+                    self._add(name, Stored(tuple(part.get_shape()), dtype, at), at)
+                # save_model keeps one of several names of a tensor, and notes the others here.
+                for name, kept in (file.metadata() or {}).items():
+                    if unwrapped(kept) in self.stored and unwrapped(name) not in self.stored:
+                        self._add(name, self.stored[unwrapped(kept)], (path, kept))
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        files: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def read(name: str) -> Any:
+                path, stored_name = self._at[name]
+                if path not in files:
+                    files[path] = stack.enter_context(_safe_open(path))
+                return files[path].get_slice(stored_name)
+
+            yield read
+
+
+class Pickled(_Names):
+    """Files of torch.save: a state dict, its shards, or a checkpoint that has a model_state_dict.
+
+    Files older than PyTorch 1.6 cannot be mapped, and are held whole while they are read.
+    """
+
+    def __init__(self, paths: Sequence[Path], label: str) -> None:
+        super().__init__(label)
+        self._whole = {p: _loaded(p) for p in paths if not zipfile.is_zipfile(p)}
+        for path in paths:
+            for name, value in self._state(path).items():
+                if not isinstance(value, Tensor):
+                    raise WeightsError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+                stored = Stored(tuple(value.shape), value.dtype, (path, *_place(value)))
+                self._add(name, stored, (path, name))
+
+    def _state(self, path: Path) -> Mapping[str, Any]:
+        found = self._whole[path] if path in self._whole else _loaded(path)
+        state = found.get("model_state_dict", found) if isinstance(found, Mapping) else found
+        if not isinstance(state, Mapping):
+            raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict")
+        return state
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        states: dict[Path, Mapping[str, Any]] = {}
+
+        def read(name: str) -> Any:
+            path, stored_name = self._at[name]
+            if path not in states:
+                states[path] = self._state(path)
+            return states[path][stored_name].detach()
+
+        yield read
+        states.clear()
+
+
+def open_file(path: Path) -> Source:
+    """The tensors of one file, or of the shards that an index names.
+
+    Raises:
+        WeightsError: it is damaged, or no such file.
+    """
+    if path.name.endswith(".index.json"):
+        shards = _shards(path)
+        if all(shard.suffix == ".safetensors" for shard in shards):
+            return Safetensors(shards, str(path))
+        return Pickled(shards, str(path))
+    if path.suffix == ".safetensors":
+        return Safetensors([path], str(path))
+    return Pickled([path], str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; WeightsError where it has none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
+
+
+def _shards(index: Path) -> list[Path]:
+    data = read_json(index)
+    files = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise WeightsError(f"{index} has no weight_map")
+    names = sorted(set(files.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightsError(f"{index} names files that are missing: {', '.join(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _safe_open(path: str) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError(f"{path}: {NEEDS_HUB}") from None
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
+
+
+def _loaded(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(
+            f"{path} cannot be read as weights alone, which runs no code of the file's. Where it "
+            f"is a whole pickled model, save model.state_dict() instead. ({reason})"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), tensor.storage_offset(), tensor.stride()
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    flags = getattr(value, "flags", None)
+    # PyTorch shares memory only with arrays that may be written, and run forwards.
+    if flags is None or not flags.writeable or any(step < 0 for step in value.strides):
+        return torch.tensor(value)
+    return torch.as_tensor(value)
+
+
+def _flattened(tensors: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = tensors.items() if isinstance(tensors, Mapping) else enumerate(tensors)
+    for key, value in items:
+        if isinstance(value, (Mapping, list, tuple)):
+            yield from _flattened(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value

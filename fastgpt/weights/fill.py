@@ -1,0 +1,183 @@
+"""Fits the tensors of a source to a model: all is checked before the first number is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.weights.files import Source, Stored
+from fastgpt.weights.names import Entry, Shape, Style, WeightsError, expected
+
+WINDOW = 32 << 20  # bytes of a file that are mapped and read at once
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class Plan:
+    """What a source holds, fitted to a model of the book's structure and these sizes.
+
+    Args:
+        source: the tensors.
+        style: how they are called.
+        cfg: the sizes, in the book's form.
+        tied: whether a config says that the head is the token embedding; None if nothing does.
+
+    Raises:
+        WeightsError: tensors are missing, left over or misshapen; all of them are named.
+    """
+
+    def __init__(
+        self, source: Source, style: Style, cfg: Mapping[str, Any], tied: bool | None
+    ) -> None:
+        self.source, stored = source, source.stored
+        # Hugging Face and OpenAI leave out a head that is the token embedding.
+        optional = tied if tied is not None else style.head != "out_head.weight"
+        entries = expected(style, cfg, head_optional=optional)
+        layers, square = cfg["n_layers"], (cfg["context_length"],) * 2
+        masks = {style.mask.format(i): i for i in range(layers)} if style.mask else {}
+        self.masks = {layer: name for name, layer in masks.items() if name in stored}
+        shapes = {name: entry.shape for name, entry in entries.items()} | dict.fromkeys(
+            masks, square
+        )
+        extra = [name for name in stored if name not in shapes]
+        self._refuse(
+            {
+                "missing": [n for n, e in entries.items() if n not in stored and not e.optional],
+                "extra": [name for name in extra if not style.says_nothing(name, layers)],
+                "misshapen": [
+                    f"{name} {list(stored[name].shape)}, expected {list(shape)}"
+                    for name, shape in shapes.items()
+                    if name in stored and not _has_shape(stored[name].shape, shape)
+                ],
+                "not floating-point": [
+                    f"{name} {stored[name].dtype}"
+                    for name in entries
+                    if name in stored and not _is_floating(stored[name])
+                ],
+            }
+        )
+        present = {name: entry for name, entry in entries.items() if name in stored}
+        zeros = [name for name, entry in present.items() if not entry.targets]
+        self._refuse({"not zero, though qkv_bias is False": [n for n in zeros if self._any(n)]})
+        self.tied = self._is_tied(style, tied)
+        if self.tied:
+            present.pop(style.head or "", None)
+        self.fills = [(name, entry) for name, entry in present.items() if entry.targets]
+        if self.tied:
+            self.fills.append((style.tok, Entry(entries[style.tok].shape, ("out_head.weight",))))
+
+    def check(self, parameters: Parameters) -> None:
+        """Raises WeightsError where the model's parameters are not those that the source fills."""
+        wrong: list[str] = []
+        filled: set[str] = set()
+        for name, entry in self.fills:
+            filled.update(entry.targets)
+            for key in entry.targets:
+                held = parameters.get(key)
+                if held is not None and held.shape != entry.part:
+                    wrong.append(f"{name} gives {list(entry.part)} to {key} {list(held.shape)}")
+        head, tok = (parameters.get(key) for key in ("out_head.weight", "tok_emb.weight"))
+        if not self.tied and head is tok:
+            wrong.append("out_head.weight and tok_emb.weight are two tensors for one parameter")
+        self._refuse(
+            {
+                "missing": [key for key in parameters if key not in filled],
+                "extra": sorted(filled - parameters.keys()),
+                "misshapen": wrong,
+            }
+        )
+
+    def edited_masks(self) -> dict[int, Tensor]:
+        """The masks that are not the causal one, by layer. [context_length, context_length]."""
+        edited = {}
+        for layer, name in self.masks.items():
+            with self.source.opened() as read:
+                mask = read(name)[:].clone()
+            if not torch.equal(mask.bool(), torch.ones(mask.shape, dtype=torch.bool).triu(1)):
+                edited[layer] = mask
+        return edited
+
+    @torch.no_grad()
+    def copy_into(self, parameters: Parameters) -> None:
+        """Writes each tensor into the parameters that it fills, in their dtype, on their device."""
+        # A few mappings would do, but for what of them stays resident: a twentieth of the model.
+        budget = max(WINDOW, sum(p.nbytes for p in parameters.values()) // 20)
+        pieces = self._pieces(parameters)
+        piece = next(pieces, None)
+        while piece is not None:
+            left = budget
+            with self.source.opened() as read:
+                while piece is not None and left > 0:
+                    left -= self._copy(read, *piece, parameters)
+                    piece = next(pieces, None)
+
+    def _pieces(self, parameters: Parameters) -> Iterator[tuple[str, Entry, int, int]]:
+        written: set[int] = set()
+        for name, entry in self.fills:
+            targets = {id(parameters[key]) for key in entry.targets}
+            if not targets <= written:  # a tied head is the token embedding
+                yield from ((name, entry, a, b) for a, b in self._windows(name, entry.shape))
+            written |= targets
+
+    def _copy(
+        self, read: Any, name: str, entry: Entry, a: int, b: int, parameters: Parameters
+    ) -> int:
+        """Copies rows a to b of a tensor. Returns their bytes."""
+        rows = self._rows(read, name, entry.shape, a, b)
+        for i, key in enumerate(entry.targets):
+            target = parameters[key].data
+            n = target.shape[0]
+            low, high = max(a, i * n), min(b, (i + 1) * n)
+            if entry.transposed:
+                target[:, a:b].copy_(rows[:, i * n : (i + 1) * n].t())
+            elif low < high:
+                target[low - i * n : high - i * n].copy_(rows[low - a : high - a])
+        return int(rows.nbytes)
+
+    def _rows(self, read: Any, name: str, shape: Shape, a: int, b: int) -> Tensor:
+        leading = len(self.source.stored[name].shape) - len(shape)
+        rows: Tensor = read(name)[(0,) * leading + (slice(a, b),)]
+        return rows
+
+    def _windows(self, name: str, shape: Shape) -> Iterator[tuple[int, int]]:
+        dtype = self.source.stored[name].dtype
+        assert dtype is not None
+        step = max(1, WINDOW // max(1, dtype.itemsize * math.prod(shape[1:])))
+        return ((a, min(a + step, shape[0])) for a in range(0, shape[0], step))
+
+    def _any(self, name: str) -> bool:
+        with self.source.opened() as read:
+            return bool(read(name)[:].any())
+
+    def _is_tied(self, style: Style, tied: bool | None) -> bool:
+        stored = self.source.stored
+        if style.head is None or style.head not in stored:
+            return True
+        if stored[style.head].place == stored[style.tok].place:
+            return True
+        if not tied:
+            return False
+        # Hugging Face too keeps them apart where both are there and differ, whatever its config.
+        for a, b in self._windows(style.tok, stored[style.tok].shape):
+            with self.source.opened() as read:
+                if not torch.equal(read(style.tok)[a:b], read(style.head)[a:b]):
+                    return False
+        return True
+
+    def _refuse(self, faults: Mapping[str, list[str]]) -> None:
+        told = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
+        if told:
+            raise WeightsError(f"{self.source.label} does not fit the model" + "".join(told))
+
+
+def _has_shape(shape: Shape, right: Shape) -> bool:
+    """Whether the shapes are the same, but for the leading 1 of OpenAI's matrices."""
+    return shape == right or (len(right) == 2 and shape == (1, *right))
+
+
+def _is_floating(stored: Stored) -> bool:
+    return stored.dtype is not None and stored.dtype.is_floating_point

@@ -1,0 +1,104 @@
+"""From a name or a path to the files: a folder, a file, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fastgpt.weights.files import NAMES, NEEDS_HUB, Source, open_file, read_json
+from fastgpt.weights.names import WeightsError
+from fastgpt.weights.sizes import Sizes, from_json
+
+_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# safetensors first; a second copy of the weights is not fetched beside them.
+_WANTED = (
+    ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+)
+
+
+def locate(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[Source, Sizes]:
+    """The tensors, and what the config beside them says.
+
+    Args:
+        name_or_path: a folder, a file, or a repository of the hub.
+        options: revision, cache_dir, token, local_files_only, for the hub.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the hub cannot be reached and has not been
+            asked for it before; the message says how to fetch it.
+        WeightsError: a file cannot be read.
+        ImportError: the extra 'hub' is not installed and is needed.
+    """
+    path, text = Path(name_or_path), os.fspath(name_or_path)
+    if not path.exists() and _is_repository(text):
+        path = _fetched(text, options)
+    if not path.exists():
+        raise FileNotFoundError(f"{text} is no file, no folder and no name on the Hugging Face hub")
+    file = _weights_in(path) if path.is_dir() else path
+    config = file.parent / "config.json"
+    sizes = from_json(read_json(config), str(config)) if config.is_file() else Sizes()
+    return open_file(file), sizes
+
+
+def _is_repository(name: str) -> bool:
+    suffixes = (".pth", ".pt", ".bin", ".safetensors", ".json")
+    return (
+        bool(_REPOSITORY.fullmatch(name))
+        and not name.startswith(".")
+        and not name.endswith(suffixes)
+    )
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob("model.ckpt*")):
+        raise WeightsError(
+            f"{folder} holds a TensorFlow checkpoint: read it as the book does and pass the result "
+            "to load_weights_into_gpt, or take the same weights from the hub as 'gpt2'"
+        )
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(NAMES)}")
+
+
+def _fetched(name: str, options: dict[str, Any]) -> Path:
+    """The folder of the hub's cache, filled if need be."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise ImportError(f"{name!r} is no file or folder here; {NEEDS_HUB}") from None
+    repository = f"openai-community/{name}" if name in _GPT2 else name
+    problems = (errors.HfHubHTTPError, errors.HFValidationError, OSError)
+    try:
+        for wanted in _WANTED:
+            folder = Path(snapshot_download(repository, allow_patterns=list(wanted), **options))
+            if any((folder / file).is_file() for file in NAMES):
+                return folder
+    except problems as error:
+        cached = _cached(name, options) if repository != name else None
+        if cached is not None:
+            return cached
+        files, reason = " ".join(_WANTED[0][:2]), str(error) or type(error).__name__
+        raise FileNotFoundError(
+            f"{name!r} is no file or folder here, and cannot be fetched from the Hugging Face hub "
+            f"({reason.splitlines()[0]}). Where there is a connection, run\n"
+            f"  hf download {repository} {files} --local-dir {name.rpartition('/')[2]}\n"
+            "and give the folder in place of the name."
+        ) from error
+    raise FileNotFoundError(f"{repository} on the Hugging Face hub holds none of {NAMES}")
+
+
+def _cached(name: str, options: dict[str, Any]) -> Path | None:
+    """Where somebody has fetched the name before under its short form."""
+    from huggingface_hub import snapshot_download
+
+    options = {**options, "local_files_only": True}
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_WANTED[0]), **options))
+    except OSError:
+        return None
+    return folder if any((folder / file).is_file() for file in NAMES) else None
