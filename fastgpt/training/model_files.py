@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.model import GPTModel
 from fastgpt.training.settings import SettingsError
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 def save_model(model: GPTModel, folder: Path) -> None:
-    """Writes the model into a folder that ``load_model`` reads."""
-    # A tied head is one parameter, written once.
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    (folder / CONFIG).write_text(json.dumps(model.cfg, indent=1))
-    save_file(tensors, folder / WEIGHTS)
+    """Writes the model into a folder that ``load_model`` reads, and Hugging Face's GPT-2 too."""
+    model.save_pretrained(folder)
 
 
 def load_model(folder: Path) -> GPTModel:
-    """The model in a folder of ``save_model``.
+    """The model in a folder of ``save_model``, or in any that ``GPTModel.from_pretrained`` reads.
 
     Raises:
         SettingsError: the folder holds no model, or a broken one.
@@ -34,13 +29,10 @@ def load_model(folder: Path) -> GPTModel:
     if not (folder / CONFIG).is_file():
         raise SettingsError(f"{folder} holds no model: it has no {CONFIG}")
     try:
-        cfg = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        model = filled(cfg, tensors)
+        return GPTModel.from_pretrained(folder).train()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"{folder} holds no model that can be loaded: {reason}") from None
-    return model
 
 
 def filled(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> GPTModel:
