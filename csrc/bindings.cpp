@@ -125,19 +125,18 @@ void bias_gelu_backward(uintptr_t dy, uintptr_t x, uintptr_t bias, uintptr_t dx,
     kernels().bias_gelu_backward(at(dy), at(x), at(bias), at(dx), at(dbias), rows, cols, usable(threads));
 }
 
-void causal_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, float scale,
+void causal_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t softmax, float scale,
                       const Fields& shape, int64_t seed, int64_t threshold, int threads) {
-    if (!kernels().causal_attention(at(q), at(k), at(v), at(out), reinterpret_cast<double*>(lse), scale,
-                                    record<AttentionShape>(shape), seed, threshold, usable(threads)))
+    if (!kernels().causal_attention(at(q), at(k), at(v), at(out), at(softmax), scale, record<AttentionShape>(shape),
+                                    seed, threshold, usable(threads)))
         throw std::bad_alloc();
 }
 
 void causal_attention_backward(const std::array<uintptr_t, 9>& t, float scale, const Fields& shape,
                                const Fields& gradients, int64_t seed, int64_t threshold, int threads) {
-    if (!kernels().causal_attention_backward(at(t[0]), at(t[1]), at(t[2]), at(t[3]), at(t[4]),
-                                             reinterpret_cast<const double*>(t[5]), at(t[6]), at(t[7]), at(t[8]), scale,
-                                             record<AttentionShape>(shape), record<AttentionShape>(gradients), seed,
-                                             threshold, usable(threads)))
+    if (!kernels().causal_attention_backward(at(t[0]), at(t[1]), at(t[2]), at(t[3]), at(t[4]), at(t[5]), at(t[6]),
+                                             at(t[7]), at(t[8]), scale, record<AttentionShape>(shape),
+                                             record<AttentionShape>(gradients), seed, threshold, usable(threads)))
         throw std::bad_alloc();
 }
 

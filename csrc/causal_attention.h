@@ -59,16 +59,18 @@ inline void online_softmax(float* score, int64_t n, float scale, float& top, flo
         total = total + p;
     }
     if (next != top) {
-        const float shrink = expf(top - next);  // 0 for the first tile, where top is -infinity
-        weight *= shrink;
-        for (int64_t d = 0; d < head_dim; ++d) out[d] *= shrink;
+        if (top > -INFINITY) {  // not before the first tile, where nothing has been gathered
+            const float shrink = expf(top - next);
+            weight *= shrink;
+            for (int64_t d = 0; d < head_dim; ++d) out[d] *= shrink;
+        }
         top = next;
     }
     weight += sum(total);
 }
 
 // The queries [first, first + rows) of one head; packed is how many keys of it are packed already.
-inline void attend_tile(const float* q, const float* k, const float* v, float* o, double* lse, float scale,
+inline void attend_tile(const float* q, const float* k, const float* v, float* o, float* softmax, float scale,
                         const AttentionShape& s, const Dropout& drop, int64_t head, int64_t first, int64_t rows,
                         int64_t& packed, AttentionWorkspace& w) {
     const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
@@ -100,12 +102,12 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
     }
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t d = 0; d < D; ++d) o[(first + i) * s.o_token + d] = w.out[i * D + d] / w.weight[i];
-        if (lse) lse[first + i] = static_cast<double>(w.top[i]) + log(static_cast<double>(w.weight[i]));
+        if (softmax) softmax[2 * (first + i)] = w.top[i], softmax[2 * (first + i) + 1] = w.weight[i];
     }
 }
 
 // What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
-inline void attention_share(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+inline void attention_share(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
                             const AttentionShape& s, const Dropout& drop, float* scratch, int64_t part, int64_t parts) {
     const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
     // Shares a head among several units only where heads alone would leave threads idle.
@@ -117,14 +119,14 @@ inline void attention_share(const float* q, const float* k, const float* v, floa
         for (int64_t t = unit % shares; t < tiles; t += shares)
             attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
                         v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
-                        lse ? lse + head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
+                        softmax ? softmax + 2 * head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
                         min(kQueryTile, s.queries - t * kQueryTile), packed, w);
     }
 }
 
 // q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
-// lse: [batch, heads, queries] contiguous or null, the logarithm of each row's sum of exponentials.
-inline bool causal_attention(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+// softmax: [batch, heads, queries, 2] contiguous or null, each row's greatest score and its sum of exponentials.
+inline bool causal_attention(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
                              const AttentionShape& s, int64_t seed, int64_t threshold, int threads) {
     const Dropout drop{static_cast<uint64_t>(seed), threshold, kAttentionSite};
     const int64_t rows = s.batch * s.heads * s.queries;
@@ -136,7 +138,7 @@ inline bool causal_attention(const float* q, const float* k, const float* v, flo
     if (!block) return false;
     float* memory = aligned(static_cast<float*>(block));
     parallel_region(parts, [&](int64_t part, int64_t of) {
-        attention_share(q, k, v, out, lse, scale, s, drop, memory + part * floats, part, of);
+        attention_share(q, k, v, out, softmax, scale, s, drop, memory + part * floats, part, of);
     });
     std::free(block);
     return true;

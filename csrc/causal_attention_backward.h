@@ -1,5 +1,5 @@
-// The gradients of causal attention from the kept log-sum-exp, tile by tile (FlashAttention-2, Dao, arXiv 2307.08691):
-// with P = exp(scale q k^T - lse), M the dropout's factors and delta = rowsum(dout * out),
+// The gradients of causal attention from what was kept of the softmax, tile by tile (FlashAttention-2, Dao, arXiv
+// 2307.08691): with P = exp(scale q k^T - greatest) / sum, M the dropout's factors and delta = rowsum(dout * out),
 //     dv = (P * M)^T dout,  dS = P * (M * (dout v^T) - delta) scale,  dq = dS k,  dk = dS^T q.
 //
 // One unit of work is a share of the key tiles of one head. It owns those tiles' dk and dv; dq it gathers in a block of
@@ -13,7 +13,7 @@ namespace FASTGPT_ISA {
 
 struct AttentionBackward {
     const float *q, *k, *v, *out, *dout;
-    const double* lse;
+    const float* softmax;
     float *dq, *dk, *dv;
     float scale;
     AttentionShape s;  // of q, k, v and out
@@ -32,29 +32,26 @@ struct AttentionBackward {
 };
 
 // The weights and the gradient of the scores of one row from its scores and dout v^T, in place: n keys are seen, the
-// rest of the tile becomes 0. Where the row has no other tile (`alone`) the sums are taken anew, as exact as an untiled
-// softmax: delta then cancels what it is to cancel.
-inline void softmax_backward_row(float* score, float* dweight, int64_t n, float scale, double lse, float delta,
-                                 const float* keep, bool alone) {
-    const float high = static_cast<float>(lse), low = static_cast<float>(lse - static_cast<double>(high));
-    Vec total = zero(), weighted = zero();
+// rest of the tile becomes 0. Where the row has no other tile (`alone`) delta is summed up from just these weights, so
+// that it cancels what it is to cancel.
+inline void softmax_backward_row(float* score, float* dweight, int64_t n, float scale, const float* softmax,
+                                 float delta, const float* keep, bool alone) {
+    const Vec top = broadcast(-softmax[0]), norm = broadcast(1.0f / softmax[1]), s = broadcast(scale);
+    Vec sums = zero();
     for (int64_t j = 0; j < kKeyTile; j += Vec::width) {
         const int64_t c = min(Vec::width, n - j);
         const Vec seen = load(score + j), dp = load(dweight + j);
         if (c < Vec::width) store(score + j, zero()), store(dweight + j, zero());
         if (c <= 0) continue;
-        const Vec p = exp(fma(seen, broadcast(scale), broadcast(-high)) - broadcast(low));
-        store_part(score + j, p, c);
+        store_part(score + j, exp(fma(seen, s, top)) * norm, c);
         store_part(dweight + j, keep ? dp * load(keep + j) : dp, c);
-        if (alone) total = total + load(score + j), weighted = fma(load(score + j), load(dweight + j), weighted);
+        if (alone) sums = fma(load(score + j), load(dweight + j), sums);
     }
-    const float sums = alone ? sum(total) : 1.0f;
-    if (alone) delta = sum(weighted) / sums;
-    const Vec norm = broadcast(1.0f / sums), d = broadcast(delta), s = broadcast(scale);
-    for (int64_t j = 0; j < min(kKeyTile, up(n, Vec::width) * Vec::width); j += Vec::width) {
-        const Vec p = alone ? load(score + j) * norm : load(score + j);
-        store(score + j, keep ? p * load(keep + j) : p);
+    const Vec d = broadcast(alone ? sum(sums) : delta);
+    for (int64_t j = 0; j < n; j += Vec::width) {
+        const Vec p = load(score + j);
         store(dweight + j, p * (load(dweight + j) - d) * s);
+        if (keep) store(score + j, p * load(keep + j));
     }
 }
 
@@ -88,7 +85,7 @@ inline void attend_tile_backward(const AttentionBackward& a, int64_t batch, int6
             float keep[kDropoutGroup];
             if (a.drop.on()) a.drop.factors(row, tile, keep);
             softmax_backward_row(scores + i * kKeyTile, dweights + i * kKeyTile, min(n_keys, past + i0 + i + 1 - first),
-                                 a.scale, a.lse[row], delta[i0 + i], a.drop.on() ? keep : nullptr,
+                                 a.scale, a.softmax + 2 * row, delta[i0 + i], a.drop.on() ? keep : nullptr,
                                  past + i0 + i < kKeyTile);
         }
         tile_product<true, true>(scores, kKeyTile, dout + i0 * d.o_token, d.o_token, dv, D, n_keys, D, rows);
@@ -139,11 +136,11 @@ inline void attention_backward(const Team& team, const AttentionBackward& a, flo
 // As causal_attention in causal_attention.h; `g` has the strides of dq, dk, dv and dout. False where the workspace
 // could not be had; nothing is written then.
 inline bool causal_attention_backward(const float* q, const float* k, const float* v, const float* out,
-                                      const float* dout, const double* lse, float* dq, float* dk, float* dv,
+                                      const float* dout, const float* softmax, float* dq, float* dk, float* dv,
                                       float scale, const AttentionShape& s, const AttentionShape& g, int64_t seed,
                                       int64_t threshold, int threads) {
     const Dropout drop{static_cast<uint64_t>(seed), threshold, kAttentionSite};
-    const AttentionBackward a{q, k, v, out, dout, lse, dq, dk, dv, scale, s, g, drop};
+    const AttentionBackward a{q, k, v, out, dout, softmax, dq, dk, dv, scale, s, g, drop};
     const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.head_dim);
     const int64_t parts = work < 2e5 ? 1 : threads, own = up(AttentionBackward::scratch(s.head_dim), 16) * 16;
     void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * own + a.shared(parts) + 16));

@@ -27,7 +27,7 @@ inline void embed_row(const Embedding& e, int64_t row, float* y) {
 }
 
 inline void embedding(const Embedding& e, float* y, int threads) {
-    parallel_for(e.batch * e.tokens, max(1, 16384 / max(1, e.width)), threads, [&](int64_t begin, int64_t end) {
+    parallel_for(e.batch * e.tokens, max(1, 65536 / max(1, e.width)), threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) embed_row(e, r, y);
     });
 }

@@ -13,14 +13,18 @@ inline Vec gelu(Vec x) {
     return x / (broadcast(1.0f) + exp(u2));
 }
 
-// The derivative, s + x s (1 - s) 2u' with s = 1 / (1 + e^(-2u)); beyond 10 it is 0 or 1 in float32, and x is held
-// there.
-inline Vec gelu_slope(Vec x) {
-    x = min(broadcast(10.0f), max(broadcast(-10.0f), x));
+struct Gelu {
+    Vec value, slope;
+};
+
+// With its derivative, s + x s (1 - s) 2u' with s = 1 / (1 + e^(-2u)), out of the same exponential. Beyond 10 the slope
+// is 0 or 1 in float32, and x is held there.
+inline Gelu gelu_and_slope(Vec x) {
+    const Vec above = max(broadcast(-10.0f), x), held = min(broadcast(10.0f), above), squared = held * held;
     const Vec c = broadcast(2 * 0.7978845608028654f), cube = broadcast(2 * 0.7978845608028654f * 0.044715f);
-    const Vec squared = x * x, e = exp(zero() - x * fma(squared, cube, c));
+    const Vec e = exp(zero() - held * fma(squared, cube, c));
     const Vec s = broadcast(1.0f) / (broadcast(1.0f) + e);
-    return fma(x * s * (e * s), fma(squared * broadcast(3.0f), cube, c), s);
+    return {above * s, fma(held * s * (e * s), fma(squared * broadcast(3.0f), cube, c), s)};
 }
 
 // y[r, c] = gelu(x[r, c] + bias[c]); x, y: [rows, cols] contiguous, y may be x; bias: [cols] or null.
@@ -49,7 +53,7 @@ inline void bias_gelu_backward(const float* dy, const float* x, const float* bia
             const int64_t at = i * stretch;
             for_each_vec(min(stretch, total - at), [&](int64_t c, int64_t n) {
                 const Vec v = load_part(x + at + c, n);
-                const Vec slope = gelu_slope(bias ? v + load_part(bias + c, n) : v);
+                const Vec slope = gelu_and_slope(bias ? v + load_part(bias + c, n) : v).slope;
                 store_part(dx + at + c, load_part(dy + at + c, n) * slope, n);
             });
         });

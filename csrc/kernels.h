@@ -99,10 +99,10 @@ struct Kernels {
     void (*bias_gelu_backward)(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
                                int64_t rows, int64_t cols, int threads);
     // False where the workspace could not be had; nothing is written then.
-    bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, double* lse, float scale,
+    bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
                              const AttentionShape& shape, int64_t seed, int64_t threshold, int threads);
     bool (*causal_attention_backward)(const float* q, const float* k, const float* v, const float* out,
-                                      const float* dout, const double* lse, float* dq, float* dk, float* dv,
+                                      const float* dout, const float* softmax, float* dq, float* dk, float* dv,
                                       float scale, const AttentionShape& shape, const AttentionShape& gradients,
                                       int64_t seed, int64_t threshold, int threads);
     void (*embedding)(const Embedding& e, float* y, int threads);

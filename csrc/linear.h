@@ -49,6 +49,7 @@ constexpr int kPanel = kVecs * Vec::width;        // columns of y a tile covers
 constexpr int64_t kBlockK = 768;                  // depth of a packed block
 constexpr int64_t kBlockFloats = 48 * kBlockK;    // its size: 144 KB, so that the next one fits beside it in L2
 constexpr int64_t kBlockM = 1024;                 // rows of x swept per packed block
+constexpr int64_t kTransposedM = 512;             // .. where x lies the other way round and is rearranged too
 constexpr int64_t kChain = 64;                    // products added up in one register before they join the sum so far
 constexpr int kDotRows = kWide ? 6 : 3;           // a dot tile: rows of x ..
 constexpr int kDotCols = 4;                       // .. and rows of W
@@ -64,7 +65,7 @@ constexpr int64_t kStreamAhead = 256;             // floats between what is used
 constexpr int64_t kMaxStreamM = 24;               // rows of x up to which a column-major W is streamed
 // Floats of scratch a thread, and what a product with x read the other way round needs on top.
 constexpr int64_t kLinearScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
-constexpr int64_t kTransposedScratch = (kBlockM + 2 * kTileRows) * kBlockK;
+constexpr int64_t kTransposedScratch = (kTransposedM + 2 * kTileRows) * kBlockK;
 constexpr int64_t linear_scratch(bool transposed) { return kLinearScratch + (transposed ? kTransposedScratch : 0); }
 
 // One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
@@ -84,9 +85,9 @@ static void finish_row(const LinearCall& p, const float* sums, int64_t row, int6
             if (pre) store_part(pre + j, v, c);
             v = gelu(v);
         } else if (epilogue == kGeluBackward) {
-            const Vec x = load_part(pre + j, c);
-            if (act) store_part(act + j, gelu(x), c);
-            v = v * gelu_slope(x);
+            const Gelu g = gelu_and_slope(load_part(pre + j, c));
+            if (act) store_part(act + j, g.value, c);
+            v = v * g.slope;
         }
         store_part(y + j, v, c);
     });
@@ -183,10 +184,11 @@ static void dots(const LinearCall& p, float* workspace) {
 
 // --------------------------------------------------------------------------------------------------- tiles
 
-// sums[i * kPanel + j] = x_i . panel column j for MR rows of x over k, in chains of kChain. PACKED: x is [k,
+// sums[i * kPanel + j] = x_i . panel column j for MR rows of x and VECS registers of columns, over k, in chains of
+// kChain. PACKED: x is [k,
 // kTileRows], else rows x_row apart. Meanwhile one line from `ahead` on is read into the cache for each step of k, with
 // a jump after each `run` of them.
-template <int MR, bool PACKED>
+template <int MR, int VECS, bool PACKED>
 static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const float* ahead, int64_t run,
                  int64_t jump, float* sums) {
     const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
@@ -194,25 +196,25 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
     for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
     int64_t left = run;
     for (int64_t k0 = 0; k0 < k; k0 += kChain) {
-        Vec sum[MR][kVecs];
+        Vec sum[MR][VECS];
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) FASTGPT_UNROLL
-        for (int v = 0; v < kVecs; v++) sum[i][v] = zero();
+        for (int v = 0; v < VECS; v++) sum[i][v] = zero();
         for (int64_t steps = min(kChain, k - k0); steps > 0;) {
             int64_t piece = min(steps, left);
             steps -= piece, left -= piece;
             for (; piece > 0; piece--) {
                 FASTGPT_PREFETCH(ahead);
                 ahead += 16;
-                Vec w[kVecs];
+                Vec w[VECS];
                 FASTGPT_UNROLL
-                for (int v = 0; v < kVecs; v++) w[v] = load(panel + v * Vec::width);
+                for (int v = 0; v < VECS; v++) w[v] = load(panel + v * Vec::width);
                 panel += kPanel;
                 FASTGPT_UNROLL
                 for (int i = 0; i < MR; i++) {
                     Vec xi = broadcast(PACKED ? x[i] : xp[i / 3][(i % 3) * x_row]);
                     FASTGPT_UNROLL
-                    for (int v = 0; v < kVecs; v++) sum[i][v] = fma(xi, w[v], sum[i][v]);
+                    for (int v = 0; v < VECS; v++) sum[i][v] = fma(xi, w[v], sum[i][v]);
                 }
                 if (PACKED) {
                     x += kTileRows;
@@ -228,7 +230,7 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
         }
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) FASTGPT_UNROLL
-        for (int v = 0; v < kVecs; v++) {
+        for (int v = 0; v < VECS; v++) {
             float* to = sums + i * kPanel + v * Vec::width;
             store(to, k0 ? sum[i][v] + load(to) : sum[i][v]);
         }
@@ -236,15 +238,24 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
 }
 
 typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const float*, int64_t, int64_t, float*);
-template <bool PACKED>
-static const TileKernel tile_kernels[] = {tile<1, PACKED>,
-                                          tile<2, PACKED>,
-                                          tile<3, PACKED>,
-                                          tile<4, PACKED>,
-                                          tile<5, PACKED>,
-                                          tile<6, PACKED>,
-                                          tile<(kWide ? 7 : 1), PACKED>,
-                                          tile<(kWide ? 8 : 1), PACKED>};
+template <int VECS, bool PACKED>
+static const TileKernel tiles_by_rows[] = {tile<1, VECS, PACKED>,
+                                           tile<2, VECS, PACKED>,
+                                           tile<3, VECS, PACKED>,
+                                           tile<4, VECS, PACKED>,
+                                           tile<5, VECS, PACKED>,
+                                           tile<6, VECS, PACKED>,
+                                           tile<(kWide ? 7 : 1), VECS, PACKED>,
+                                           tile<(kWide ? 8 : 1), VECS, PACKED>};
+
+// The kernel for so many rows of x and columns of a panel: a last panel is rarely full.
+FASTGPT_INLINE TileKernel tile_for(int64_t rows, int64_t cols, bool packed) {
+    const TileKernel* by_rows = cols > 2 * Vec::width
+                                    ? (packed ? tiles_by_rows<kVecs, true> : tiles_by_rows<kVecs, false>)
+                                : cols > Vec::width ? (packed ? tiles_by_rows<2, true> : tiles_by_rows<2, false>)
+                                                    : (packed ? tiles_by_rows<1, true> : tiles_by_rows<1, false>);
+    return by_rows[rows - 1];
+}
 
 // panel[kk * kPanel + j] = W[n0 + j][k0 + kk]; columns past the end are zero.
 static void pack_panel(const LinearCall& p, int64_t n0, int64_t k0, int64_t k, float* panel) {
@@ -272,8 +283,10 @@ static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k,
     for (int64_t i0 = 0; i0 < m; i0 += kGroups * kTileRows)
         for (int64_t kk = 0; kk < k; kk++)
             for (int64_t i = i0; i < min(m, i0 + kGroups * kTileRows); i += kTileRows)
-                for (int64_t r = 0; r < kTileRows; r++)
-                    packed[i * k + kk * kTileRows + r] = i + r < m ? x[i + r + kk * x_col] : 0.0f;
+                if (i + kTileRows <= m)
+                    std::memcpy(packed + i * k + kk * kTileRows, x + i + kk * x_col, sizeof(float) * kTileRows);
+                else
+                    for (int64_t r = 0; r < m - i; r++) packed[i * k + kk * kTileRows + r] = x[i + r + kk * x_col];
 }
 
 // Any m, any layout.
@@ -283,7 +296,7 @@ static void tiles(const LinearCall& p, float* workspace) {
     // A weight's gradient sums over rows, in parts of about one depth; a forward product's parts are as they always
     // were.
     int64_t depth = transposed ? up(p.k, up(p.k, kBlockK)) : min(kBlockK, p.k);
-    int64_t width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, kBlockM);
+    int64_t width = kBlockFloats / (depth * kPanel) * kPanel, blocks_m = up(p.m, transposed ? kTransposedM : kBlockM);
     for (int64_t b = 0; b < blocks_m; b++) {
         // On whole tiles: packed groups of rows start anew with each block.
         const int64_t tiles_m = up(p.m, kTileRows);
@@ -304,9 +317,9 @@ static void tiles(const LinearCall& p, float* workspace) {
                         const float* panel = packed + (n - n0) * k;
                         const float* x = transposed ? packed_x + (m - m0) * k : p.x + m * p.x_row + k0;
                         bool fetch = runs > 0;
-                        (transposed ? tile_kernels<true> : tile_kernels<false>)[rows - 1](
-                            k, x, p.x_row, panel, fetch ? ahead : panel, fetch ? run : k,
-                            fetch ? ahead_row - run* 16 : 0, sums);
+                        tile_for(rows, min(kPanel, n1 - n), transposed)(k, x, p.x_row, panel, fetch ? ahead : panel,
+                                                                        fetch ? run : k,
+                                                                        fetch ? ahead_row - run * 16 : 0, sums);
                         if (fetch) ahead += k / run * ahead_row, runs -= k / run;
                         for (int64_t i = 0; i < rows; i++)
                             finish_row(p, sums + i * kPanel, m + i, n, min(kPanel, n1 - n), k0 == 0, k0 + k == p.k);
@@ -392,8 +405,10 @@ inline Way way_for(const LinearCall& p) {
     LinearCall p = whole;
     Way way = way_for(p);
     int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), parts_m = 1, best = -1;
-    for (int64_t d = 1; way == kTiles && d <= parts; d++) {  // a row of tiles costs about as much as packing its panel
-        int64_t cost = up(panels, parts / d) * (up(tiles_m, d) + 1);
+    // A row of tiles costs about as much as packing its panel, and as packing its rows of x where those lie the other
+    // way.
+    for (int64_t d = 1; way == kTiles && d <= parts; d++) {
+        int64_t rows = up(tiles_m, d), cost = up(panels, parts / d) * (rows + 1) + (p.x_col != 1 ? rows : 0);
         if (parts % d == 0 && (best < 0 || cost < best)) best = cost, parts_m = d;
     }
     int64_t parts_n = parts / parts_m, pn = part % parts_n, pm = part / parts_n;

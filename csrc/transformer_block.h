@@ -26,10 +26,9 @@ struct BlockRun {
     float* act;      // [rows, act_row]: the feed-forward's middle; may be qkv where nothing is kept
     int64_t act_row;
     float* h;  // [rows, width]: scratch
-    // What a backward pass reads, or null: the statistics of the norms, [rows], the log-sum-exp, [batch, heads,
-    // tokens], and the feed-forward's middle before its GELU, rows act_row apart.
-    double* lse;
-    float *mean1, *rstd1, *mean2, *rstd2, *pre;
+    // What a backward pass reads, or null: of the softmax, as causal_attention keeps it, of the norms, [rows], and the
+    // feed-forward's middle before its GELU, rows act_row apart.
+    float *softmax, *mean1, *rstd1, *mean2, *rstd2, *pre;
     Dropout drop_attention, drop_shortcut1, drop_shortcut2;
 
     int64_t rows() const { return batch * tokens; }
@@ -67,11 +66,11 @@ inline void attend(const Team& team, const BlockRun& r, const Block& b) {
     const float *k = cached ? b.key_cache : r.qkv + r.width, *v = cached ? b.value_cache : r.qkv + 2 * r.width;
     const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
     const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
-    if (T > kFewQueries || r.lse || r.drop_attention.on()) {
+    if (T > kFewQueries || r.softmax || r.drop_attention.on()) {
         const AttentionShape s{r.batch, r.heads,  T,        keys,    D,        T * r.qkv_row, D, r.qkv_row, kv_batch,
                                kv_head, kv_token, kv_batch, kv_head, kv_token, T * r.width,   D, r.width};
-        return attention_share(r.qkv, k, v, r.context, r.lse, r.scale(), s, r.drop_attention, team.scratch, team.part,
-                               team.parts);
+        return attention_share(r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention, team.scratch,
+                               team.part, team.parts);
     }
     for (int64_t unit = team.part; unit < r.batch * r.heads; unit += team.parts) {
         const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;

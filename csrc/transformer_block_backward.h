@@ -31,7 +31,7 @@ inline AttentionBackward attention_of(const BlockRun& r, const float* dcontext, 
     const AttentionShape s{r.batch, r.heads, T, T, D, batch, D, row, batch, D, row, batch, D, row, T * W, D, W};
     const int64_t out = 3 * W, outs = T * out;
     const AttentionShape d{r.batch, r.heads, T, T, D, outs, D, out, outs, D, out, outs, D, out, T * W, D, W};
-    return {r.qkv,    r.qkv + W,    r.qkv + 2 * W, r.context, dcontext, r.lse,           dqkv,
+    return {r.qkv,    r.qkv + W,    r.qkv + 2 * W, r.context, dcontext, r.softmax,       dqkv,
             dqkv + W, dqkv + 2 * W, r.scale(),     s,         d,        r.drop_attention};
 }
 
@@ -82,7 +82,7 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
                          back.partials, M, D});
 }
 
-// What is kept for backward, one after the other: the log-sum-exp, [batch, heads, tokens] in double; the stream after
+// What is kept for backward, one after the other: of the softmax, [batch, heads, tokens, 2]; the stream after
 // the attention, [rows, width]; query, key and value, [rows, 3 width]; the heads' outputs, [rows, width]; the
 // feed-forward's middle before its GELU, [rows, hidden]; the norms' means and deviations, [4, rows].
 inline int64_t block_kept(const BlockStep& s) {
@@ -95,7 +95,7 @@ inline BlockRun run_of(const BlockStep& s) {
     r.batch = s.batch, r.tokens = s.tokens, r.width = s.width, r.heads = s.heads, r.head_dim = s.head_dim;
     const int64_t M = r.rows(), D = s.width;
     r.x = s.x, r.y = s.y, r.qkv_row = 3 * D, r.act_row = s.hidden;
-    r.lse = reinterpret_cast<double*>(s.kept);
+    r.softmax = s.kept;
     r.middle = s.kept + 2 * M * s.heads, r.qkv = r.middle + M * D, r.context = r.qkv + M * 3 * D,
     r.pre = r.context + M * D;
     r.mean1 = r.pre + M * s.hidden, r.rstd1 = r.mean1 + M, r.mean2 = r.rstd1 + M, r.rstd2 = r.mean2 + M;

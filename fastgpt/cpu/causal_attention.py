@@ -19,12 +19,11 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Writes out = dropout(softmax(scale q k^T, causal)) v and the log-sum-exp of each row of
-    scores.
+    """Writes out = dropout(softmax(scale q k^T, causal)) v and, into lse, of each row of scores the
+    greatest and the sum of exponentials, whose logarithm would round off what backward needs.
 
     q, out: [B, H, T, D]; k, v: [B, H, S, D] with S >= T, query i seeing the keys up to i + S - T;
-    any strides but 1 along D. lse: [B, H, T] contiguous, float64: the weights are its exponentials,
-    and backward would see its rounding. The others float32.
+    any strides but 1 along D. lse: [B, H, T, 2] contiguous. All float32.
     """
     if out.numel() == 0:
         return

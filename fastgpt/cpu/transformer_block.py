@@ -95,14 +95,16 @@ def transformer_block(
     y: Tensor,
     drops: Dropouts,
     owner: object | None = None,
+    fields: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Writes y, the block's output, and returns what its backward needs (csrc/kernels.h).
 
-    x, y: [B, T, D] contiguous float32, of at least one element; ``record`` takes the parameters.
+    x, y: [B, T, D] contiguous float32, of at least one element; ``record`` takes the parameters,
+    and fields is what it made of them in this very call, or None.
     """
     kept = x.new_empty(_C.block_kept([*_step(x, p, n_heads, None, None, drops), 0]))
     step, threads = _step(x, p, n_heads, y, kept, drops), _threads(x, p)
-    fields = record(p, x.shape[2])
+    fields = fields or record(p, x.shape[2])
     assert fields is not None
     with workspace(owner, _C.block_step_workspace([*step, 0], False, threads)) as scratch:
         _C.block_step([*step, scratch], [*fields, 0, 0], EPS, threads)

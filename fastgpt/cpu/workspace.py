@@ -7,9 +7,7 @@ and has none takes another's, so there are never more than calls at once.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,17 +15,32 @@ from torch import Tensor
 _idle: weakref.WeakKeyDictionary[object, list[Tensor]] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def workspace(owner: object | None, floats: int) -> Iterator[int]:
-    """The address of at least so many floats, this call's own; without an owner they go with it."""
-    own = [] if owner is None else _idle.setdefault(owner, [])
-    block = torch.empty(0, dtype=torch.float32, device="cpu")
-    for blocks in (own, *_idle.values()) if owner is not None else ():
-        with contextlib.suppress(IndexError):  # none there, or another thread has taken it
-            block = blocks.pop()
-            break
-    if block.numel() < floats:
-        del block  # before the larger one comes
-        block = torch.empty(floats, dtype=torch.float32, device="cpu")
-    yield block.data_ptr()
-    own.append(block)
+class workspace:
+    """``with workspace(owner, floats) as address:`` at least so many floats, this call's own.
+
+    Without an owner they go with the call.
+    """
+
+    def __init__(self, owner: object | None, floats: int) -> None:
+        self.own = [] if owner is None else _idle.setdefault(owner, [])
+        block = _pop(self.own)
+        if block is None and owner is not None:
+            for others in list(_idle.values()):
+                block = block if block is not None else _pop(others)
+        if block is None or block.numel() < floats:
+            block = None  # gone before the larger one comes
+            block = torch.empty(floats, dtype=torch.float32, device="cpu")
+        self.block = block
+
+    def __enter__(self) -> int:
+        return self.block.data_ptr()
+
+    def __exit__(self, *error: object) -> None:
+        self.own.append(self.block)
+
+
+def _pop(blocks: list[Tensor]) -> Tensor | None:
+    try:
+        return blocks.pop()
+    except IndexError:  # none there, or another thread has taken it
+        return None

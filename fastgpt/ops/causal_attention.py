@@ -68,16 +68,19 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
 
 
-def _log_sum_exp(q: Tensor) -> Tensor:
-    """An empty [B, H, T] in the dtype that the device's kernels keep it in."""
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.is_cpu else torch.float32)
+def _statistics(q: Tensor) -> Tensor:
+    """Empty, for what the device's kernels keep of the softmax: of each row the greatest score and
+    the sum, [B, H, T, 2], or the log-sum-exp, [B, H, T].
+    """
+    shape = (*q.shape[:3], 2) if q.is_cpu else q.shape[:3]
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def _forward(kernels, q, k, v, scale, dropout_p=0.0, seed=0, *, keep):
-    """Returns [B, T, H, D] and, where it is kept for backward, the log-sum-exp [B, H, T]."""
+    """Returns [B, T, H, D] and, where it is kept for backward, ``_statistics``."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
-    lse = _log_sum_exp(q) if keep else None
+    lse = _statistics(q) if keep else None
     kernels.causal_attention(*_rows(q, k, v), scale, out.transpose(1, 2), lse, dropout_p, seed)
     return out, lse
 
@@ -135,14 +138,14 @@ def _causal_attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     kernels = dispatch.kernels("causal_attention", q, k, v)
     if kernels is None:
         out = _torch(q, k, v, scale, 0.0).transpose(1, 2).contiguous()
-        return out, _log_sum_exp(q).zero_()
+        return out, _statistics(q).zero_()
     return _forward(kernels, q, k, v, scale, keep=True)
 
 
 @_causal_attention_op.register_fake
 def _(q, k, v, scale):
     B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D), _log_sum_exp(q)
+    return q.new_empty(B, T, H, D), _statistics(q)
 
 
 @torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())

@@ -48,18 +48,19 @@ def transformer_block(
     """
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
         return None
-    if record(parameters, x.shape[2]) is None:
+    fields = record(parameters, x.shape[2])
+    if fields is None:
         return None
     drops = Dropouts(attention_p, shortcut_p, draw_seed(attention_p, shortcut_p))
-    return _TransformerBlock.apply(x, n_heads, drops, owner, *parameters)
+    return _TransformerBlock.apply(x, n_heads, drops, owner, fields, *parameters)
 
 
 class _TransformerBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, n_heads, drops, owner, *parameters):
+    def forward(ctx, x, n_heads, drops, owner, fields, *parameters):
         inside, p = x.contiguous(), BlockParameters(*parameters)
         y = torch.empty_like(inside)
-        kept = cpu_forward(inside, p, n_heads, y, drops, owner)
+        kept = cpu_forward(inside, p, n_heads, y, drops, owner, fields)
         ctx.save_for_backward(x, *parameters, kept)
         ctx.n_heads, ctx.drops, ctx.owner = n_heads, drops, owner
         return y
@@ -68,7 +69,7 @@ class _TransformerBlock(torch.autograd.Function):
     def backward(ctx, dy):
         x, *parameters, kept = ctx.saved_tensors
         p = BlockParameters(*parameters)
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         if dispatch.once(dy):
             grads = transformer_block_backward(
                 dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops, wanted, ctx.owner
@@ -76,7 +77,7 @@ class _TransformerBlock(torch.autograd.Function):
         else:
             refuse_double_backward(max(ctx.drops.attention_p, ctx.drops.shortcut_p))
             grads = _differentiable_gradients(dy, x, p, ctx.n_heads, wanted)
-        return grads[0], None, None, None, *grads[1:]
+        return grads[0], None, None, None, None, *grads[1:]
 
 
 def _differentiable_gradients(dy, x, p, n_heads, wanted):
