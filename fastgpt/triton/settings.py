@@ -1,0 +1,83 @@
+"""How each kernel is launched on each architecture: tile sizes, warps and pipeline stages.
+
+One table, nothing tuned at run time. No row has been measured on a GPU yet: they are what compiles
+without spills and under the shared memory's limit, chosen after published kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Device(NamedTuple):
+    """What a launcher must know of a GPU."""
+
+    arch: str  # "sm_90", "gfx942"
+    multiprocessors: int
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Device(arch, properties.multi_processor_count)
+
+
+def device_of(x: Tensor) -> Device:
+    """The GPU that holds x."""
+    return _device(x.device.index)
+
+
+# The architectures that share rows, by the shared memory a program gets: 163 KiB on sm_80, 227 on
+# sm_90 and sm_100, 99 on sm_86, 64 on gfx942.
+_CLASSES = {
+    "sm_87": "sm_80",
+    "sm_89": "sm_86",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "sm_103": "sm_100",
+    "gfx950": "gfx942",
+}
+
+ANY = "*"
+Launch = dict[str, int]
+
+
+def _row(num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
+    # Fused multiply-add is named because triton's default for it changes.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **blocks}
+
+
+# Kernel, then (architecture, dtype, size): the dtype is "half" for two bytes and "float" for four,
+# the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all;
+# the row that names most, from the left, is taken.
+TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {}
+
+
+def launch(kernel: str, x: Tensor, size: int | str = ANY) -> Launch:
+    """The keyword arguments with which to launch a kernel on x's device and dtype.
+
+    Raises:
+        KeyError: the table has no row for it.
+    """
+    return lookup(kernel, device_of(x).arch, x.dtype.itemsize, size)
+
+
+@functools.cache
+def lookup(kernel: str, arch: str, itemsize: int, size: int | str = ANY) -> Launch:
+    """The same for an architecture and an element's size in bytes."""
+    rows = TABLE[kernel]
+    dtype = "half" if itemsize == 2 else "float"
+    for a in (_CLASSES.get(arch, arch), ANY):
+        for d in (dtype, ANY):
+            for s in (size, ANY):
+                if (a, d, s) in rows:
+                    return rows[a, d, s]
+    raise KeyError(f"settings of {kernel} have no row for {arch}, {dtype}, size {size}")
