@@ -58,7 +58,71 @@ def _row(num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
 # Kernel, then (architecture, dtype, size): the dtype is "half" for two bytes and "float" for four,
 # the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all;
 # the row that names most, from the left, is taken.
-TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {}
+TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
+    # By the width's power of two.
+    "layer_norm_fwd": {
+        **{(ANY, ANY, 2**n): _row(4, ROWS=max(1, 2 ** (10 - n))) for n in range(12)},
+        (ANY, ANY, 4096): _row(8, ROWS=1),
+        (ANY, ANY, 8192): _row(16, ROWS=1),
+        # A warp of 64 threads: so that each still reads 16 bytes.
+        **{("gfx942", ANY, 2**n): _row(2, ROWS=max(1, 2 ** (10 - n))) for n in range(12)},
+    },
+    "layer_norm_bwd": {
+        **{(ANY, ANY, 2**n): _row(8, ROWS=2 ** (12 - n)) for n in range(13)},
+        (ANY, ANY, 8192): _row(16, ROWS=1),
+    },
+    "sum_rows": {(ANY, ANY, ANY): _row(4, BLOCK_M=64, BLOCK_N=32)},
+    "bias_gelu_fwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
+    "bias_gelu_bwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
+    # By head_dim's power of two.
+    "causal_attention_fwd": {
+        (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=128, BLOCK_N=64),
+        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=32),
+    },
+    "causal_attention_fwd_dropout": {
+        (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),
+        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("sm_86", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=128, BLOCK_N=64),
+        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=32),
+    },
+    "causal_attention_bwd_dq": {
+        (ANY, "half", ANY): _row(8, 2, BLOCK_M=128, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
+        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+    },
+    "causal_attention_bwd_dq_dropout": {
+        (ANY, "half", ANY): _row(8, 2, BLOCK_M=128, BLOCK_N=64),
+        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("sm_86", "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
+        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+    },
+    "causal_attention_bwd_dkdv": {
+        (ANY, "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
+        ("sm_90", "half", 128): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
+        ("sm_86", "half", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
+        (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+    },
+    "causal_attention_bwd_dkdv_dropout": {
+        ("sm_100", "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
+        (ANY, "half", ANY): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
+        (ANY, "half", 128): _row(4, 2, BLOCK_M=32, BLOCK_N=64),
+        ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
+        (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+    },
+    "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
+    "decode_attention_join": {(ANY, ANY, ANY): _row(4)},
+}
 
 
 def launch(kernel: str, x: Tensor, size: int | str = ANY) -> Launch:

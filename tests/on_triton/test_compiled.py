@@ -9,7 +9,7 @@ import torch
 
 from on_triton.support import gpu
 
-OPERATIONS = []
+OPERATIONS = ["layer_norm", "gelu"]
 
 
 def _cases():

@@ -8,6 +8,8 @@ The interpreter itself is mended where it is silently wrong (triton 3.6 to 3.9):
   rounding to it truncated;
 - a mask from a comparison of scalars became int32 when broadcast, and was refused (3.9);
 - loops up to a run-time scalar failed with numpy 2.4 (3.6).
+
+Sums are added up by halves, as a GPU's threads do, where numpy would go row by row.
 """
 
 import contextlib
@@ -106,6 +108,19 @@ def _mend_reductions():
         )
 
     interpreter.ReduceScanOpInterface.apply = apply
+    numpy_sum = interpreter.ReduceOps.sum
+
+    def sum_by_halves(self, values):
+        data = values.handle.data
+        if self.axis is None or not np.issubdtype(data.dtype, np.floating):
+            return numpy_sum(self, values)
+        data = np.moveaxis(data, self.axis, 0)
+        while len(data) > 1:  # a block's sizes are powers of two
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        data = np.expand_dims(data[0], self.axis) if self.keep_dims else data[0]
+        return self.to_tensor(data, values.dtype)
+
+    interpreter.ReduceOps.sum = sum_by_halves
 
 
 def _mend_loops():
