@@ -74,6 +74,20 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     "sum_rows": {(ANY, ANY, ANY): _row(4, BLOCK_M=64, BLOCK_N=32)},
     "bias_gelu_fwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
     "bias_gelu_bwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
+    "embedding_fwd": {
+        (ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=256),
+        ("gfx942", ANY, ANY): _row(2, ROWS=4, BLOCK=256),
+    },
+    "token_bwd": {
+        (ANY, ANY, ANY): _row(1, ROWS=64, BLOCK=256),
+        ("gfx942", "half", ANY): _row(1, ROWS=64, BLOCK=512),
+    },
+    "position_bwd": {
+        (ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=256),
+        ("gfx942", ANY, ANY): _row(2, ROWS=4, BLOCK=256),
+    },
+    "cross_entropy_fwd": {(ANY, ANY, ANY): _row(8, BLOCK=4096)},
+    "cross_entropy_bwd": {(ANY, ANY, ANY): _row(8, BLOCK=4096)},
     # By head_dim's power of two.
     "causal_attention_fwd": {
         (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),

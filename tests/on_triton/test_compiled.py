@@ -9,7 +9,7 @@ import torch
 
 from on_triton.support import gpu
 
-OPERATIONS = ["layer_norm", "gelu"]
+OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy"]
 
 
 def _cases():

@@ -43,9 +43,9 @@ def test_interpreted_and_compiled_in_turn(interpreted, dtype):
         some_kernel[(3,)](x, y, 3, 13, seed, BLOCK=16)
         assert torch.equal(y, _expected(x, seed))
         with gpu.fake_gpu("sm_90") as launches:
-            cuda = torch.empty(3, 16, dtype=dtype, device="cuda")
+            fake = torch.empty(3, 16, dtype=dtype)
             options = {"BLOCK": 16, "enable_fp_fusion": True}
-            some_kernel[lambda meta: (meta["n_rows"],)](cuda, cuda, 3, 16, seed, **options)
+            some_kernel[lambda meta: (meta["n_rows"],)](fake, fake, 3, 16, seed, **options)
         (launch,) = launches
         assert (launch.name, launch.grid) == ("some_kernel", (3,))
         assert "entry some_kernel" in gpu.resources(launch.compiled).assembly

@@ -13,7 +13,7 @@ DTYPE_IDS = ["float32", "float16", "bfloat16"]
 
 
 class Case(NamedTuple):
-    # Makes tensors of the dtype on "cuda" (they hold no memory) and calls the launcher once.
+    # Makes tensors of the dtype with `empty` (they hold no memory) and calls the launcher.
     run: Callable[[torch.dtype], Any]
     # Kernels that must use the tensor cores in 16-bit dtypes, by name.
     matrix: tuple[str, ...] = ()
@@ -24,4 +24,5 @@ class Case(NamedTuple):
 
 
 def empty(dtype, *shape):
-    return torch.empty(shape, dtype=dtype, device="cuda")
+    """A tensor of the fake GPU's."""
+    return torch.empty(shape, dtype=dtype)

@@ -1,7 +1,8 @@
 """A GPU that is not there: launchers run against it, and each kernel they launch is compiled.
 
 `fake_gpu(arch)` records every launch with the compiled kernel, whose registers, shared memory and
-instructions `resources` reads. Tensors are made inside it, on "cuda", and hold no memory.
+instructions `resources` reads. Tensors made inside it hold no memory. They say that they are on the
+CPU: a torch without CUDA cannot index one that says otherwise, and launchers do not ask.
 """
 
 import contextlib
