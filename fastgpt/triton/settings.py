@@ -88,51 +88,68 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     },
     "cross_entropy_fwd": {(ANY, ANY, ANY): _row(8, BLOCK=4096)},
     "cross_entropy_bwd": {(ANY, ANY, ANY): _row(8, BLOCK=4096)},
-    # By head_dim's power of two.
+    "linear": {
+        (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4),
+        ("sm_86", "half", ANY): _row(
+            8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=2
+        ),
+        ("gfx942", "half", ANY): _row(
+            8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=2
+        ),
+        (ANY, "float", ANY): _row(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PARTS=1),
+    },
+    "linear_tf32": {
+        (ANY, "float", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=4),
+        ("sm_86", "float", ANY): _row(
+            8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=4
+        ),
+    },
+    "linear_tma": {
+        ("sm_90", "half", ANY): _row(
+            8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PARTS=4
+        ),
+        ("sm_100", "half", ANY): _row(
+            8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PARTS=4
+        ),
+    },
+    # By the rows, 1, 2, 4 or 16.
+    "linear_rows": {
+        (ANY, "half", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=1024),
+        (ANY, "float", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=512),
+        (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
+        (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
+    },
+    # "narrow" heads are 16, 32 or 64 wide; "dropout" is the same with dropout; "wide" any other.
     "causal_attention_fwd": {
         (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (ANY, "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("sm_100", "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=128, BLOCK_N=64),
         (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=32),
-    },
-    "causal_attention_fwd_dropout": {
-        (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),
-        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
-        ("sm_86", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
-        ("gfx942", "half", ANY): _row(4, BLOCK_M=128, BLOCK_N=64),
-        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=32),
+        (ANY, "float", "wide"): _row(4, 2, BLOCK_M=16, BLOCK_N=16),
     },
     "causal_attention_bwd_dq": {
         (ANY, "half", ANY): _row(8, 2, BLOCK_M=128, BLOCK_N=64),
+        ("sm_80", "half", "dropout"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("sm_86", "half", "dropout"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        (ANY, "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
+        ("sm_90", "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
         (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
-    },
-    "causal_attention_bwd_dq_dropout": {
-        (ANY, "half", ANY): _row(8, 2, BLOCK_M=128, BLOCK_N=64),
-        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
-        ("sm_86", "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
-        ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
-        (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+        (ANY, "float", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=16),
     },
     "causal_attention_bwd_dkdv": {
-        (ANY, "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
-        ("sm_80", "half", 128): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
-        ("sm_90", "half", 128): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
-        ("sm_86", "half", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=64),
-        ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
-        (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
-    },
-    "causal_attention_bwd_dkdv_dropout": {
-        ("sm_100", "half", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
         (ANY, "half", ANY): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
-        (ANY, "half", 128): _row(4, 2, BLOCK_M=32, BLOCK_N=64),
+        ("sm_90", "half", "narrow"): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("sm_100", "half", "narrow"): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("sm_100", "half", "dropout"): _row(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("sm_86", "half", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=64),
+        (ANY, "half", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=64),
+        ("sm_90", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
+        ("sm_86", "half", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=64),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
         (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (ANY, "float", 128): _row(4, BLOCK_M=16, BLOCK_N=16),
+        (ANY, "float", "wide"): _row(16, 2, BLOCK_M=16, BLOCK_N=16),
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
     "decode_attention_join": {(ANY, ANY, ANY): _row(4)},

@@ -9,7 +9,8 @@ import torch
 
 from on_triton.support import gpu
 
-OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy"]
+OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
+OPERATIONS += ["causal_attention", "decode_attention"]
 
 
 def _cases():
