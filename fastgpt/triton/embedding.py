@@ -16,7 +16,7 @@ from fastgpt.triton import settings
 from fastgpt.triton.dropout import keep_scale
 
 
-@triton.jit(do_not_specialize=["past", "seed"])
+@triton.jit(do_not_specialize=["past", "n_rows", "T", "context", "seed"])
 def embedding_fwd_kernel(
     idx_ptr,  # [n_rows] ids, n_rows = B * T
     tok_ptr,  # [vocabulary, width]
@@ -55,7 +55,7 @@ def embedding_fwd_kernel(
     tl.store(y_ptr + offset, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n_rows", "seed"])
 def token_bwd_kernel(
     dy_ptr,  # [n_rows, width]
     sorted_ptr,  # [n_rows] ids in order
@@ -100,7 +100,7 @@ def token_bwd_kernel(
         acc = tl.where(ends, 0.0, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def crossing_bwd_kernel(
     partial_ptr,  # [tiles, 2, width] float32
     sorted_ptr,  # [n_rows] ids in order
@@ -132,7 +132,7 @@ def crossing_bwd_kernel(
         tl.store(dtok_ptr + token.to(tl.int64) * width + cols, acc, mask=cols < width)
 
 
-@triton.jit(do_not_specialize=["past", "seed"])
+@triton.jit(do_not_specialize=["past", "B", "T", "seed"])
 def position_bwd_kernel(
     dy_ptr,  # [B, T, width]
     dpos_ptr,  # [context, width]

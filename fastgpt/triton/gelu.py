@@ -30,7 +30,7 @@ def gelu_slope(x):
     return tl.where(z < 0, e * s, s) + bell * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def bias_gelu_fwd_kernel(
     x_ptr,  # [n_rows, n_cols]
     bias_ptr,  # [n_cols], or None
@@ -51,7 +51,7 @@ def bias_gelu_fwd_kernel(
     tl.store(y_ptr + offset, gelu(x), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def bias_gelu_bwd_kernel(
     dy_ptr,  # [n_rows, n_cols]
     x_ptr,  # like dy

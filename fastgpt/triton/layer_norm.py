@@ -19,7 +19,7 @@ from fastgpt.triton.sum_rows import sum_rows
 MAX_WIDTH = 8192
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n_rows", "seed"])
 def layer_norm_fwd_kernel(
     x_ptr,  # [n_rows, n_cols]
     branch_ptr,  # like x, or None
@@ -64,7 +64,7 @@ def layer_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n_rows", "seed"])
 def layer_norm_bwd_kernel(
     dy_ptr,  # [n_rows, n_cols]
     x_ptr,  # what was normalised, like dy

@@ -78,7 +78,7 @@ def _finish(
             _finish_part(c, row, col + N // 4, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_kernel(
     x_ptr,  # [n_rows, depth]
     weight_ptr,  # [n_cols, depth], any strides
@@ -119,7 +119,7 @@ def linear_kernel(
     _finish(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_tma_kernel(
     x_desc,  # [n_rows, depth], in blocks of BLOCK_M by BLOCK_K
     weight_desc,  # [n_cols, depth], in blocks of BLOCK_N by BLOCK_K
@@ -149,7 +149,7 @@ def linear_tma_kernel(
         _finish(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_rows_kernel(
     x_ptr,  # [n_rows, depth]
     weight_ptr,  # [n_cols, depth], any strides
@@ -245,7 +245,7 @@ def linear(
         )
         return
     if _takes_tma(x, weight):
-        launch = settings.launch("linear_tma", x)
+        launch = settings.launch("linear_tma", x, "ragged" if n_cols % 8 else settings.ANY)
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
         tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
         linear_tma_kernel[(min(tiles, settings.device_of(x).multiprocessors),)](

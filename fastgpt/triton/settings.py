@@ -104,13 +104,13 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
             8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=4
         ),
     },
+    # Ragged: the rows of y start anywhere, and addresses take the registers of half the tile.
     "linear_tma": {
-        ("sm_90", "half", ANY): _row(
-            8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PARTS=4
-        ),
-        ("sm_100", "half", ANY): _row(
-            8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PARTS=4
-        ),
+        (arch, "half", size): _row(
+            8, stages, BLOCK_M=128, BLOCK_N=n, BLOCK_K=64, GROUP_M=8, PARTS=4
+        )
+        for arch in ("sm_90", "sm_100")
+        for size, n, stages in ((ANY, 256, 3), ("ragged", 128, 4))
     },
     # By the rows, 1, 2, 4 or 16.
     "linear_rows": {
@@ -147,9 +147,12 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "half", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=64),
         ("sm_90", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
         ("sm_86", "half", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=64),
+        ("sm_100", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
+        ("gfx942", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
         (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
         (ANY, "float", "wide"): _row(16, 2, BLOCK_M=16, BLOCK_N=16),
+        ("gfx942", "float", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
     "decode_attention_join": {(ANY, ANY, ANY): _row(4)},

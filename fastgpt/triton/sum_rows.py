@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.triton import settings
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def sum_rows_kernel(
     partial_ptr,  # [1 or 2, n_rows, n_cols] float32
     first_ptr,  # [n_cols], the sum of partial[0], or None

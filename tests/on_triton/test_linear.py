@@ -86,7 +86,7 @@ def test_weights_in_any_layout(padded, rows, dtype):
 
 
 def test_forms():
-    """Which form an input takes, by the kernel's name: few rows, TMA where it can, else pointers."""
+    """Which form an input takes: few rows, TMA where it can, else pointers."""
     from on_triton.support.gpu import fake_gpu
 
     cases = {
@@ -136,21 +136,46 @@ def _product(rows, width, depth, stride=None, gelu=True):
             weight = empty(dtype, depth * width * 2).as_strided((width, depth), stride)
         if gelu:
             linear(x, weight, bias, y, y, gelu=True)
-        linear(x, weight, None, y)
+        else:
+            linear(x, weight, None, y)
 
     return run
 
 
+def _tf32(dtype):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        _product(4096, 3072, 768)(dtype)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 CASES = {
+    "tf32": Case(
+        _tf32,
+        wide=("linear_kernel",),
+        dtypes=(torch.float32,),
+        archs=("sm_80", "sm_86", "sm_90", "sm_100"),
+    ),
+    "little shared memory": Case(
+        _product(4096, 3072, 768), matrix=("linear_kernel",), archs=("sm_86",)
+    ),
     "tma": Case(
         _product(4096, 3072, 768),
         matrix=("linear_tma_kernel",),
         wide=("linear_tma_kernel",),
-        dtypes=(torch.bfloat16, torch.float16),
         archs=("sm_90", "sm_100"),
     ),
+    "tma, nothing fused": Case(
+        _product(4096, 2304, 768, gelu=False),
+        matrix=("linear_tma_kernel",),
+        dtypes=(torch.bfloat16, torch.float16),
+        archs=("sm_90",),
+    ),
     "head": Case(
-        _product(4096, 50257, 768, gelu=False), matrix=("linear_tma_kernel",), archs=("sm_90",)
+        _product(4096, 50257, 768, gelu=False),
+        matrix=("linear_tma_kernel",),
+        archs=("sm_90", "sm_100"),
     ),
     "column by column": Case(
         _product(4096, 3072, 768, stride=(1, 3072)),
