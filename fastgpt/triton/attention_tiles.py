@@ -86,11 +86,12 @@ def options(kernel: str, q: Tensor, dropout_p: float) -> dict[str, Any]:
     D = q.shape[3]
     block_d = max(16, triton.next_power_of_2(D))
     dropout = dropout_p > 0
+    size = "wide" if block_d > 64 or block_d != D else "dropout" if dropout else "narrow"
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "DROPOUT": dropout,
         "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_D": block_d,
         "EVEN_D": block_d == D,
-        **settings.launch(kernel + "_dropout" * dropout, q, block_d),
+        **settings.launch(kernel, q, size),
     }

@@ -28,7 +28,7 @@ def _query_gradient_tiles(
     dq,  # [BLOCK_M, BLOCK_D], the sum so far, without the scale
     q,
     dout,
-    lse,  # [BLOCK_M], in base 2
+    lse,  # [BLOCK_M]
     delta,  # [BLOCK_M]
     k_ptr,
     v_ptr,
@@ -40,7 +40,7 @@ def _query_gradient_tiles(
     T,
     S,
     D,
-    scale,  # times log2(e)
+    scale,
     drop_p,
     keep_scale,
     seed,
@@ -58,7 +58,7 @@ def _query_gradient_tiles(
         k = load_rows(k_ptr, keys, stride_kt, S, D, MASKED, EVEN_D, BLOCK_D)
         v = load_rows(v_ptr, keys, stride_vt, S, D, MASKED, EVEN_D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        weights = tl.exp2(scores * scale - lse[:, None])
+        weights = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
         if MASKED:
             weights = tl.where(keys[None, :] <= rows[:, None] + (S - T), weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -125,7 +125,7 @@ def causal_attention_bwd_dq_kernel(
     delta = tl.sum(out * dout.to(tl.float32), 1)
     statistics = bh.to(tl.int64) * T + rows
     tl.store(delta_ptr + statistics, delta, mask=rows < T)
-    lse = tl.load(lse_ptr + statistics, mask=rows < T, other=float("inf")) * LOG2_E
+    lse = tl.load(lse_ptr + statistics, mask=rows < T, other=float("inf"))
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -135,12 +135,12 @@ def causal_attention_bwd_dq_kernel(
     end = tl.minimum(first_row + BLOCK_M + S - T, S)
     dq = _query_gradient_tiles(
         tl.zeros((BLOCK_M, BLOCK_D), tl.float32), q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
-        stride_kt, stride_vt, T, S, D, scale * LOG2_E, drop_p, keep_scale, seed, first_word,
+        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     dq = _query_gradient_tiles(
         dq, q, dout, lse, delta, k_ptr, v_ptr, rows, whole, end,
-        stride_kt, stride_vt, T, S, D, scale * LOG2_E, drop_p, keep_scale, seed, first_word,
+        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     dq_ptr += b * stride_dqb + h * stride_dqh
@@ -165,7 +165,7 @@ def _key_gradient_tiles(
     T,
     S,
     D,
-    scale,  # times log2(e)
+    scale,
     drop_p,
     keep_scale,
     seed,
@@ -188,10 +188,10 @@ def _key_gradient_tiles(
         q = load_rows(q_ptr, rows, stride_qt, T, D, True, EVEN_D, BLOCK_D)
         dout = load_rows(dout_ptr, rows, stride_dot, T, D, True, EVEN_D, BLOCK_D)
         # Past the last query the weights become 0.
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2_E
+        lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        weights = tl.exp2(scores * scale - lse[None, :])
+        weights = tl.exp2((scores * scale - lse[None, :]) * LOG2_E)
         if MASKED:
             weights = tl.where(keys[:, None] <= rows[None, :] + (S - T), weights, 0.0)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -270,12 +270,12 @@ def causal_attention_bwd_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = _key_gradient_tiles(
         dk, dk, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, first, whole, stride_qt, stride_dot,
-        T, S, D, scale * LOG2_E, drop_p, keep_scale, seed, first_word,
+        T, S, D, scale, drop_p, keep_scale, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     dk, dv = _key_gradient_tiles(
         dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, whole, T, stride_qt, stride_dot,
-        T, S, D, scale * LOG2_E, drop_p, keep_scale, seed, first_word,
+        T, S, D, scale, drop_p, keep_scale, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     if DROPOUT:

@@ -8,8 +8,8 @@ import torch
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def randint(seed, offset):
-    """tl.randint(seed, offset) as uint32; offset: an int64 array."""
+def randint4x(seed, offset):
+    """tl.randint4x(seed, offset) as four uint32 arrays; offset: an int64 array."""
     offset = offset.astype(np.uint64)
     c0, c1 = offset & _LOW, offset >> _HALF
     c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
@@ -19,13 +19,19 @@ def randint(seed, offset):
         c0, c1 = (b >> _HALF) ^ c1 ^ np.uint64(k0), b & _LOW
         c2, c3 = (a >> _HALF) ^ c3 ^ np.uint64(k1), a & _LOW
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0.astype(np.uint32)
+    return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
+
+
+def rand4x(seed, offset):
+    """tl.rand4x(seed, offset): four float32 arrays in [0, 1)."""
+    words = (bits.view(np.int32) for bits in randint4x(seed, offset))
+    scale = np.float32(4.6566127342e-10)
+    return tuple(np.where(x < 0, ~x, x).astype(np.float32) * scale for x in words)
 
 
 def rand(seed, offset):
     """tl.rand(seed, offset): float32 in [0, 1)."""
-    bits = randint(seed, offset).view(np.int32)
-    return np.where(bits < 0, ~bits, bits).astype(np.float32) * np.float32(4.6566127342e-10)
+    return rand4x(seed, offset)[0]
 
 
 def keep(seed, shape, p):
