@@ -46,6 +46,12 @@ _CLASSES = {
     "gfx950": "gfx942",
 }
 
+
+def class_of(arch: str) -> str:
+    """The architecture whose rows this one shares."""
+    return _CLASSES.get(arch, arch)
+
+
 ANY = "*"
 Launch = dict[str, int]
 
@@ -173,7 +179,7 @@ def lookup(kernel: str, arch: str, itemsize: int, size: int | str = ANY) -> Laun
     """The same for an architecture and an element's size in bytes."""
     rows = TABLE[kernel]
     dtype = "half" if itemsize == 2 else "float"
-    for a in (_CLASSES.get(arch, arch), ANY):
+    for a in (class_of(arch), ANY):
         for d in (dtype, ANY):
             for s in (size, ANY):
                 if (a, d, s) in rows:
