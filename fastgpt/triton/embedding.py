@@ -109,6 +109,7 @@ def crossing_bwd_kernel(
     width,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr = 128,
 ):
     # One program owns the run that begins in its tile and crosses into the next, in BLOCK columns.
     tile = tl.program_id(0)
@@ -117,19 +118,21 @@ def crossing_bwd_kernel(
     token = tl.load(sorted_ptr + first + ROWS - 1)
     head = tl.load(sorted_ptr + first)
     left = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
-    begins = (head != token) | (left != token)
-    at = tile + 1
-    following = tl.load(sorted_ptr + at * ROWS)
-    if begins & (following == token):
-        offset = tile.to(tl.int64) * 2 * width + cols
-        acc = tl.load(partial_ptr + offset + width, mask=cols < width, other=0.0)
-        while following == token:
-            # No pointer is carried around the loop: triton cannot compile that for AMD.
-            offset = at.to(tl.int64) * 2 * width + cols
-            acc += tl.load(partial_ptr + offset, mask=cols < width, other=0.0)
-            at += 1
-            following = tl.load(sorted_ptr + at * ROWS, mask=at * ROWS < n_rows, other=-1)
-        tl.store(dtok_ptr + token.to(tl.int64) * width + cols, acc, mask=cols < width)
+    following = tl.load(sorted_ptr + first + ROWS)
+    crosses = ((head != token) | (left != token)) & (following == token)
+    inside = cols < tl.where(crosses, width, 0)
+    # The tiles behind this one that begin with its id.
+    tiles, more = tl.num_programs(0) + 1, 0
+    for start in range(tl.where(crosses, tile + 1, tiles), tiles, TILES):
+        places = (start + tl.arange(0, TILES)) * ROWS
+        ids = tl.load(sorted_ptr + places, mask=places < n_rows, other=-1)
+        more += tl.sum((ids == token).to(tl.int32), axis=0)
+    partial_ptr += tile.to(tl.int64) * 2 * width + cols
+    acc = tl.load(partial_ptr + width, mask=inside, other=0.0)
+    for step in range(1, more + 1):
+        at = partial_ptr + tl.cast(step, tl.int64) * 2 * width
+        acc += tl.load(at, mask=inside, other=0.0)
+    tl.store(dtok_ptr + token.to(tl.int64) * width + cols, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["past", "B", "T", "seed"])

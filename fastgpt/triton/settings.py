@@ -35,6 +35,16 @@ def device_of(x: Tensor) -> Device:
     return _device(x.device.index)
 
 
+def precision(x: Tensor) -> str:
+    """How products of x's dtype are to be multiplied: float32 in full, unless torch allows TF32."""
+    matmul = torch.backends.cuda.matmul
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    # Since torch 2.9 the older switch raises where the newer one has been used.
+    newer = getattr(matmul, "fp32_precision", None)
+    return "tf32" if (matmul.allow_tf32 if newer is None else newer == "tf32") else "ieee"
+
+
 # The architectures that share rows, by the shared memory a program gets: 163 KiB on sm_80, 227 on
 # sm_90 and sm_100, 99 on sm_86, 64 on gfx942.
 _CLASSES = {
@@ -107,7 +117,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     "linear_tf32": {
         (ANY, "float", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=4),
         ("sm_86", "float", ANY): _row(
-            8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, PARTS=4
+            8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PARTS=2
         ),
     },
     # Ragged: the rows of y start anywhere, and addresses take the registers of half the tile.
@@ -142,6 +152,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         ("sm_90", "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
         (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("sm_100", "float", "dropout"): _row(8, 2, BLOCK_M=32, BLOCK_N=32),
         (ANY, "float", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=16),
     },
     "causal_attention_bwd_dkdv": {

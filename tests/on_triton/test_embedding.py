@@ -21,16 +21,17 @@ def _ids(kind, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
-    ("kind", "shape", "width", "p"),
+    ("kind", "shape", "tile", "width", "p"),
     [
-        ("drawn", (1, 1), 7, 0.3),
-        ("drawn", (3, 9), 96, 0.3),
-        ("same", (2, 9), 30, 0.0),
-        ("runs", (5, 7), 40, 0.0),
+        ("drawn", (1, 1), 4, 7, 0.3),
+        ("drawn", (3, 9), 4, 96, 0.3),
+        ("same", (2, 9), 4, 30, 0.0),
+        ("same", (2, 70), 1, 30, 0.0),  # more tiles than are looked at at once
+        ("runs", (5, 7), 4, 40, 0.0),
     ],
 )
-def test_embedding(padded, launched_with, kind, shape, width, dtype, p):
-    launched_with("token_bwd", ROWS=4, BLOCK=32)
+def test_embedding(padded, launched_with, kind, shape, tile, width, dtype, p):
+    launched_with("token_bwd", ROWS=tile, BLOCK=32)
     idx, past = _ids(kind, shape).to(torch.int32 if kind == "same" else torch.int64), 3
     idx = padded(idx)
     tok = padded(torch.randn(17, width).to(dtype))
