@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,10 +86,9 @@ def options(kernel: str, q: Tensor, dropout_p: float) -> dict[str, Any]:
     block_d = max(16, triton.next_power_of_2(D))
     dropout = dropout_p > 0
     size = "wide" if block_d > 64 or block_d != D else "dropout" if dropout else "narrow"
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "DROPOUT": dropout,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": settings.precision(q),
         "BLOCK_D": block_d,
         "EVEN_D": block_d == D,
         **settings.launch(kernel, q, size),

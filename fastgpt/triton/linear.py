@@ -7,7 +7,6 @@ else goes through pointers, a program a tile.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -194,15 +193,6 @@ def linear_rows_kernel(
     _finish(acc, 0, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, 1)
 
 
-def _allows_tf32() -> bool:
-    matmul = torch.backends.cuda.matmul
-    if torch.version.hip is not None:
-        return False
-    # Since torch 2.9 the older switch raises where the newer one has been used.
-    precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
-
-
 def _takes_tma(x: Tensor, weight: Tensor) -> bool:
     """Whether both can be read by TMA: contiguous rows that start at multiples of 16 bytes."""
     return (
@@ -235,7 +225,7 @@ def linear(
     n_rows = y.numel() // n_cols if n_cols else 0
     if n_rows == 0:
         return
-    precision = "tf32" if x.dtype == torch.float32 and _allows_tf32() else "ieee"
+    precision = settings.precision(x)
     tensors = (bias, y, pre, n_rows, n_cols, depth)
     if n_rows <= SMALL:
         rows = triton.next_power_of_2(n_rows) if n_rows <= 4 else SMALL

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fastgpt.triton import settings
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
-from on_triton.support import philox
+from on_triton.support import gpu, philox
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
 from on_triton.support.compare import check
 
@@ -183,6 +183,18 @@ def test_empty(shape):
     B, H, T, D = shape
     results, _ = _run(*_inputs(B, H, T, max(T, 3), D))
     assert all(torch.equal(t, torch.zeros_like(t)) for t in results)
+
+
+def test_a_new_length_or_seed_compiles_nothing_anew():
+    with gpu.fake_gpu("sm_90") as launches:
+        for T, S, seed in ((1024, 1024, 7), (1000, 1000, 1), (17, 300, 2**40), (1, 64, 16)):
+            q, k, out = (empty(torch.bfloat16, 2, 12, n, 64) for n in (T, S, T))
+            lse = empty(torch.float32, 2, 12, T)
+            causal_attention(q, k, k, 0.125, out, lse, 0.1, seed)
+            causal_attention_backward(out, q, k, k, out, lse, 0.125, q, k, k, 0.1, seed)
+    assert len(launches) == 4 * 3
+    assert len({id(launch.compiled) for launch in launches}) == 3
+    assert [launch.grid for launch in launches[:3]] == [(8, 24), (8, 24), (8, 24)]
 
 
 def test_every_shape_has_settings():
