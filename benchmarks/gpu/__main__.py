@@ -77,6 +77,8 @@ def run(bench: Bench, sections: Any) -> dict[str, Any]:
             for row in produce():
                 results[name].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
+    if "checks" in sections:
+        results["checks"].append(checks.bad_ids(bench, cfg))
     results["machine"]["took"] = bench.budget - bench.left()
     return results
 

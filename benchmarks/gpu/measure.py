@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
 
 
 class OutOfTimeError(RuntimeError):
@@ -49,19 +56,22 @@ class Bench:
         return float(do_bench(work, warmup=25, rep=rep, return_mode="median")) / 1e3
 
     def seconds_of(self, work: Callable[[], Any], calls: int) -> float:
-        """The median time of a few long calls after as many to warm up, the host's part in it."""
+        """The median time of a few long calls after two to warm up, the host's part in it.
+
+        Of calls so long that they would take more than 5 seconds there are fewer.
+        """
         if self.dry:
             return _once(work)
-        for _ in range(2):
-            work()
-        times = []
-        for _ in range(calls):
-            self.synchronize()
-            start = time.perf_counter()
-            work()
-            self.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        self._synchronized(work)
+        calls = min(calls, int(5 / self._synchronized(work)) + 1)
+        return statistics.median(self._synchronized(work) for _ in range(calls))
+
+    def _synchronized(self, work: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def measure_bounds(self) -> None:
         """Sets the bandwidth of a large copy and the rate of a large product in bfloat16."""

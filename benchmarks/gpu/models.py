@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -200,7 +199,7 @@ def decoding(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
                 prompt = torch.randint(1, cfg["vocab_size"], (batch, prompt_tokens))
                 prompt = prompt.to(bench.device)
                 with torch.no_grad():
-                    got = copy.copy(generate(prompt, new))
+                    got = generate(prompt, new)
                     seconds = bench.seconds_of(lambda: generate(prompt, new), calls=3)
                 assert got.shape == (batch, prompt_tokens + new), tuple(got.shape)
                 return {"seconds": seconds, "tokens_per_second": batch * new / seconds}
