@@ -68,8 +68,9 @@ def test_the_position_on_the_device_and_only_what_is_wanted(padded):
 
 
 def test_outside_the_tables_nothing_is_read(padded):
-    idx = padded(torch.tensor([[3, 17, -1, 10**9, 2]]))
-    tok, pos, y = padded(torch.randn(17, 8)), padded(torch.randn(4, 8)), padded.empty(1, 5, 8)
+    idx = torch.tensor([[3, 17, -1, 10**9, 2]])
+    # Beside the tables lie numbers, which must not be taken for rows of theirs.
+    tok, pos, y = torch.randn(19, 8)[1:18], torch.randn(6, 8)[1:5], padded.empty(1, 5, 8)
     embedding(idx, tok, pos, 0, y)
     assert torch.equal(y[0, 0], tok[3] + pos[0])
     assert y[0, 1:].isnan().all()  # the last by its position

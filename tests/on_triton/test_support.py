@@ -55,13 +55,17 @@ def test_interpreted_and_compiled_in_turn(interpreted, dtype):
 def test_padding_finds_reads_and_writes_outside(shape):
     padding = Padding()
     x = torch.randn(shape)
-    y = padding(x, past_row=3)
+    y, z = padding(x, past_row=3), padding.empty(*shape, past_row=3)
     assert torch.equal(x, y)
+    assert z.isnan().all()
     padding.check()
-    for offset in (-1, x.shape[-1]):
-        outside = y.as_strided((1,), (1,), y.storage_offset() + offset)
-        assert outside.isnan()
-        outside.fill_(1)
-        with pytest.raises(AssertionError, match="was written"):
-            padding.check()
-        outside.fill_(torch.nan)
+    for inside, written in ((y, 1.0), (z, torch.nan)):
+        for offset in (-1, x.shape[-1]):
+            outside = inside.as_strided((1,), (1,), inside.storage_offset() + offset)
+            before = outside.clone()
+            assert before.isnan() == (inside is y)
+            outside.fill_(written)
+            with pytest.raises(AssertionError, match="was written"):
+                padding.check()
+            outside.copy_(before)
+    padding.check()
