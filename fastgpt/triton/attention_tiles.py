@@ -70,9 +70,9 @@ def kept_weights(
     return tl.reshape(fours, (BLOCK_M, BLOCK_N)) >= drop_p
 
 
-def grid(q: Tensor, length: int, block: int) -> tuple[int, int]:
-    """Tiles along a sequence, and heads."""
-    return triton.cdiv(length, block), q.shape[0] * q.shape[1]
+def grid(q: Tensor, length: int, block: int) -> tuple[int]:
+    """Tiles along each head's sequence; in one dimension, because the others end at 65535."""
+    return (triton.cdiv(length, block) * q.shape[0] * q.shape[1],)
 
 
 def keep_scale(dropout_p: float) -> float:

@@ -113,7 +113,8 @@ def causal_attention_fwd_kernel(
     EVEN_D: tl.constexpr,
 ):
     """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
-    tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)

@@ -114,7 +114,8 @@ def causal_attention_bwd_dq_kernel(
     EVEN_D: tl.constexpr,
 ):
     """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
-    tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -251,7 +252,8 @@ def causal_attention_bwd_dkdv_kernel(
     EVEN_D: tl.constexpr,
 ):
     """A program owns BLOCK_N keys of one head; the first keys, which most queries see, go first."""
-    n0, bh = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    tiles = tl.cdiv(S, BLOCK_N)
+    n0, bh = tl.program_id(0) % tiles * BLOCK_N, tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     keys = n0 + tl.arange(0, BLOCK_N)
     q_ptr += b * stride_qb + h * stride_qh

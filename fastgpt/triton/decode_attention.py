@@ -18,7 +18,7 @@ from fastgpt.triton.attention_tiles import LOG2_E
 MAX_SPLITS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_attention_split_kernel(
     q_ptr,
     keys_ptr,
@@ -38,13 +38,14 @@ def decode_attention_split_kernel(
     stride_oh,
     stride_os,
     H,
+    splits,
     D,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A program owns one share of one head's cache."""
-    split, splits, bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    split, bh = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + cols, mask=cols < D, other=0.0)
@@ -78,7 +79,7 @@ def decode_attention_split_kernel(
         tl.store(lse_ptr + bh.to(tl.int64) * splits + split, top + tl.log2(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def decode_attention_join_kernel(
     part_ptr,  # [B, H, n_splits, D] float32
     lse_ptr,  # [B, H, n_splits] float32, in base 2
@@ -125,7 +126,7 @@ def decode_attention(
         part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
         strides = (H * splits * D, splits * D, D)
-    decode_attention_split_kernel[(splits, B * H)](
+    decode_attention_split_kernel[(splits * B * H,)](
         q,
         keys,
         values,
@@ -137,6 +138,7 @@ def decode_attention(
         *values.stride()[:3],
         *strides,
         H,
+        splits,
         D,
         scale,
         BLOCK_D=block_d,

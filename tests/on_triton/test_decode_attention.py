@@ -62,7 +62,7 @@ def test_splits_fill_the_gpu(batch, splits):
         _case(batch).run(torch.bfloat16)
     names = ["decode_attention_split_kernel", "decode_attention_join_kernel"]
     assert [launch.name for launch in launches] == names[: 1 + (splits > 1)]
-    assert launches[0].grid == (splits, 12 * batch)
+    assert launches[0].grid == (splits * 12 * batch,)
 
 
 def _case(batch):
