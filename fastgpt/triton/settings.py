@@ -171,6 +171,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
         ("sm_80", "float", "dropout"): _row(4, 2, BLOCK_M=16, BLOCK_N=32),
         (ANY, "float", "wide"): _row(16, 2, BLOCK_M=16, BLOCK_N=16),
+        ("sm_80", "float", "wide"): _row(4, 2, BLOCK_M=16, BLOCK_N=16),
         ("gfx942", "float", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
