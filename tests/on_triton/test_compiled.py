@@ -2,29 +2,39 @@
 and uses what it was written to use.
 """
 
+import contextlib
 import importlib
 
 import pytest
 import torch
 
 from on_triton.support import gpu
+from on_triton.support.ahead import compiling_ahead
 
 OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
 OPERATIONS += ["causal_attention", "decode_attention"]
 
 
-def _cases():
-    cases = []
+def cases():
+    found = []
     for op in OPERATIONS:
         for name, case in importlib.import_module(f"on_triton.test_{op}").CASES.items():
             for arch in case.archs:
                 for dtype in case.dtypes:
                     label = str(dtype).removeprefix("torch.")
-                    cases.append(pytest.param(case, arch, dtype, id=f"{op}-{name}-{arch}-{label}"))
-    return cases
+                    found.append(pytest.param(case, arch, dtype, id=f"{op}-{name}-{arch}-{label}"))
+    return found
 
 
-@pytest.mark.parametrize(("case", "arch", "dtype"), _cases())
+@pytest.fixture(scope="module", autouse=True)
+def _ahead(request):
+    """A second core compiles too, where more than a few cases are to run."""
+    mine = [item for item in request.session.items if item.path == request.path]
+    with compiling_ahead() if len(mine) > 20 else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.parametrize(("case", "arch", "dtype"), cases())
 def test_compiled(case, arch, dtype, capfd):
     with gpu.fake_gpu(arch) as launches:
         case.run(dtype)
