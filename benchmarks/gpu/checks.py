@@ -1,0 +1,190 @@
+"""Every kernel and the whole model against float64, with PyTorch's own error as the measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.operations import (
+    OPERATIONS,
+    RAGGED,
+    REAL,
+    TINY,
+    Function,
+    Scale,
+    Tensors,
+    build,
+)
+from fastgpt import GPTModel, generate_text_simple, reference
+from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
+
+Row = dict[str, Any]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def outputs_and_gradients(f: Function, inputs: Tensors, upstream: Tensors) -> Tensors:
+    """f's results and its inputs' gradients, on copies of the inputs in their own dtype."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    results = f(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    up = [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)]
+    gradients = torch.autograd.grad(results, leaves, up)
+    return *(r.detach() for r in results), *gradients
+
+
+def compare(ours: Tensors, theirs: Tensors, exact: Tensors) -> Row:
+    """The worst result: its error, PyTorch's, and whether ours is within twice that and rounding.
+
+    Errors are relative to the largest exact element.
+    """
+    worst: Row = {"ratio": -1.0}
+    for i, (o, t, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        size = max(e.abs().max().item(), 1e-30)
+        error, measure = (((x.double() - e).abs().max().item()) / size for x in (o, t))
+        ratio = error / (2 * measure + torch.finfo(o.dtype).eps)
+        if not ratio <= worst["ratio"]:  # so that NaN counts
+            worst = {"result": i, "error": error, "torch_error": measure, "ratio": ratio}
+    return worst | {"ok": worst["ratio"] <= 1.0}
+
+
+def _operation(bench: Bench, name: str, scale: Scale, dtype: torch.dtype) -> Row:
+    work = build(name, scale, dtype, bench.device)
+    upstream = tuple(u.double() for u in work.upstream)
+    exact = outputs_and_gradients(work.definition, tuple(t.double() for t in work.inputs), upstream)
+    theirs = outputs_and_gradients(work.definition, work.inputs, work.upstream)
+    with torch.no_grad():
+        ours = tuple(t.clone() for t in work.forward())
+        if work.backward is not None:
+            ours += tuple(t.clone() for t in work.backward())
+    bench.synchronize()
+    return compare(ours, theirs[: len(ours)], exact[: len(ours)])
+
+
+def operations(bench: Bench) -> Iterator[Row]:
+    """One row for each operation, dtype and size."""
+    scales = {"tiny": TINY} if bench.dry else {"ragged": RAGGED, "real": REAL}
+    for name in OPERATIONS:
+        for size, scale in scales.items():
+            for dtype in DTYPES if size != "real" else (torch.bfloat16,):
+                label = str(dtype).removeprefix("torch.")
+                row = {"check": name, "dtype": label, "size": size}
+                yield bench.attempt(row, partial(_operation, bench, name, scale, dtype))
+    for dtype in DTYPES:
+        row = {"check": "causal_attention, dropout", "dtype": str(dtype).removeprefix("torch.")}
+        yield bench.attempt(row | {"size": "square"}, partial(_dropout, bench, dtype))
+
+
+def _dropout(bench: Bench, dtype: torch.dtype) -> Row:
+    """Attention with dropout: which weights stay is read off the result for the identity as v."""
+    size, p, seed = 16 if bench.dry else 64, 0.2, 2**40 + 7
+    torch.manual_seed(123)
+    shape = (3, 2, size, size)
+    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=bench.device) for _ in range(4))
+
+    def ours(v: Tensor) -> Tensors:
+        out, dq, dk, dv = (torch.empty_like(t) for t in (q, q, k, v))
+        lse = torch.empty(shape[:3], device=bench.device)
+        causal_attention(q, k, v, 0.1, out, lse, p, seed)
+        causal_attention_backward(dout, q, k, v, out, lse, 0.1, dq, dk, dv, p, seed)
+        return out, dq, dk, dv
+
+    eye = torch.eye(size, dtype=dtype, device=bench.device).expand(shape).contiguous()
+    kept = ours(eye)[0] > 0
+    seen = torch.ones(size, size, dtype=torch.bool, device=bench.device).tril()
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax((q @ k.mT * 0.1).masked_fill(~seen, -torch.inf), dim=-1)
+        return (weights * (kept / (1 - p)).to(q.dtype)) @ v
+
+    exact = outputs_and_gradients(
+        definition, tuple(t.double() for t in (q, k, v)), (dout.double(),)
+    )
+    row = compare(ours(v), outputs_and_gradients(definition, (q, k, v), (dout,)), exact)
+    drawn = kept[..., seen].float()
+    row["kept"] = drawn.mean().item()
+    near = abs(row["kept"] - (1 - p)) < 5 * (p * (1 - p) / drawn.numel()) ** 0.5
+    return row | {"ok": row["ok"] and near}
+
+
+def _pair(cfg: dict[str, Any], bench: Bench) -> tuple[nn.Module, GPTModel]:
+    """The book's model and ours with the same weights."""
+    torch.manual_seed(123)
+    book = reference.GPTModel(cfg)
+    ours = GPTModel(cfg)
+    ours.load_state_dict(book.state_dict())
+    return book.to(bench.device), ours.to(bench.device)
+
+
+def _logits_and_gradients(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensors:
+    logits = model(ids)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return logits.detach(), loss.detach(), *torch.autograd.grad(loss, parameters)
+
+
+def _model(bench: Bench, cfg: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Row:
+    book, ours = _pair(cfg, bench)
+    ids, targets = (torch.randint(cfg["vocab_size"], shape, device=bench.device) for _ in range(2))
+    exact = _logits_and_gradients(book.double(), ids, targets)
+    theirs = _logits_and_gradients(book.to(dtype), ids, targets)
+    return compare(_logits_and_gradients(ours.to(dtype), ids, targets), theirs, exact)
+
+
+def _same_bits(bench: Bench, cfg: dict[str, Any], shape: tuple[int, int]) -> Row:
+    _, ours = _pair(cfg, bench)
+    ids = torch.randint(cfg["vocab_size"], shape, device=bench.device)
+    first, second = (_logits_and_gradients(ours.bfloat16(), ids, ids) for _ in range(2))
+    return {"ok": all(torch.equal(a, b) for a, b in zip(first, second, strict=True))}
+
+
+def _greedy(bench: Bench, cfg: dict[str, Any]) -> Row:
+    """Cached generation must give a full pass's tokens; in float32 near ties do not matter here."""
+    book, ours = _pair(cfg, bench)
+    prompt = torch.randint(cfg["vocab_size"], (2, 5), device=bench.device)
+    context, new = cfg["context_length"], min(20, cfg["context_length"] - 5)
+    got = generate_text_simple(ours.eval(), prompt, new, context)
+    with torch.no_grad():
+        logits = book.double().eval()(got[:, :-1])[:, 4:]
+    short = logits.amax(-1) - logits.gather(-1, got[:, 5:, None])[..., 0]
+    return {"error": short.max().item(), "ok": short.max().item() <= 1e-4}
+
+
+def _bad_ids(bench: Bench, cfg: dict[str, Any]) -> Row:
+    """An id outside the vocabulary is an IndexError, and the device works on after it."""
+    _, ours = _pair(cfg, bench)
+    bad = torch.full((1, 4), cfg["vocab_size"], device=bench.device)
+    try:
+        ours(bad)
+    except IndexError:
+        bench.synchronize()
+        return {"ok": bool(ours(bad - 1).isfinite().all())}
+    return {"ok": False, "failed": "no IndexError"}
+
+
+def models(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
+    """Rows for the whole model: forward and backward by dtype, repetition, generation, bad ids."""
+    shape = (1, 8) if bench.dry else (2, min(300, cfg["context_length"]))
+    pieces: list[tuple[str, str, Callable[[], Row]]] = [
+        ("model", str(dtype).removeprefix("torch."), lambda d=dtype: _model(bench, cfg, shape, d))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    pieces += [
+        ("model, same bits twice", "bfloat16", lambda: _same_bits(bench, cfg, shape)),
+        ("model, greedy tokens", "float32", lambda: _greedy(bench, cfg)),
+    ]
+    for name, dtype, work in pieces:
+        yield bench.attempt({"check": name, "dtype": dtype, "size": str(list(shape))}, work)
+
+
+def bad_ids(bench: Bench, cfg: dict[str, Any]) -> Row:
+    """The row for ids outside the vocabulary. To come last: where they are not refused, nothing
+    else runs on the device after them.
+    """
+    row = {"check": "model, bad ids", "dtype": "float32", "size": "[1, 4]"}
+    return bench.attempt(row, partial(_bad_ids, bench, cfg))

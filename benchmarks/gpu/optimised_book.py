@@ -1,0 +1,59 @@
+"""The book's model as one makes it fast without kernels of one's own: a single product for query,
+key and value, PyTorch's fused attention, norm and GELU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _Block(nn.Module):
+    def __init__(self, block: nn.Module, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        parts = (block.att.W_query, block.att.W_key, block.att.W_value)
+        wide = cfg["emb_dim"]
+        self.heads, self.drop_rate = cfg["n_heads"], cfg["drop_rate"]
+        self.qkv = nn.Linear(wide, 3 * wide, bias=cfg["qkv_bias"])
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+            if cfg["qkv_bias"]:
+                self.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+        self.out_proj, (self.widen, _, self.narrow) = block.att.out_proj, block.ff.layers
+        self.norm1, self.norm2 = _norm(block.norm1, wide), _norm(block.norm2, wide)
+        self.drop = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        p = self.drop_rate if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        x = x + self.drop(self.out_proj(heads.transpose(1, 2).reshape(B, T, D)))
+        hidden = F.gelu(self.widen(self.norm2(x)), approximate="tanh")
+        return x + self.drop(self.narrow(hidden))
+
+
+class OptimisedBook(nn.Module):
+    """Takes over the parameters of a book's model."""
+
+    def __init__(self, book: nn.Module, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.tok_emb, self.pos_emb, self.out_head = book.tok_emb, book.pos_emb, book.out_head
+        self.drop = nn.Dropout(cfg["drop_rate"])
+        self.blocks = nn.Sequential(*[_Block(block, cfg) for block in book.trf_blocks])
+        self.norm = _norm(book.final_norm, cfg["emb_dim"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [B, T]. Returns the logits, [B, T, V]."""
+        x = self.drop(self.tok_emb(ids) + self.pos_emb.weight[: ids.shape[1]])
+        return self.out_head(self.norm(self.blocks(x)))
+
+
+def _norm(norm: nn.Module, width: int) -> nn.LayerNorm:
+    fused = nn.LayerNorm(width, eps=norm.eps)
+    fused.weight, fused.bias = norm.scale, norm.shift
+    return fused

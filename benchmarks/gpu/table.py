@@ -1,0 +1,108 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _readable(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _lines(head: list[str], rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return ["Not asked for.", ""]
+    cells = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(row)} |" for row in cells] + [""]
+
+
+def _check(row: Row) -> list[str]:
+    verdict = "ok" if row.get("ok") else row.get("failed", "FAILED")
+    errors = [f"{row[key]:.1e}" if key in row else "-" for key in ("error", "torch_error")]
+    return [row["check"], row["dtype"], row["size"], *errors, verdict]
+
+
+def _operation(row: Row, ours: dict[tuple[str, str], float]) -> list[str]:
+    name = [row["operation"], row.get("pass", "-"), row.get("peer", "-")]
+    if "seconds" not in row:
+        return [*name, "-", "-", row["failed"]]
+    base = ours.get((row["operation"], row["pass"]))
+    ratio = "-" if base is None else f"{row['seconds'] / base:.2f}"
+    return [*name, _readable(row["seconds"]), _percent(row["share_of_bound"]), ratio]
+
+
+def _training(row: Row) -> list[str]:
+    if "seconds" not in row:
+        return [row["train"], "-", "-", "-", "-", row["failed"]]
+    memory = "-" if row["gigabytes"] is None else f"{row['gigabytes']:.1f} GB"
+    return [
+        row["train"],
+        f"[{row['batch']}, {row['tokens']}]",
+        f"{row['tokens_per_second']:,.0f}",
+        _percent(row["share_of_peak"]),
+        memory,
+        f"{row['losses'][0]:.3f}, {row['losses'][1]:.3f}",
+    ]
+
+
+def _decoding(row: Row) -> list[str]:
+    rate = f"{row['tokens_per_second']:,.0f}" if "seconds" in row else row["failed"]
+    return [row["decode"], str(row["batch"]), f"{row['prompt']} + {row['new']}", rate]
+
+
+def render(results: dict[str, Any]) -> str:
+    """A heading with the machine, then a table a section."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    ours = {
+        (row["operation"], row["pass"]): row["seconds"]
+        for row in results["operations"]
+        if row.get("peer") == "fastgpt" and "seconds" in row
+    }
+    bounds = f"{machine['copy_bandwidth'] / 1e12:.2f} TB/s copied, "
+    bounds += f"{machine['product_rate'] / 1e12:.0f} TFLOP/s in a bfloat16 product"
+    note = "A dry run: the kernels were interpreted and the figures mean nothing.\n\n"
+    lines = [
+        f"# {machine['device']}, {machine['date']}",
+        "",
+        f"{note if machine['dry_run'] else ''}{versions}; {bounds}.",
+        "",
+        "## Checks",
+        "",
+        "The largest error against float64, relative to the largest element; ours may be twice",
+        "PyTorch's in the same dtype, and one rounding.",
+        "",
+        *_lines(
+            ["what", "dtype", "size", "error", "PyTorch's", ""],
+            [_check(row) for row in results["checks"]],
+        ),
+        "## Operations",
+        "",
+        "The last column is the peer's time over fastgpt's: above 1, fastgpt is faster.",
+        "",
+        *_lines(
+            ["operation", "pass", "by", "time", "of the bound", "over ours"],
+            [_operation(row, ours) for row in results["operations"]],
+        ),
+        "## Training, GPT-2 124M in bfloat16, one step of AdamW",
+        "",
+        *_lines(
+            ["by", "batch", "tokens/s", "of the peak", "memory", "loss: first, last"],
+            [_training(row) for row in results["training"]],
+        ),
+        "## Greedy decoding, GPT-2 124M in bfloat16",
+        "",
+        *_lines(
+            ["by", "batch", "tokens", "tokens/s"], [_decoding(row) for row in results["decoding"]]
+        ),
+    ]
+    return "\n".join(lines)

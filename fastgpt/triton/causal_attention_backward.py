@@ -1,0 +1,353 @@
+"""The gradients of causal attention, from each row's log-sum-exp that forward kept.
+
+One kernel owns tiles of queries and writes dq, a second owns tiles of keys and writes dk and dv;
+each makes the weights, and dropout's random numbers, again. Nothing is added atomically, so the
+same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.triton.attention_tiles import (
+    LOG2_E,
+    grid,
+    keep_scale,
+    kept_weights,
+    load_rows,
+    options,
+    store_rows,
+)
+
+
+@triton.jit
+def _query_gradient_tiles(
+    dq,  # [BLOCK_M, BLOCK_D], the sum so far, without the scale
+    q,
+    dout,
+    lse,  # [BLOCK_M]
+    delta,  # [BLOCK_M]
+    k_ptr,
+    v_ptr,
+    rows,
+    start,
+    end,
+    stride_kt,
+    stride_vt,
+    T,
+    S,
+    D,
+    scale,
+    drop_p,
+    keep_scale,
+    seed,
+    first_word,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    for n0 in range(start, end, BLOCK_N):
+        keys = n0 + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, keys, stride_kt, S, D, MASKED, EVEN_D, BLOCK_D)
+        v = load_rows(v_ptr, keys, stride_vt, S, D, MASKED, EVEN_D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        weights = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
+        if MASKED:
+            weights = tl.where(keys[None, :] <= rows[:, None] + (S - T), weights, 0.0)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            dweights = tl.where(kept, dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["T", "S", "seed"])
+def causal_attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,  # [B, H, T] float32
+    delta_ptr,  # [B, H, T] float32, written: the sum of out x dout along D
+    dq_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dqb,
+    stride_dqh,
+    stride_dqt,
+    H,
+    T,
+    S,
+    D,
+    scale,
+    drop_p,
+    keep_scale,  # 1 / (1 - drop_p)
+    seed: tl.int64,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    first_row = tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    out_ptr += b * stride_ob + h * stride_oh
+    dout_ptr += b * stride_dob + h * stride_doh
+    out = load_rows(out_ptr, rows, stride_ot, T, D, True, EVEN_D, BLOCK_D).to(tl.float32)
+    dout = load_rows(dout_ptr, rows, stride_dot, T, D, True, EVEN_D, BLOCK_D)
+    delta = tl.sum(out * dout.to(tl.float32), 1)
+    statistics = bh.to(tl.int64) * T + rows
+    tl.store(delta_ptr + statistics, delta, mask=rows < T)
+    lse = tl.load(lse_ptr + statistics, mask=rows < T, other=float("inf"))
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    q = load_rows(q_ptr, rows, stride_qt, T, D, True, EVEN_D, BLOCK_D)
+    first_word = bh.to(tl.int64) * T * tl.cdiv(S, 4)
+    whole = (first_row + S - T + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(first_row + BLOCK_M + S - T, S)
+    dq = _query_gradient_tiles(
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
+        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    dq = _query_gradient_tiles(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, rows, whole, end,
+        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    dq_ptr += b * stride_dqb + h * stride_dqh
+    store_rows(dq_ptr, dq * scale, rows, stride_dqt, T, D, BLOCK_D)
+
+
+@triton.jit
+def _key_gradient_tiles(
+    dk,  # [BLOCK_N, BLOCK_D], the sum so far, without the scale
+    dv,  # [BLOCK_N, BLOCK_D], the sum so far, without dropout's 1 / (1 - p)
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    n0,
+    start,
+    end,
+    stride_qt,
+    stride_dot,
+    T,
+    S,
+    D,
+    scale,
+    drop_p,
+    keep_scale,
+    seed,
+    first_word,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    """Takes the queries from start to end into the gradients of the keys from n0 on.
+
+    The scores lie transposed, so that they go into the sums' products from registers.
+    """
+    keys = n0 + tl.arange(0, BLOCK_N)
+    for m0 in range(start, end, BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, rows, stride_qt, T, D, True, EVEN_D, BLOCK_D)
+        dout = load_rows(dout_ptr, rows, stride_dot, T, D, True, EVEN_D, BLOCK_D)
+        # Past the last query the weights become 0.
+        lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        weights = tl.exp2((scores * scale - lse[None, :]) * LOG2_E)
+        if MASKED:
+            weights = tl.where(keys[:, None] <= rows[None, :] + (S - T), weights, 0.0)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dropped = weights
+        if DROPOUT:
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = tl.trans(kept)
+            dropped = tl.where(kept, weights, 0.0)
+            dweights = tl.where(kept, dweights * keep_scale, 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dscores = weights * (dweights - delta[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["T", "S", "seed"])
+def causal_attention_bwd_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,  # [B, H, T] float32
+    delta_ptr,  # [B, H, T] float32
+    dk_ptr,
+    dv_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dkb,
+    stride_dkh,
+    stride_dkt,
+    stride_dvb,
+    stride_dvh,
+    stride_dvt,
+    H,
+    T,
+    S,
+    D,
+    scale,
+    drop_p,
+    keep_scale,  # 1 / (1 - drop_p)
+    seed: tl.int64,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    """A program owns BLOCK_N keys of one head; the first keys, which most queries see, go first."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    n0, bh = tl.program_id(0) % tiles * BLOCK_N, tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    keys = n0 + tl.arange(0, BLOCK_N)
+    q_ptr += b * stride_qb + h * stride_qh
+    dout_ptr += b * stride_dob + h * stride_doh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    lse_ptr += bh.to(tl.int64) * T
+    delta_ptr += bh.to(tl.int64) * T
+    k = load_rows(k_ptr, keys, stride_kt, S, D, True, EVEN_D, BLOCK_D)
+    v = load_rows(v_ptr, keys, stride_vt, S, D, True, EVEN_D, BLOCK_D)
+    first_word = bh.to(tl.int64) * T * tl.cdiv(S, 4)
+    # The first query that sees one of these keys, and the first tile of queries that see them all.
+    first = tl.maximum(n0 - (S - T), 0)
+    diagonal = tl.maximum(tl.minimum(n0 + BLOCK_N - 1 - (S - T), T), first)
+    whole = first + tl.cdiv(diagonal - first, BLOCK_M) * BLOCK_M
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk, dv = _key_gradient_tiles(
+        dk, dk, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, first, whole, stride_qt, stride_dot,
+        T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    dk, dv = _key_gradient_tiles(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, whole, T, stride_qt, stride_dot,
+        T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    if DROPOUT:
+        dv *= keep_scale
+    dk_ptr += b * stride_dkb + h * stride_dkh
+    dv_ptr += b * stride_dvb + h * stride_dvh
+    store_rows(dk_ptr, dk * scale, keys, stride_dkt, S, D, BLOCK_D)
+    store_rows(dv_ptr, dv, keys, stride_dvt, S, D, BLOCK_D)
+
+
+def causal_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Writes the gradients of q, k and v from that of out, and from what forward wrote.
+
+    dout, dq: like q; dk, dv: like k; any strides but 1 along D. dropout_p, seed: forward's.
+    """
+    if out.numel() == 0:  # no query, or no head dimension
+        dk.zero_()
+        dv.zero_()
+        return
+    H, T, S = q.shape[1], q.shape[2], k.shape[2]
+    delta = torch.empty_like(lse)
+    scalars = (H, T, S, q.shape[3], scale, dropout_p, keep_scale(dropout_p), seed)
+    launch = options("causal_attention_bwd_dq", q, dropout_p)
+    causal_attention_bwd_dq_kernel[grid(q, T, launch["BLOCK_M"])](
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        delta,
+        dq,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *dout.stride()[:3],
+        *dq.stride()[:3],
+        *scalars,
+        **launch,
+    )
+    launch = options("causal_attention_bwd_dkdv", q, dropout_p)
+    causal_attention_bwd_dkdv_kernel[grid(q, S, launch["BLOCK_N"])](
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        delta,
+        dk,
+        dv,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *dout.stride()[:3],
+        *dk.stride()[:3],
+        *dv.stride()[:3],
+        *scalars,
+        **launch,
+    )

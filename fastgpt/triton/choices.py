@@ -1,0 +1,100 @@
+"""Where attention and products run on kernels of our own, and where on the vendor's.
+
+One table for each, read at every call and never tuned at run time. A row says whether a GPU has
+been measured and where its choice comes from; none has been measured yet, so all of them are
+what published figures and arithmetic suggest. `python -m benchmarks.gpu` measures.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from fastgpt.triton import settings
+from fastgpt.triton.settings import ANY
+
+
+class Choice(NamedTuple):
+    """What runs, and why."""
+
+    # "own"; of attention "cudnn", "flash" or "efficient", the backend of PyTorch's SDPA; of
+    # products "vendor", cuBLAS or hipBLASLt through torch.
+    implementation: str
+    measured: bool
+    source: str
+
+
+def _suggested(implementation: str, source: str) -> Choice:
+    return Choice(implementation, False, source)
+
+
+_FLASH_3 = "FlashAttention-3 (arXiv 2407.08608), figures 5 and 6: cuDNN ahead of Triton on an H100"
+_FLASH_2 = "FlashAttention-2 (arXiv 2307.08691), 4.1: 1.3 to 2.5 times Triton's on an A100"
+_NO_SDPA = "SDPA takes no seed for dropout, and its is_causal aligns queries with the first keys"
+_BITS = "SDPA's backward adds atomically, ours gives the same bits twice"
+_TENSOR_CORES = "SDPA's efficient kernel splits float32 for the tensor cores, ours does not"
+_EPILOGUE = "arithmetic: GELU in the epilogue saves reading and writing the product once"
+_FEW_ROWS = "arithmetic: bound by one read of the weights, for which vendors' kernels tile badly"
+_PRODUCTS = "design.md: a plain product is what cuBLAS is best at"
+
+# (architecture, dtype, shape). The shape of attention is "square" (as many keys as queries, no
+# dropout), "repeatable" (the same with torch.use_deterministic_algorithms) or "other".
+ATTENTION: dict[tuple[str, str, str], Choice] = {
+    ("sm_80", "half", "square"): _suggested("flash", _FLASH_2),
+    ("sm_86", "half", "square"): _suggested("flash", _FLASH_2),
+    ("sm_90", "half", "square"): _suggested("cudnn", _FLASH_3),
+    ("sm_100", "half", "square"): _suggested("cudnn", _FLASH_3),
+    ("gfx942", "half", "square"): _suggested("flash", "PyTorch's build carries AMD's own kernels"),
+    ("gfx942", "float", "square"): _suggested("own", "AMD's matrix cores multiply float32"),
+    (ANY, "float", "square"): _suggested("efficient", _TENSOR_CORES),
+    (ANY, ANY, "repeatable"): _suggested("own", _BITS),
+    (ANY, ANY, "other"): _suggested("own", _NO_SDPA),
+}
+
+# The shape of a product is "few" (16 rows or less), "gelu" (a bias and GELU behind it) or "plain".
+PRODUCTS: dict[tuple[str, str, str], Choice] = {
+    (ANY, ANY, "few"): _suggested("own", _FEW_ROWS),
+    (ANY, "half", "gelu"): _suggested("own", _EPILOGUE),
+    ("gfx942", "half", "gelu"): _suggested("vendor", _PRODUCTS),
+    (ANY, "float", "gelu"): _suggested("vendor", _PRODUCTS),
+    (ANY, ANY, "plain"): _suggested("vendor", _PRODUCTS),
+}
+
+FEW_ROWS = 16
+
+
+@functools.cache
+def attention(
+    arch: str,
+    itemsize: int,
+    square: bool,
+    dropout: bool = False,
+    repeatable: bool = False,
+) -> Choice:
+    """What runs causal attention.
+
+    Args:
+        arch: "sm_90", "gfx942" and so on, as ``settings.device_of`` says it.
+        itemsize: of the dtype, in bytes.
+        square: whether there are as many keys as queries.
+        dropout: whether weights are dropped.
+        repeatable: whether the same call must give the same bits.
+    """
+    shape = "other" if dropout or not square else "repeatable" if repeatable else "square"
+    return _row(ATTENTION, arch, itemsize, shape)
+
+
+def product(arch: str, itemsize: int, rows: int, gelu: bool = False) -> Choice:
+    """What runs act(x W^T + b) on so many rows of x. arch, itemsize: as for attention."""
+    shape = "few" if rows <= FEW_ROWS else "gelu" if gelu else "plain"
+    return _row(PRODUCTS, arch, itemsize, shape)
+
+
+def _row(table: dict[tuple[str, str, str], Choice], arch: str, itemsize: int, shape: str) -> Choice:
+    """The row for it, or the one for ANY architecture or dtype."""
+    dtype = "half" if itemsize == 2 else "float"
+    for a in (settings.class_of(arch), ANY):
+        for d in (dtype, ANY):
+            if (a, d, shape) in table:
+                return table[a, d, shape]
+    return _suggested("own", f"no row for {arch}: nothing is known of the vendor's kernels there")

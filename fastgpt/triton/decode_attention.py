@@ -1,0 +1,159 @@
+"""Attention of one query a sequence over a cache of keys and values, split along the cache.
+
+Each split writes its own result and log-sum-exp, a second kernel joins them in a fixed order. How
+many tokens the cache holds is read on the device, and every split takes an equal share of them, so
+one CUDA graph serves all lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.triton import settings
+from fastgpt.triton.attention_tiles import LOG2_E
+
+MAX_SPLITS = 64
+
+
+@triton.jit(do_not_specialize=["splits"])
+def decode_attention_split_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    length_ptr,  # one int32: the tokens in the cache, at least 1
+    out_ptr,  # the splits' results; with one split the result itself
+    lse_ptr,  # [B, H, splits] float32, in base 2; None with one split
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    H,
+    splits,
+    D,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns one share of one head's cache."""
+    split, bh = tl.program_id(0) % splits, tl.program_id(0) // splits
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + cols, mask=cols < D, other=0.0)
+    q = q.to(tl.float32) * (scale * LOG2_E)
+    keys_ptr += b * stride_kb + h * stride_kh
+    values_ptr += b * stride_vb + h * stride_vh
+    length = tl.load(length_ptr)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+    for n0 in range(split * share, tl.minimum(split * share + share, length), BLOCK_N):
+        rows = n0 + tl.arange(0, BLOCK_N)
+        mask = (rows[:, None] < length) & (cols[None, :] < D)
+        at = rows.to(tl.int64)[:, None]
+        keys = tl.load(keys_ptr + at * stride_kt + cols[None, :], mask=mask, other=0.0)
+        values = tl.load(values_ptr + at * stride_vt + cols[None, :], mask=mask, other=0.0)
+        scores = tl.sum(keys.to(tl.float32) * q[None, :], 1)
+        scores = tl.where(rows < length, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        # A share that has seen nothing but -inf keeps its weights at 0 instead of inf - inf.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * values.to(tl.float32), 0)
+        top = new_top
+    total = tl.where(total == 0.0, 1.0, total)  # of an empty share, which weighs 0
+    out_ptr += b * stride_ob + h * stride_oh + split * stride_os
+    tl.store(out_ptr + cols, (acc / total).to(out_ptr.dtype.element_ty), mask=cols < D)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + bh.to(tl.int64) * splits + split, top + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=["n_splits"])
+def decode_attention_join_kernel(
+    part_ptr,  # [B, H, n_splits, D] float32
+    lse_ptr,  # [B, H, n_splits] float32, in base 2
+    out_ptr,
+    stride_ob,
+    stride_oh,
+    H,
+    n_splits,
+    D,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns one head: the splits' results, weighed by their shares of the softmax."""
+    bh = tl.program_id(0).to(tl.int64)
+    splits, cols = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + bh * n_splits + splits, mask=splits < n_splits, other=float("-inf"))
+    weights = tl.exp2(lse - tl.max(lse, 0))
+    mask = (splits[:, None] < n_splits) & (cols[None, :] < D)
+    part_ptrs = part_ptr + (bh * n_splits + splits[:, None]) * D + cols[None, :]
+    parts = tl.load(part_ptrs, mask=mask, other=0.0)
+    out = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    out_ptr += (bh // H) * stride_ob + (bh % H) * stride_oh
+    tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, out: Tensor
+) -> None:
+    """Writes out = softmax(scale q k^T) v of one query a head over the cache's first tokens.
+
+    q, out: [B, H, 1, D]; keys, values: [B, H, capacity, D], all of one dtype (float32, float16 or
+    bfloat16) and of any strides but 1 along D; what lies past the length is never read. length: one
+    int32 on the same device, from 1 to capacity; it is not checked.
+    """
+    if out.numel() == 0:
+        return
+    B, H, capacity, D = keys.shape
+    block_d = max(16, triton.next_power_of_2(D))
+    launch = settings.launch("decode_attention_split", q)
+    programs = 2 * settings.device_of(q).multiprocessors
+    splits = min(triton.cdiv(programs, B * H), triton.cdiv(capacity, launch["BLOCK_N"]), MAX_SPLITS)
+    part, lse, strides = out, None, (out.stride(0), out.stride(1), 0)
+    if splits > 1:
+        part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+        strides = (H * splits * D, splits * D, D)
+    decode_attention_split_kernel[(splits * B * H,)](
+        q,
+        keys,
+        values,
+        length,
+        part,
+        lse,
+        *q.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *strides,
+        H,
+        splits,
+        D,
+        scale,
+        BLOCK_D=block_d,
+        **launch,
+    )
+    if splits > 1:
+        decode_attention_join_kernel[(B * H,)](
+            part,
+            lse,
+            out,
+            *out.stride()[:2],
+            H,
+            splits,
+            D,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_D=block_d,
+            **settings.launch("decode_attention_join", q),
+        )

@@ -1,0 +1,68 @@
+"""The output head and its cross entropy in one, in chunks of rows: the logits of all tokens, which
+would be the largest tensor of training, never exist at once.
+
+The products are cuBLAS's; the kernels between them turn a chunk's logits into its losses and then,
+in place, into their gradient, of which the gradients of x and weight are made at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.triton.cross_entropy import cross_entropy, cross_entropy_backward
+
+# What a chunk's logits may take. Larger chunks add up dweight less often.
+CHUNK_BYTES = 512 * 2**20
+
+
+def _chunk_rows(pitch: int, itemsize: int) -> int:
+    rows = CHUNK_BYTES // (pitch * itemsize)
+    return max(rows // 128 * 128, 1)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    loss: Tensor,
+    dx: Tensor | None = None,
+    dweight: Tensor | None = None,
+) -> None:
+    """Writes each row's cross entropy of x weight^T, and the gradients of the losses' sum.
+
+    x, dx: [N, D] contiguous; weight, dweight: [V, D], the dtype of x; targets: [N] contiguous, any
+    integer dtype; loss: [N] float32. dx and dweight are for an upstream gradient of ones, and None
+    where not wanted. Ignored rows have loss and gradient 0.
+    """
+    n_rows, vocabulary = len(x), len(weight)
+    # Rows start at multiples of 128 bytes, so that they are read 16 bytes at a time.
+    pitch = -(-vocabulary // 64) * 64
+    chunk = min(_chunk_rows(pitch, x.element_size()), max(n_rows, 1))
+    buffer = torch.empty((chunk, pitch), dtype=x.dtype, device=x.device)
+    lse = torch.empty(chunk, dtype=torch.float64, device=x.device)
+    one = torch.ones(1, dtype=torch.float32, device=x.device).expand(chunk)
+    total = dweight
+    if dweight is not None and dweight.dtype != torch.float32:
+        total = torch.empty(dweight.shape, dtype=torch.float32, device=x.device)
+    if total is not None:
+        total.zero_()
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        n = rows.stop - start
+        logits = buffer[:n, :vocabulary]
+        torch.mm(x[rows], weight.t(), out=logits)
+        cross_entropy(logits, targets[rows], ignore_index, loss[rows], lse)
+        if dx is None and total is None:
+            continue
+        cross_entropy_backward(logits, targets[rows], ignore_index, lse, one)
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[rows])
+        if total is not None:
+            if total.dtype == x.dtype:
+                total.addmm_(logits.t(), x[rows])
+            else:
+                total += torch.mm(logits.t(), x[rows])
+    if dweight is not None and total is not None and total is not dweight:
+        dweight.copy_(total)

@@ -1,0 +1,62 @@
+"""The Triton kernels without a GPU: interpreted on CPU tensors, or compiled for a GPU that is not
+there. Where triton is not installed every file here is skipped.
+
+The folder is not called triton because tests/ is on the import path, where a folder of that name
+would pass for the package.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastgpt.triton import missing_reason
+
+# Compiled kernels are kept between runs; triton's own default is in the home directory.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton-cache"))
+
+
+class _Skipped(pytest.Module):
+    def collect(self):
+        pytest.skip(missing_reason(), allow_module_level=True)
+
+
+if missing_reason() is not None:
+
+    def pytest_pycollect_makemodule(module_path, parent):
+        return _Skipped.from_parent(parent, path=module_path)
+
+
+@pytest.fixture
+def interpreted():
+    from on_triton.support.interpreter import interpreted
+
+    with interpreted():
+        yield
+
+
+@pytest.fixture
+def launched_with(monkeypatch):
+    """launched_with(kernel, BLOCK=...): other settings for a kernel, so that small inputs cross its
+    tiles' borders.
+    """
+    from fastgpt.triton import settings
+
+    def use(kernel, num_warps=4, num_stages=1, **blocks):
+        row = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **blocks}
+        monkeypatch.setitem(settings.TABLE, kernel, {(settings.ANY,) * 3: row})
+        settings.lookup.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    settings.lookup.cache_clear()
+
+
+@pytest.fixture
+def padded():
+    """Puts tensors into buffers of NaN; see support/padding.py."""
+    from on_triton.support.padding import Padding
+
+    padding = Padding()
+    yield padding
+    padding.check()

@@ -1,0 +1,140 @@
+"""A GPU that is not there: launchers run against it, and each kernel they launch is compiled.
+
+`fake_gpu(arch)` records every launch with the compiled kernel, whose registers, shared memory and
+instructions `resources` reads. Tensors made inside it hold no memory. They say that they are on the
+CPU: a torch without CUDA cannot index one that says otherwise, and launchers do not ask.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import KernelInterface
+
+from fastgpt.triton import settings
+
+ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SHARED_MEMORY = {
+    arch: kib * 1024
+    for arch, kib in {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}.items()
+}
+# The tensor cores' instruction in PTX or AMD's assembly.
+MATRIX = {
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+
+
+class Launch(NamedTuple):
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's own names, and num_warps and the like
+    compiled: Any
+
+
+class _Driver(DriverBase):
+    def __init__(self, arch):
+        self.arch = arch
+        amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, kind):
+        return "void*"
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+    def get_current_device(self):
+        # Compiled kernels are kept by this number: one for each architecture.
+        return 1000 + sorted(_MULTIPROCESSORS).index(self.arch)
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing is tuned at run time")
+
+
+@contextlib.contextmanager
+def fake_gpu(arch):
+    """Launches inside it compile for that architecture and run nothing; yields the list of them."""
+    launches = []
+
+    def launcher(kernel, grid):
+        def launch(*args, **kwargs):
+            arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+            size = grid(arguments) if callable(grid) else grid
+            compiled = kernel.warmup(*args, grid=size, **kwargs)
+            launches.append(Launch(kernel.__name__, tuple(size), arguments, compiled))
+            return compiled
+
+        return launch
+
+    device = settings.Device(arch, _MULTIPROCESSORS[arch])
+    get, of, active = KernelInterface.__getitem__, settings.device_of, driver._active
+    KernelInterface.__getitem__, settings.device_of = launcher, lambda x: device
+    driver.set_active(_Driver(arch))
+    try:
+        with FakeTensorMode(), warnings.catch_warnings():
+            # Triton asks every tensor how its address is aligned; a fake one answers 0.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield launches
+    finally:
+        KernelInterface.__getitem__, settings.device_of, driver._active = get, of, active
+
+
+class Resources(NamedTuple):
+    shared: int  # bytes a program
+    registers: int  # a thread
+    spilled: int  # bytes of stack a thread, or spilled registers on AMD
+    assembly: str  # PTX, or AMD's
+
+
+def resources(compiled):
+    """What a compiled kernel takes, read from its binary."""
+    shared = compiled.metadata.shared
+    if "hsaco" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
+            for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        return Resources(shared, registers, spilled, assembly)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Resources(shared, registers, stack, compiled.asm["ptx"])
+
+
+def reads_16_bytes(assembly):
+    """Whether global memory is read 16 bytes at a time, directly or into shared memory."""
+    return bool(
+        re.search(
+            r"(?<![a-z0-9.])(ld\.global[a-z0-9_.:]*\.v4\.[bf]32|ld\.global[a-z0-9_.:]*\.v2\.b64"
+            r"|cp\.async\.cg|cp\.async\.bulk\.tensor|(global|buffer)_load_dwordx4)",
+            assembly,
+        )
+    )

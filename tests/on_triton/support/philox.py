@@ -1,0 +1,41 @@
+"""Triton's random numbers in numpy: Philox 4x32 with ten rounds, after Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+import numpy as np
+import torch
+
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def randint4x(seed, offset):
+    """tl.randint4x(seed, offset) as four uint32 arrays; offset: an int64 array."""
+    offset = offset.astype(np.uint64)
+    c0, c1 = offset & _LOW, offset >> _HALF
+    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (b >> _HALF) ^ c1 ^ np.uint64(k0), b & _LOW
+        c2, c3 = (a >> _HALF) ^ c3 ^ np.uint64(k1), a & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
+
+
+def rand4x(seed, offset):
+    """tl.rand4x(seed, offset): four float32 arrays in [0, 1)."""
+    words = (bits.view(np.int32) for bits in randint4x(seed, offset))
+    scale = np.float32(4.6566127342e-10)
+    return tuple(np.where(x < 0, ~x, x).astype(np.float32) * scale for x in words)
+
+
+def rand(seed, offset):
+    """tl.rand(seed, offset): float32 in [0, 1)."""
+    return rand4x(seed, offset)[0]
+
+
+def keep(seed, shape, p):
+    """What dropout multiplies a contiguous tensor of this shape by: 1 / (1 - p) or 0, float64."""
+    offset = np.arange(np.prod(shape, dtype=np.int64)).reshape(shape)
+    kept = torch.from_numpy(rand(seed, offset) >= np.float32(p))
+    return kept.double() / (1 - p)
