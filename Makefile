@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The one place that the sanitized package is built to, apart from the tree and the virtual environment.
 SANITIZED := build/sanitize
-OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_forward.py \
+OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_embedding.py \
+            tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
             tests/test_cpu.py
 
 .PHONY: help setup venv demo test bench scaling sanitize lint format dist clean

@@ -18,7 +18,17 @@ from benchmarks.case import ALL_PEERS, Case
 from fastgpt.compare import interleaved
 from fastgpt.machine import machine_line
 
-OPERATIONS = ("layer_norm", "gelu", "causal_attention", "forward", "decode")
+OPERATIONS = (
+    "embedding",
+    "layer_norm",
+    "causal_attention",
+    "linear",
+    "gelu",
+    "linear_cross_entropy",
+    "forward",
+    "train",
+    "decode",
+)
 ROUNDS = 4  # at least
 
 Timings = dict[str, tuple[float, float | None]]  # of one case: peer -> seconds, error
@@ -63,7 +73,7 @@ def print_table(table: dict[str, Timings]) -> None:
     rows = [["work", *shown], ["---"] * (1 + len(shown))]
     for name, timings in table.items():
         base, base_error = timings["reference"]
-        cells = [f"{_readable(base)}, {base_error:.1e}"]
+        cells = [_readable(base) if base_error is None else f"{_readable(base)}, {base_error:.1e}"]
         for peer in shown[1:]:
             seconds, error = timings.get(peer, (None, None))
             speed = "-" if seconds is None else f"{base / seconds:.2f}x"

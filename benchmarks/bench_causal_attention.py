@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import PEERS, Case
+from benchmarks.case import PEERS, Case, both_ways
 from fastgpt import ops, reference
 
 SHAPES = ((8, 12, 8, 64), (8, 12, 128, 64), (1, 12, 256, 64), (1, 12, 1024, 64))
@@ -35,7 +35,28 @@ def causal_attention(B: int, H: int, T: int, D: int) -> Case:
     )
 
 
-CASES = {f"causal_attention {list(shape)}": partial(causal_attention, *shape) for shape in SHAPES}
+def causal_attention_backward(B: int, H: int, T: int, D: int) -> Case:
+    mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+
+    def book(q, k, v):
+        return reference.causal_attention(q, k, v, mask)
+
+    return both_ways(
+        {
+            "reference": book,
+            "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            "compile": torch.compile(book, dynamic=False),
+            "fastgpt": ops.causal_attention,
+        },
+        [torch.randn(B, T, H, D).transpose(1, 2) for _ in range(3)],
+    )
+
+
+CASES = {
+    f"{build.__name__} {list(shape)}": partial(build, *shape)
+    for build in (causal_attention, causal_attention_backward)
+    for shape in SHAPES
+}
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.case import PEERS, Case
+from benchmarks.case import PEERS, Case, both_ways
 from fastgpt import ops, reference
 
 WIDTH = 4 * 768
@@ -45,9 +45,24 @@ def bias_gelu(rows: int) -> Case:
     )
 
 
+def bias_gelu_backward(rows: int) -> Case:
+    def book(x, bias):
+        return reference.gelu(x + bias)
+
+    return both_ways(
+        {
+            "reference": book,
+            "torch": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+            "compile": torch.compile(book, dynamic=False),
+            "fastgpt": ops.bias_gelu,
+        },
+        [torch.randn(rows, WIDTH), torch.randn(WIDTH)],
+    )
+
+
 CASES = {
     f"{build.__name__} [{rows}, {WIDTH}]": partial(build, rows)
-    for build in (gelu, bias_gelu)
+    for build in (gelu, bias_gelu, bias_gelu_backward)
     for rows in ROWS
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.case import PEERS, Case
+from benchmarks.case import PEERS, Case, both_ways
 from fastgpt import ops, reference
 
 WIDTH = 768
@@ -51,9 +51,21 @@ def add_layer_norm(rows: int) -> Case:
     )
 
 
+def layer_norm_backward(rows: int) -> Case:
+    return both_ways(
+        {
+            "reference": reference.layer_norm,
+            "torch": lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias),
+            "compile": torch.compile(reference.layer_norm, dynamic=False),
+            "fastgpt": ops.layer_norm,
+        },
+        [torch.randn(rows, WIDTH), torch.randn(WIDTH), torch.randn(WIDTH)],
+    )
+
+
 CASES = {
     f"{build.__name__} [{rows}, {WIDTH}]": partial(build, rows)
-    for build in (layer_norm, add_layer_norm)
+    for build in (layer_norm, add_layer_norm, layer_norm_backward)
     for rows in ROWS
 }
 

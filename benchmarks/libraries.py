@@ -90,21 +90,23 @@ def ctranslate2_generator(model: nn.Module) -> Any:
         )
 
 
-def products(rows: int, cfg: dict[str, Any], head_rows: int) -> Callable[[], None]:
-    """Only the matrix products of a forward pass, into buffers that are ready."""
+def products(
+    rows: int, cfg: dict[str, Any], head_rows: int, backward: bool = False
+) -> Callable[[], None]:
+    """Only the matrix products of a forward pass, or of a training step, into ready buffers."""
     wide = cfg["emb_dim"]
 
-    def operands(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.randn(m, k), torch.randn(n, k).T, torch.empty(m, n)
+    def operands(m: int, k: int, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        x, weight, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+        both = [(out, weight, torch.empty(m, k)), (out.T, x, torch.empty(n, k))]
+        return [(x, weight.T, out), *(both if backward else [])]
 
     sizes = ((wide, 3 * wide), (wide, wide), (wide, 4 * wide), (4 * wide, wide))
-    layer = [operands(rows, k, n) for k, n in sizes]
+    layer = [product for k, n in sizes for product in operands(rows, k, n)]
     head = operands(head_rows, wide, cfg["vocab_size"])
 
     def run() -> None:
-        for _ in range(cfg["n_layers"]):
-            for x, weight, out in layer:
-                torch.mm(x, weight, out=out)
-        torch.mm(head[0], head[1], out=head[2])
+        for one, other, out in [*layer * cfg["n_layers"], *head]:
+            torch.mm(one, other, out=out)
 
     return run

@@ -19,7 +19,7 @@ def now():
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.manual_seed(0)
-model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M).eval()
+model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"drop_rate": 0.0}).eval()
 idx = torch.randint(0, 50257, (8, 1024))
 """
 
@@ -55,3 +55,24 @@ for _ in range(4):
 print(now() - before)
 """
     assert _bytes(code) < 16e6
+
+
+STEP = """
+model.train()
+model.out_head.weight = model.tok_emb.weight
+idx = idx[:{batch}]
+loss = {loss}
+loss.backward()
+print(peak())
+"""
+READERS = "torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), idx.flatten())"
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss", "gigabytes"),
+    [(2, READERS, 3.6), (2, "model.loss(idx, idx)", 2.3), (8, "model.loss(idx, idx)", 6.0)],
+    ids=["readers loop", "model.loss", "model.loss, batch 8"],
+)
+def test_a_training_step_fits(batch, loss, gigabytes):
+    """The whole process; the book's model takes 6.4 GB for the first."""
+    assert _bytes(STEP.format(batch=batch, loss=loss)) < gigabytes * 1e9
