@@ -62,6 +62,12 @@ def test_shapes_that_do_not_fit(path):
             embedding(idx, torch.randn(4, tok), torch.randn(4, pos), past)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float32], ids=str)
+def test_other_ids_are_refused(path, dtype):
+    with pytest.raises(TypeError, match="must be int32 or int64"):
+        embedding(torch.zeros(1, 3, dtype=dtype), torch.randn(4, 8), torch.randn(4, 8))
+
+
 def test_second_derivative(path):
     idx = torch.randint(0, 4, (2, 3))
     tables = [torch.randn(4, 8, requires_grad=True) for _ in range(2)]

@@ -114,6 +114,8 @@ def test_bad_arguments(path):
         linear_cross_entropy(x, w, t[:2])
     with pytest.raises(ValueError, match="reduction"):
         linear_cross_entropy(x, w, t, reduction="median")
+    with pytest.raises(ValueError, match="the targets are on meta"):
+        linear_cross_entropy(x, w, t.to("meta"))
 
 
 def test_second_derivative(path):

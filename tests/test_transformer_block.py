@@ -162,6 +162,13 @@ def test_what_it_does_not_take():
     assert ops.transformer_block(torch.randn(1, 4, width), strided, heads) is None
 
 
+@pytest.mark.parametrize("heads", [0, -1, 5])
+def test_heads_that_do_not_divide_the_width(heads):
+    parameters = _taken_apart(blocks(48, 3)[0]).parameters
+    with pytest.raises(ValueError, match="must be a multiple of n_heads"):
+        ops.transformer_block(torch.randn(1, 4, 48), parameters, heads)
+
+
 def test_too_many_tokens():
     block = blocks(48, 3)[0]
     with pytest.raises(ValueError, match="301 tokens are more than the context length 300"):

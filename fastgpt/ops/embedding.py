@@ -29,9 +29,12 @@ def embedding(
 
     Raises:
         ValueError: the shapes do not fit each other, or dropout_p is not a probability.
+        TypeError: the ids are neither int32 nor int64.
         IndexError: an id is outside the vocabulary.
         BackendError: a backend asked for by name cannot take these tensors.
     """
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"token ids must be int32 or int64, got {idx.dtype}")
     fits = idx.dim() == tok.dim() == pos.dim() == 2 and tok.shape[1] == pos.shape[1]
     if not fits or past + idx.shape[1] > pos.shape[0]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (idx, tok, pos))
@@ -41,7 +44,7 @@ def embedding(
     if torch.compiler.is_compiling():
         return _torch(idx, tok, pos, past, dropout_p)
     kernels = dispatch.kernels("embedding", tok, pos)
-    if kernels is None:
+    if kernels is None or idx.device != tok.device:
         try:
             return _torch(idx, tok, pos, past, dropout_p)
         except IndexError:

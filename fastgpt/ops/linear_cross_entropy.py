@@ -38,17 +38,20 @@ def linear_cross_entropy(
         A scalar, or [...] for "none"; float64 for float64, else float32.
 
     Raises:
-        ValueError: the shapes do not fit each other, or the reduction is none of these.
+        ValueError: the shapes do not fit each other, the targets are on another device, or the
+            reduction is none of these.
         TypeError: the targets are not integers.
         IndexError: a target is outside the vocabulary.
         BackendError: a backend asked for by name cannot take these tensors.
     """
-    check_targets(targets, weight.shape[0], ignore_index)
     if x.shape[-1:] != weight.shape[1:] or x.shape[:-1] != targets.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"x [..., D], weight [V, D] and targets [...] do not fit: {shapes}")
+    if targets.device != x.device:
+        raise ValueError(f"the targets are on {targets.device}, x is on {x.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "none"')
+    check_targets(targets, weight.shape[0], ignore_index)
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     if torch.compiler.is_compiling() or dispatch.transformed():
         loss = _differentiable(rows, weight, labels, ignore_index, reduction)

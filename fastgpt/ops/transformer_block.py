@@ -44,8 +44,10 @@ def transformer_block(
         by one. Draws one number from torch's CPU generator if something is dropped.
 
     Raises:
-        ValueError: a probability is not one.
+        ValueError: D is not a multiple of n_heads, or a probability is not one.
     """
+    if n_heads <= 0 or x.shape[-1] % n_heads:
+        raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
         return None
     fields = record(parameters, x.shape[2])
