@@ -10,7 +10,7 @@ OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attent
             tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
             tests/test_cpu.py
 
-.PHONY: help setup venv demo test bench scaling sanitize lint format dist clean
+.PHONY: help setup venv demo test bench scaling figures sanitize lint format dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -48,6 +48,11 @@ bench: setup $(VENV)/.bench  ## each operation, forward passes and generation ag
 
 scaling: setup $(VENV)/.bench  ## draw time against tokens, batch, layers and threads
 	$(BIN)/python -m benchmarks.scaling --out docs/scaling.svg
+
+# Everything that the pages show, measured anew: half an hour on a machine that does nothing else.
+figures: scaling  ## measure what the README and docs/ show, and write it there
+	$(BIN)/python -m fastgpt bench --out docs/figures/bench.html --svg docs/figures
+	$(BIN)/python -m benchmarks.figures docs/figures/bench.json README.md docs/readers.md
 
 # GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
 # with it: AddressSanitizer has to find __cxa_throw when the process starts.

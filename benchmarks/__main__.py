@@ -14,7 +14,8 @@ from math import ceil
 
 import torch
 
-from benchmarks.case import ALL_PEERS, Case
+from fastgpt.bench.case import ALL_PEERS, Case
+from fastgpt.bench.words import readable
 from fastgpt.compare import interleaved
 from fastgpt.machine import machine_line
 
@@ -73,7 +74,7 @@ def print_table(table: dict[str, Timings]) -> None:
     rows = [["work", *shown], ["---"] * (1 + len(shown))]
     for name, timings in table.items():
         base, base_error = timings["reference"]
-        cells = [_readable(base) if base_error is None else f"{_readable(base)}, {base_error:.1e}"]
+        cells = [readable(base) + ("" if base_error is None else f", {base_error:.1e}")]
         for peer in shown[1:]:
             seconds, error = timings.get(peer, (None, None))
             speed = "-" if seconds is None else f"{base / seconds:.2f}x"
@@ -85,13 +86,6 @@ def print_table(table: dict[str, Timings]) -> None:
     print("\nReference: time; the others: how many times as fast, by the fastest of interleaved")
     print("rounds. Then the largest error against float64; of decode, how far a chosen token's")
     print("logit lies below the greatest one, in float64.")
-
-
-def _readable(seconds: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.2f} {unit}"
-    return f"{seconds * 1e6:.1f} us"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import PEERS, Case, both_ways
 from fastgpt import ops, reference
+from fastgpt.bench.case import PEERS, Case, both_ways
 
 SHAPES = ((8, 12, 8, 64), (8, 12, 128, 64), (1, 12, 256, 64), (1, 12, 1024, 64))
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import Case, both_ways
 from fastgpt import ops
+from fastgpt.bench.case import Case, both_ways
 
 VOCABULARY, CONTEXT, WIDTH = 50257, 1024, 768
 SHAPES = ((2, 512), (8, 1024))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.case import PEERS, Case, both_ways
 from fastgpt import ops, reference
+from fastgpt.bench.case import PEERS, Case, both_ways
 
 WIDTH = 4 * 768
 ROWS = (8, 1024, 8192)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.case import Case, both_ways
 from fastgpt import ops
+from fastgpt.bench.case import Case, both_ways
 
 N_IN, N_OUT = 768, 4 * 768
 ROWS = (1, 4, 8, 16, 64, 256, 1024)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import Case, both_ways
 from fastgpt import ops
+from fastgpt.bench.case import Case, both_ways
 
 WIDTH, VOCABULARY = 768, 50257
 ROWS = (64, 1024)

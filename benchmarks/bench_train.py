@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import libraries
-from benchmarks.case import ALL_PEERS, Case
 from fastgpt import GPT_CONFIG_124M, GPTModel, reference
+from fastgpt.bench import libraries
+from fastgpt.bench.case import ALL_PEERS, Case
 
 GPT2 = GPT_CONFIG_124M | {"drop_rate": 0.0, "qkv_bias": True}
 CONFIGS = {
@@ -84,7 +84,7 @@ def train(config: str, shape: tuple[int, int]) -> Case:
         "hf": grad(lambda: hf_step(hf, ids)),
         "floor": libraries.products(ids.numel(), cfg, head_rows=ids.numel(), backward=True),
         "fastgpt": grad(lambda: step(fused, readers_loss(fused, ids))),
-        "model.loss": grad(lambda: step(fused, fused.loss(ids, ids.roll(-1)))),
+        "loss": grad(lambda: step(fused, fused.loss(ids, ids.roll(-1)))),
     }
     if hf is None:
         del peers["hf"]

@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks.case import Case
+from fastgpt.bench.case import Case
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -95,7 +95,8 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
     info = metadata.partition("/")[0]
     assert {name.partition("/")[0] for name in names} == {"fastgpt", info}
     files = {name for name in names if name.startswith("fastgpt/")}
-    package = sources("fastgpt/**/*.py", "fastgpt/*.pyi") | {"fastgpt/py.typed"}
+    package = sources("fastgpt/**/*.py", "fastgpt/**/*.html", "fastgpt/*.pyi")
+    package |= {"fastgpt/py.typed"}
     assert files >= package
     binaries = [name for name in files - package if name.startswith("fastgpt/_C.")]
     assert len(binaries) == len(files - package) == HAS_COMPILER

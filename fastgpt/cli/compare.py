@@ -7,16 +7,17 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from fastgpt import BackendWarning, backends, use_backend
-from fastgpt.cli.usage import Commands, UsageError, positive
+from fastgpt import BackendWarning, use_backend
+from fastgpt.cli.progress import bar, need_rich, silent
+from fastgpt.cli.usage import Commands, missing_kernels, positive
 from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
-from fastgpt.dispatch import NAMES, requested
+from fastgpt.dispatch import NAMES
 from fastgpt.machine import machine, machine_line
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
@@ -42,7 +43,7 @@ def add_to(commands: Commands) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     if not args.json:
-        _need_rich()
+        need_rich("the table needs rich: pip install 'fastgpt[cli]', or take --json")
     notes = sys.stderr if args.json else sys.stdout
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -55,12 +56,13 @@ def run_compare(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(), use_backend(args.backend) if args.backend else nullcontext():
         # A BackendWarning would repeat what the line about missing kernels says.
         warnings.simplefilter("ignore", BackendWarning)
-        missing = _missing_kernels()
+        missing = missing_kernels()
         if missing:
             print(f"No fused kernels, PyTorch's own operations stand in: {missing}", file=notes)
         measured_on, line = machine(), machine_line()
         options = {"seed": args.seed, "rounds": args.rounds}
-        rows = compare(prompt, **options) if args.json else _with_bar(prompt, options)
+        with nullcontext(silent) if args.json else bar() as show:
+            rows = compare(prompt, **options, progress=show)
 
     agree = all(row.agree for row in rows)
     if args.json:
@@ -79,48 +81,9 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0 if agree else 1
 
 
-def _missing_kernels() -> str | None:
-    """Why the C++ kernels can't run here, or None."""
-    try:
-        requested()
-        return backends()["cpu"].reason
-    except ValueError as error:  # FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there
-        raise UsageError(error) from None
-
-
 def _finite(value: Any) -> Any:
     """JSON has neither NaN nor infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _need_rich() -> None:
-    try:
-        import rich.progress
-        import rich.table  # noqa: F401
-    except ImportError:
-        message = "the table needs rich: pip install 'fastgpt[cli]', or take --json"
-        raise UsageError(message) from None
-
-
-def _with_bar(prompt: Sequence[int], options: Mapping[str, Any]) -> list[Row]:
-    """`compare` under a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    # No thread that redraws: it would take time from whichever model is being timed.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, doing: str) -> None:
-            bar.update(task, completed=done, total=total, description=doing, refresh=True)
-
-        return compare(prompt, **options, progress=show)
 
 
 def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:

@@ -21,7 +21,8 @@ OPTIONAL = {
     "triton": ("GPU kernels", "triton"),
     "rich": ("tables and progress bars", "cli"),
     "safetensors": ("training, and loading models", "train"),
-    "matplotlib": ("the picture of a run's losses", "train"),
+    "matplotlib": ("the picture of a run's losses, and the charts of bench", "train"),
+    "jinja2": ("the page of bench", "report"),
 }
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
+from fastgpt.dispatch import backends, requested
+
 # What add_subparsers returns; quoted, for it is generic to the type checker alone.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -40,3 +42,16 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def missing_kernels() -> str | None:
+    """Why the C++ kernels can't run here, or None.
+
+    Raises:
+        UsageError: FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there.
+    """
+    try:
+        requested()
+        return backends()["cpu"].reason
+    except ValueError as error:
+        raise UsageError(error) from None

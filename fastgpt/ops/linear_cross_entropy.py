@@ -139,8 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = _gradients(x, weight, wanted)
         upstream = share.expand(N).contiguous() if any(wanted) else None
         run(x, weight, targets, ignore_index, loss, upstream, *ctx.grads, owner=owner)
-        total = loss.sum()
-        return total * share if reduction == "mean" else total
+        # In float64, so that a mean of many rows is as exact as one of few.
+        total = loss.sum(dtype=torch.float64)
+        return (total * share if reduction == "mean" else total).to(kept)
 
     @staticmethod
     def backward(ctx, dloss):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def missing(*packages: str) -> str | None:
@@ -20,8 +20,10 @@ def missing(*packages: str) -> str | None:
 
 
 @torch.no_grad()
-def hugging_face(book: nn.Module, cfg: dict[str, Any]) -> nn.Module:
-    """transformers' GPT2LMHeadModel with a copy of the book's weights, in eval mode."""
+def hugging_face(book: Any, cfg: dict[str, Any]) -> Any:
+    """transformers' GPT2LMHeadModel in eval mode, with a copy of the book's weights, or with
+    weights of its own where book is None.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -32,8 +34,12 @@ def hugging_face(book: nn.Module, cfg: dict[str, Any]) -> nn.Module:
         n_head=cfg["n_heads"],
         attn_implementation="sdpa",
         tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = GPT2LMHeadModel(config).eval()
+    if book is None:
+        return model
     model.lm_head.weight.copy_(book.out_head.weight)
     trunk = model.transformer
     trunk.wte.weight.copy_(book.tok_emb.weight)
@@ -50,19 +56,19 @@ def hugging_face(book: nn.Module, cfg: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _copy_norm(into: nn.Module, norm: nn.Module) -> None:
+def _copy_norm(into: Any, norm: Any) -> None:
     into.weight.copy_(norm.scale)
     into.bias.copy_(norm.shift)
 
 
-def _copy_linear(into: nn.Module, *parts: nn.Linear) -> None:
+def _copy_linear(into: Any, *parts: Any) -> None:
     """GPT-2 keeps its weights as [in, out], the three projections side by side."""
     into.weight.copy_(torch.cat([part.weight for part in parts]).T)
     biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
     into.bias.copy_(torch.cat(biases))
 
 
-def ctranslate2_generator(model: nn.Module) -> Any:
+def ctranslate2_generator(model: Any) -> Any:
     """CTranslate2's float32 form of a Hugging Face GPT-2; its tokens are the ids as text."""
     import ctranslate2
     from ctranslate2.converters.converter import Converter
@@ -75,7 +81,7 @@ def ctranslate2_generator(model: nn.Module) -> Any:
     )
 
     class InMemory(Converter):
-        def _load(self):
+        def _load(self) -> Any:
             return GPT2Loader()(model, tokenizer)
 
     with TemporaryDirectory() as folder:
@@ -93,20 +99,26 @@ def ctranslate2_generator(model: nn.Module) -> Any:
 def products(
     rows: int, cfg: dict[str, Any], head_rows: int, backward: bool = False
 ) -> Callable[[], None]:
-    """Only the matrix products of a forward pass, or of a training step, into ready buffers."""
+    """Only the matrix products of a forward pass, with those of its backward pass where asked,
+    into buffers that are ready.
+    """
     wide = cfg["emb_dim"]
 
     def operands(m: int, k: int, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        x, weight, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-        both = [(out, weight, torch.empty(m, k)), (out.T, x, torch.empty(n, k))]
-        return [(x, weight.T, out), *(both if backward else [])]
+        x, weight, y = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+        made = [(x, weight.T, y)]
+        if backward:
+            dy = torch.randn(m, n)
+            made += [(dy, weight, torch.empty(m, k)), (dy.T, x, torch.empty(n, k))]
+        return made
 
     sizes = ((wide, 3 * wide), (wide, wide), (wide, 4 * wide), (4 * wide, wide))
-    layer = [product for k, n in sizes for product in operands(rows, k, n)]
+    layer = [one for k, n in sizes for one in operands(rows, k, n)]
     head = operands(head_rows, wide, cfg["vocab_size"])
 
     def run() -> None:
-        for one, other, out in [*layer * cfg["n_layers"], *head]:
-            torch.mm(one, other, out=out)
+        for part in [layer] * cfg["n_layers"] + [head]:
+            for a, b, out in part:
+                torch.mm(a, b, out=out)
 
     return run

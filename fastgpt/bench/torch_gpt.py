@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -15,7 +15,7 @@ class TorchGPT:
     Those three are packed, so that one product makes all of them.
     """
 
-    def __init__(self, book: nn.Module, cfg: dict[str, Any]) -> None:
+    def __init__(self, book: Any, cfg: dict[str, Any]) -> None:
         self.book, self.n_heads = book, cfg["n_heads"]
         self.packed = []
         for block in book.trf_blocks:
@@ -35,8 +35,9 @@ class TorchGPT:
             x = x + block.att.out_proj(heads.transpose(1, 2).reshape(x.shape))
             widen, _, narrow = block.ff.layers
             x = x + narrow(F.gelu(widen(_norm(x, block.norm2)), approximate="tanh"))
-        return self.book.out_head(_norm(x, self.book.final_norm))
+        logits: Tensor = self.book.out_head(_norm(x, self.book.final_norm))
+        return logits
 
 
-def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+def _norm(x: Tensor, norm: Any) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.scale, norm.shift, norm.eps)

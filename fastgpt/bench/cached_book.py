@@ -6,8 +6,10 @@ cache, so each new token sees itself alone, and with `use_cache=True` its mask h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt.reference import causal_attention
 
@@ -15,7 +17,7 @@ from fastgpt.reference import causal_attention
 class CachedBook:
     """Greedy generation by the modules of a `fastgpt.reference.GPTModel`, each token fed once."""
 
-    def __init__(self, book: nn.Module) -> None:
+    def __init__(self, book: Any) -> None:
         self.book = book
 
     @torch.no_grad()
@@ -36,7 +38,7 @@ class CachedBook:
         return ids
 
 
-def _attend(att: nn.Module, x: Tensor, cache: list[Tensor]) -> Tensor:
+def _attend(att: Any, x: Tensor, cache: list[Tensor]) -> Tensor:
     split = (*x.shape[:2], att.num_heads, att.head_dim)
     q, k, v = (w(x).view(split).transpose(1, 2) for w in (att.W_query, att.W_key, att.W_value))
     if cache:
@@ -44,4 +46,5 @@ def _attend(att: nn.Module, x: Tensor, cache: list[Tensor]) -> Tensor:
     cache[:] = k, v
     T, total = x.shape[1], k.shape[2]
     heads = causal_attention(q, k, v, att.mask.bool()[total - T : total, :total])
-    return att.out_proj(heads.transpose(1, 2).contiguous().view(x.shape))
+    joined: Tensor = att.out_proj(heads.transpose(1, 2).contiguous().view(x.shape))
+    return joined

@@ -1,0 +1,71 @@
+"""`python -m benchmarks.figures FIGURES.json PAGE.md ...`: writes the figures of a `fastgpt bench`
+into pages, between `<!-- figures: KIND -->` and `<!-- end of figures -->`.
+
+KIND is a kind of work (forward, train, decode) or `all`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastgpt.bench.case import ALL_PEERS
+from fastgpt.bench.words import LABELS, readable
+
+REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+KINDS = ("forward", "train", "decode")
+
+
+def main() -> int:
+    top = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
+    top.add_argument("document", type=Path)
+    top.add_argument("pages", type=Path, nargs="+")
+    args = top.parse_args()
+    document = json.loads(args.document.read_text(encoding="utf-8"))
+    for page in args.pages:
+        page.write_text(filled(page.read_text(encoding="utf-8"), document), encoding="utf-8")
+        print(page)
+    return 0
+
+
+def filled(text: str, document: dict[str, Any]) -> str:
+    """A page with these figures in its regions."""
+
+    def write(region: re.Match[str]) -> str:
+        kinds = KINDS if region[2] == "all" else (region[2],)
+        assert set(kinds) <= set(KINDS), f"no figures of {region[2]!r}, only of {KINDS} or all"
+        return f"{region[1]}{table(document, kinds)}\n{region[3]}"
+
+    return REGION.sub(write, text)
+
+
+def table(document: dict[str, Any], kinds: tuple[str, ...]) -> str:
+    """The reference's time, every other peer's speed-up over it, and in brackets the errors."""
+    works = [row for row in document["works"] if row["kind"] in kinds]
+    peers = [p for p in ALL_PEERS if any(p in row["peers"] for row in works)]
+    lines = [["", *(LABELS[peer] for peer in peers)], ["---"] * (1 + len(peers))]
+    for row in works:
+        lines.append([row["name"], *(_cell(row["peers"].get(peer), peer) for peer in peers)])
+    m = document["machine"]
+    isa = f" ({m['isa']})" if m["isa"] else ""
+    where = (
+        f"{m['cpu']}, {m['threads']} threads, backend {m['backend']}{isa}, torch {m['torch']}, "
+        f"{document['date']}."
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{where}"
+
+
+def _cell(peer: dict[str, Any] | None, name: str) -> str:
+    if peer is None:
+        return "-"
+    text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
+    text = f"**{text}**" if name in ("fastgpt", "loss") else text
+    return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""What the examples share: the model that each starts from, and its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fastgpt import GPTModel
+from fastgpt.training.model_files import load_model
+from fastgpt.training.settings import read_config
+
+HERE = Path(__file__).resolve().parent
+
+
+def arguments(description: str, *, epochs: int, batch: int, lr: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--config", default="124M", help="124M, 355M, 774M, 1558M, toy or a JSON file"
+    )
+    parser.add_argument("--model", type=Path, help="start from a folder that `fastgpt train` made")
+    parser.add_argument("--context", type=int, default=256, help="tokens (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=epochs, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help="(%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def start_model(args: argparse.Namespace, **changes: float | bool) -> GPTModel:
+    """The model of --model, or one of --config with random weights."""
+    torch.manual_seed(123)
+    if args.model:
+        model = load_model(args.model)
+    else:
+        cfg = read_config(args.config)
+        model = GPTModel(cfg | {"context_length": args.context} | changes)
+    return model.to(args.device)

@@ -1,0 +1,264 @@
+"""The charts of a report, as SVG, from the document of `measure`. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from fastgpt.bench.words import KINDS, LABELS, Row, kind, size
+
+COLOURS = {
+    "reference": "#495057",
+    "cached": "#8d99a6",
+    "torch": "#e8590c",
+    "compile": "#f4a261",
+    "hf": "#e9c030",
+    "ct2": "#74a816",
+    "fastgpt": "#1556a0",
+    "loss": "#4fa3e8",
+}
+INK, FAINT = "#212529", "#dee2e6"
+WIDTH = 8.4  # inches
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+class Chart(NamedTuple):
+    """One picture."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+class Panel(NamedTuple):
+    """Rows that share an axis."""
+
+    title: str
+    rows: list[Row]
+
+
+def charts(document: dict[str, Any]) -> list[Chart]:
+    """The charts for which the document has figures."""
+    with rc_context(STYLE):
+        drawn = [draw(document["works"]) for draw in (_speed, _bound, _memory, _error)]
+    return [chart for chart in drawn if chart is not None]
+
+
+def panels(works: Iterable[Row]) -> list[Panel]:
+    """The rows by kind, each kind with its heading."""
+    rows = list(works)
+    found = [Panel(title, [r for r in rows if kind(r) == which]) for which, title in KINDS.items()]
+    return [panel for panel in found if panel.rows]
+
+
+def _speed(works: Sequence[Row]) -> Chart | None:
+    shown = panels(works)
+    if not shown:
+        return None
+
+    def draw(axes: Axes, panel: Panel) -> None:
+        longest = _bars(axes, panel.rows, "speed_up", lambda value: f"{value:.2f}")
+        _bounds(axes, panel.rows)
+        axes.set_xlim(0, 1.12 * max(longest, *(_bound_of(row) for row in panel.rows)))
+        axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
+        axes.set_xlabel("times as fast as the book", fontsize=8)
+
+    svg = _stacked(shown, draw, "speed_up")
+    caption = (
+        "Longer is faster; whiskers are the quartiles of the rounds. The bound is the same matrix "
+        "products alone by the library that PyTorch is built on or, for generation, every weight "
+        "read once a token."
+    )
+    return Chart("speed", "Speed", caption, svg)
+
+
+def _bound(works: Sequence[Row]) -> Chart | None:
+    rows = [row for row in works if any(peer["share_of_bound"] for peer in row["peers"].values())]
+
+    def draw(axes: Axes) -> None:
+        _dots(axes, rows, lambda peer: 100 * (peer["share_of_bound"] or 0))
+        axes.axvline(100, color=INK, linewidth=1.2, zorder=1)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("per cent of the bound's speed", fontsize=8)
+
+    caption = (
+        "At 100 per cent nothing is left but the products. More than that means products faster "
+        "than those of PyTorch's library on this machine."
+    )
+    svg = _single(rows, draw, "share_of_bound") if rows else ""
+    return Chart("bound", "Share of the bound", caption, svg) if rows else None
+
+
+def _memory(works: Sequence[Row]) -> Chart | None:
+    rows = [row for row in works if any("memory" in peer for peer in row["peers"].values())]
+
+    def draw(axes: Axes, panel: Panel) -> None:
+        longest = _bars(axes, panel.rows, "memory", lambda value: f"{value:,.0f}", 2**-20)
+        axes.set_xlim(0, 1.12 * longest)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("MiB at the peak", fontsize=8)
+
+    caption = (
+        "Shorter is better. The most that a process of its own held above what it held before "
+        "the model was made: weights, activations, gradients."
+    )
+    svg = _stacked(panels(rows), draw, "memory") if rows else ""
+    return Chart("memory", "Memory", caption, svg) if rows else None
+
+
+def _error(works: Sequence[Row]) -> Chart | None:
+    rows = [row for row in works if any(peer["error"] for peer in row["peers"].values())]
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        _dots(axes, rows, lambda peer: peer["error"] or None)
+        axes.set_xlabel("largest absolute error against float64", fontsize=8)
+
+    caption = (
+        "Further left is more exact. Of a forward pass: of the logits; of a training step: of the "
+        "loss and every gradient, without dropout. Nothing is drawn for an error of 0, nor for a "
+        "step that is too large to repeat in float64."
+    )
+    svg = _single(rows, draw, "error") if rows else ""
+    return Chart("error", "Error", caption, svg) if rows else None
+
+
+def _bars(
+    axes: Axes, rows: Sequence[Row], key: str, label: Callable[[float], str], scale: float = 1
+) -> float:
+    """A group of bars a row, labelled; the largest value drawn, whiskers included."""
+    position, ticks, longest = 0.0, [], 0.0
+    for row in rows:
+        peers = {name: p for name, p in row["peers"].items() if name != "floor" and p.get(key)}
+        start = position
+        for name, peer in peers.items():
+            value = scale * peer[key]
+            axes.barh(position, value, 0.82, color=COLOURS[name], zorder=2)
+            ends = (value, value)
+            if key == "speed_up":
+                ends = tuple(value * peer["seconds"] / q for q in reversed(peer["quartiles"]))
+                axes.plot(ends, (position, position), color=INK, linewidth=0.8, zorder=4)
+            axes.annotate(
+                label(value),
+                (ends[1], position),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                fontweight="bold" if name in ("fastgpt", "loss") else "normal",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                zorder=5,
+            )
+            longest = max(longest, ends[1])
+            position += 1
+        ticks.append(((start + position - 1) / 2, size(row)))
+        position += 0.7
+    _rows_axis(axes, ticks)
+    axes.set_ylim(position - 1.0, -0.7)
+    return longest
+
+
+def _bound_of(row: Row) -> float:
+    floor = row["peers"].get("floor")
+    return floor["speed_up"] if floor else 0.0
+
+
+def _bounds(axes: Axes, rows: Sequence[Row]) -> None:
+    """A dashed line across each group where its bound stands."""
+    position = 0.0
+    for row in rows:
+        count = sum(name != "floor" for name in row["peers"])
+        if at := _bound_of(row):
+            ends = (position - 0.5, position + count - 0.5)
+            axes.plot((at, at), ends, "--", color=INK, linewidth=1.1, zorder=3)
+        position += count + 0.7
+
+
+def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None]) -> None:
+    for position, row in enumerate(rows):
+        axes.axhline(position, color=FAINT, linewidth=0.8, zorder=0)
+        for name, peer in row["peers"].items():
+            at = value(peer)
+            if at and name != "floor":
+                ours = name in ("fastgpt", "loss")
+                axes.plot(at, position, "o", color=COLOURS[name], markersize=8 if ours else 6)
+    _rows_axis(axes, [(i, row["name"].replace(" GPT-2", "")) for i, row in enumerate(rows)])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _rows_axis(axes: Axes, ticks: Sequence[tuple[float, str]]) -> None:
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+
+
+def _stacked(shown: Sequence[Panel], draw: Callable[[Axes, Panel], None], key: str) -> str:
+    """The panels one below the other, each as high as its bars need."""
+    heights = [0.75 + sum(0.19 * len(row["peers"]) + 0.1 for row in p.rows) for p in shown]
+    layout = ConstrainedLayoutEngine(h_pad=0.09)
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout=layout)
+    grid = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(grid, shown, strict=True):
+        draw(axes, panel)
+        axes.set_title(_titled(panel), loc="left", fontsize=10, fontweight="bold")
+    return _svg(figure, [row for panel in shown for row in panel.rows], key)
+
+
+def _single(rows: Sequence[Row], draw: Callable[[Axes], None], key: str) -> str:
+    figure = Figure(figsize=(WIDTH, 0.34 * len(rows) + 1.2), layout="constrained")
+    draw(figure.subplots())
+    return _svg(figure, rows, key)
+
+
+def _titled(panel: Panel) -> str:
+    return f"{panel.title} ({', '.join(dict.fromkeys(row['config'] for row in panel.rows))})"
+
+
+def _svg(figure: Figure, rows: Iterable[Row], key: str) -> str:
+    """The figure under a legend of the peers that have `key`, without what would clash with other
+    pictures of a page.
+    """
+    used = {name for row in rows for name, peer in row["peers"].items() if peer.get(key)}
+    handles: list[Artist] = [Patch(color=COLOURS[name]) for name in COLOURS if name in used]
+    labels = [LABELS[name] for name in COLOURS if name in used]
+    if key == "speed_up" and "floor" in used:
+        handles.append(Line2D((), (), linestyle="--", color=INK, linewidth=1.1))
+        labels.append(LABELS["floor"])
+    figure.legend(
+        handles=handles,
+        labels=labels,
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        handlelength=1.2,
+    )
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "fastgpt"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", text)

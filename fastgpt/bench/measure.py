@@ -1,0 +1,115 @@
+"""Times every peer of every piece of work, in turns, and puts the result into one JSON document."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from math import ceil
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from fastgpt.bench.case import ALL_PEERS, OURS
+from fastgpt.bench.memory import WEIGHED, peak_memory
+from fastgpt.bench.works import Work
+from fastgpt.compare import interleaved
+from fastgpt.machine import machine
+
+FORMAT = 1  # of the document
+ENOUGH_SECONDS = 2.0  # for all peers of a piece of work together
+MOST_ROUNDS = 200
+
+Progress = Callable[[int, int, str], object]
+
+
+def measure(
+    works: Sequence[Work],
+    peers: Sequence[str] = ALL_PEERS,
+    *,
+    rounds: int = 5,
+    progress: Progress = lambda done, total, doing: None,
+) -> dict[str, Any]:
+    """The document: the machine, and for each piece of work each peer's seconds (median and
+    quartiles of at least `rounds` interleaved rounds), speed-up over the reference (the ratio of
+    the medians), share of the bound, error against float64 and peak memory.
+
+    Args:
+        peers: of `ALL_PEERS`; the reference is always among them.
+        progress: called with what is done, of how many, and what comes.
+    """
+    wanted = [p for p in ALL_PEERS if p in peers or p == "reference"]
+    total = sum(1 + (len(_weighed(work, wanted)) if work.weigh else 0) for work in works)
+    done = itertools.count()
+    rows, left_out = [], {}
+    for work in works:
+        progress(next(done), total, work.name)
+        row, reasons = _timed(work, wanted, rounds)
+        left_out.update(reasons)
+        for peer in _weighed(work, list(row["peers"])) if work.weigh else ():
+            progress(next(done), total, f"memory of {work.name}, {peer}")
+            bytes_or_why = peak_memory(work, peer, torch.get_num_threads())
+            key = "memory" if isinstance(bytes_or_why, int) else "no_memory"
+            row["peers"][peer][key] = bytes_or_why
+        rows.append(row)
+    progress(total, total, "done")
+    return {
+        "command": "bench",
+        "format": FORMAT,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "agree": all(row["fault"] is None for row in rows),
+        "left_out": left_out,
+        "works": rows,
+    }
+
+
+def _weighed(work: Work, peers: Sequence[str]) -> list[str]:
+    """The peers whose memory is measured: those that do this work at all."""
+    no_peers = {"forward": ("loss",), "train": ("torch",), "decode": ("torch", "loss")}
+    return [peer for peer in peers if peer in WEIGHED and peer not in no_peers[work.kind]]
+
+
+def _timed(work: Work, wanted: Sequence[str], rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """A piece of work's row, and which of the wanted peers are left out and why."""
+    case = work.case()
+    here = [peer for peer in wanted if peer in case.peers]
+    reasons = {peer: why for peer in here if (why := case.why_not(peer))}
+    runs = {peer: case.peers[peer] for peer in here if peer not in reasons}
+    with torch.no_grad():
+        once = sum(map(sum, interleaved(runs, 1).values()))
+        enough = min(ceil(ENOUGH_SECONDS / once), MOST_ROUNDS)
+        seconds = interleaved(runs, max(rounds, enough))
+    base, bound = (median(seconds[p]) if p in seconds else None for p in ("reference", "floor"))
+    assert base is not None
+    rows = {}
+    for peer in runs:
+        middle = median(seconds[peer])
+        many = len(seconds[peer]) > 1
+        first, _, third = quantiles(seconds[peer], n=4) if many else (middle,) * 3
+        rows[peer] = {
+            "seconds": middle,
+            "quartiles": [first, third],
+            "speed_up": base / middle,
+            "share_of_bound": None if bound is None else bound / middle,
+            "tokens_per_second": work.tokens_done / middle,
+            "error": _finite(case.error(peer)),
+        }
+    row = {
+        "name": work.name,
+        "kind": work.kind,
+        "config": work.config,
+        "size": [work.batch, work.tokens, work.new],
+        "uncached": work.uncached,
+        "rounds": len(seconds["reference"]),
+        "fault": case.fault() if any(p in runs for p in OURS) else None,
+        "peers": rows,
+    }
+    return row, reasons
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None

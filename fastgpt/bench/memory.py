@@ -1,0 +1,80 @@
+"""The most memory a peer takes for a piece of work, in a process of its own.
+
+`python -m fastgpt.bench.memory` is that process: it prints the bytes that it held at most, above
+what it held before the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+WEIGHED = ("reference", "torch", "hf", "fastgpt", "loss")
+TIMEOUT = 900  # seconds
+
+
+def peak_memory(work: object, peer: str, threads: int) -> int | str:
+    """Bytes, or why they aren't known."""
+    spec = json.dumps(dataclasses.asdict(work))  # type: ignore[call-overload]
+    command = [sys.executable, "-m", "fastgpt.bench.memory", spec, peer, str(threads)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {TIMEOUT} seconds"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"exit code {done.returncode}"
+    return int(done.stdout)
+
+
+def peak() -> int:
+    """The most bytes that this process has held.
+
+    Linux's ru_maxrss has the parent's peak in it, hence /proc.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import torch
+
+    from fastgpt.training.speed import memory_used
+
+    return memory_used(torch.device("cpu"))
+
+
+def main() -> int:
+    top = argparse.ArgumentParser(prog="python -m fastgpt.bench.memory", description=__doc__)
+    top.add_argument("work", type=json.loads)
+    top.add_argument("peer", choices=WEIGHED)
+    top.add_argument("threads", type=int)
+    args = top.parse_args()
+    import torch
+
+    from fastgpt.bench.works import Models, Work
+
+    torch.set_num_threads(args.threads)
+    work = Work(**args.work)
+    models = Models(work.config, alone=True)
+    if args.peer == "hf":
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    before = peak()
+    if not before:
+        print("this system does not tell a process's peak memory", file=sys.stderr)
+        return 1
+    run = work.peers(models)[args.peer]
+    with torch.set_grad_enabled(work.kind == "train"):
+        for _ in range(2):  # the second beside what the first kept
+            run()
+            models.train(work.kind == "train")
+    print(peak() - before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The report as one HTML page that needs nothing else, from the document of `measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from fastgpt.bench.charts import Chart
+from fastgpt.bench.words import LABELS, Row, ratios, readable, span
+
+TILES = (  # kind, peer, what the ratio is of
+    (("forward", False), "fastgpt", "the book's speed, in a forward pass"),
+    (("train", False), "fastgpt", "the book's speed, in a training step by the book's loop"),
+    (("train", False), "loss", "the book's speed, in a training step by model.loss"),
+    (("decode", True), "fastgpt", "the speed of the book's own loop, in generation"),
+    (("decode", False), "fastgpt", "the speed of the book with a cache, in generation"),
+)
+
+
+def page(document: dict[str, Any], charts: Sequence[Chart]) -> str:
+    """The page, with these charts in it."""
+    works, machine = document["works"], document["machine"]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("fastgpt.bench").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    threads = machine["threads"]
+    return template.render(
+        machine=machine,
+        threads="1 thread" if threads == 1 else f"{threads} threads",
+        date=document["date"],
+        faults=[f"{row['name']}: {row['fault']}" for row in works if row["fault"]],
+        tiles=[*_speed_tiles(works), *_error_tile(works)],
+        charts=charts,
+        rows=[{**row, "peers": list(_peers(row))} for row in works],
+        left_out=[(LABELS[peer], why) for peer, why in document["left_out"].items()],
+        facts=[(name, "none" if v is None else v) for name, v in machine.items()],
+    )
+
+
+def _speed_tiles(works: Sequence[Row]) -> Iterator[dict[str, str]]:
+    for which, peer, text in TILES:
+        if found := ratios(works, which, peer):
+            yield {"value": span(found), "text": text}
+
+
+def _error_tile(works: Sequence[Row]) -> Iterator[dict[str, str]]:
+    apart = [
+        row["peers"]["fastgpt"]["error"] / row["peers"]["reference"]["error"]
+        for row in works
+        if "fastgpt" in row["peers"]
+        and row["peers"]["fastgpt"]["error"] is not None
+        and row["peers"]["reference"]["error"]
+    ]
+    if apart:
+        yield {"value": span(apart), "text": "the book's own error against float64"}
+
+
+def _peers(row: Row) -> Iterator[dict[str, Any]]:
+    for name, peer in row["peers"].items():
+        bound, error, memory = (peer.get(k) for k in ("share_of_bound", "error", "memory"))
+        yield {
+            "label": LABELS[name],
+            "ours": name in ("fastgpt", "loss"),
+            "cells": [
+                readable(peer["seconds"]),
+                f"{peer['tokens_per_second']:,.0f}",
+                f"{peer['speed_up']:.2f}x",
+                "" if bound is None else f"{bound:.0%}",
+                "" if error is None else f"{error:.1e}",
+                "" if memory is None else f"{memory / 2**20:,.0f} MiB",
+            ],
+        }

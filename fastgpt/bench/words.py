@@ -1,0 +1,60 @@
+"""How a report names things and writes figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+LABELS = {
+    "reference": "the book",
+    "cached": "the book, with a cache",
+    "torch": "PyTorch, fused by hand",
+    "compile": "torch.compile",
+    "hf": "Hugging Face",
+    "ct2": "CTranslate2",
+    "floor": "bound",
+    "fastgpt": "fastgpt",
+    "loss": "fastgpt, model.loss",
+}
+KINDS = {  # kind, and whether the reference is the book's own loop
+    ("forward", False): "Forward pass",
+    ("train", False): "Training step, forward and backward",
+    ("decode", True): "Generation, against the book's own loop",
+    ("decode", False): "Generation, against the book's model with a cache",
+}
+
+Row = dict[str, Any]  # of the document's works
+
+
+def kind(row: Row) -> tuple[str, bool]:
+    """A row's key in KINDS."""
+    return row["kind"], row["uncached"]
+
+
+def size(row: Row) -> str:
+    """A row's batch, tokens and new tokens."""
+    batch, tokens, new = row["size"]
+    return f"[{batch}, {tokens}]" + (f" + {new}" if new else "")
+
+
+def readable(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
+
+
+def span(values: Sequence[float]) -> str:
+    """The least and the greatest of some ratios."""
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return f"{low}x" if low == high else f"{low} to {high}x"
+
+
+def ratios(works: Sequence[Row], which: tuple[str, bool], peer: str) -> list[float]:
+    """A peer's speed-ups over the reference in all work of a kind."""
+    return [
+        row["peers"][peer]["speed_up"]
+        for row in works
+        if kind(row) == which and peer in row["peers"]
+    ]

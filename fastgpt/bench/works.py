@@ -1,0 +1,303 @@
+"""What is measured of the whole model: forward passes, training steps and greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
+from fastgpt.bench import libraries
+from fastgpt.bench.cached_book import CachedBook
+from fastgpt.bench.case import Case, Result
+from fastgpt.bench.torch_gpt import TorchGPT
+
+CONFIGS = {
+    "GPT-2 124M": GPT_CONFIG_124M,
+    "toy": GPT_CONFIG_124M
+    | {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 2, "n_layers": 2},
+}
+SEED = 123
+TIE = 1e-4  # logits this close may change places in float32
+EXACT_TOKENS = 512  # a training step of more is not repeated in float64
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece of work on token ids [batch, tokens]."""
+
+    kind: str  # forward, train (forward and backward), or decode (greedy)
+    config: str  # of CONFIGS
+    batch: int
+    tokens: int
+    new: int = 0  # tokens to decode
+    uncached: bool = False  # decode: the reference is the book's own loop, without a cache
+    weigh: bool = False  # whether the report tells the peers' peak memory
+
+    @property
+    def name(self) -> str:
+        more = f" + {self.new}" if self.new else ""
+        loop = ", the book's loop" if self.uncached else ""
+        return f"{self.kind} {self.config} [{self.batch}, {self.tokens}]{more}{loop}"
+
+    @property
+    def tokens_done(self) -> int:
+        return self.batch * (self.new or self.tokens)
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        return CONFIGS[self.config]
+
+    def peers(self, models: Models) -> dict[str, Callable[[], Result | None]]:
+        """How each peer does the work. What a peer needs is made when it first runs."""
+        ids = _ids(self)
+        kinds = {"forward": _forward, "train": _train, "decode": _decode}
+        return kinds[self.kind](self, models, ids)
+
+    def case(self) -> Case:
+        """The work with its exact result; models are kept until a work on another config."""
+        models = _models(self.config)
+        models.train(False)
+        peers = self.peers(models)
+        skipped = {peer: why for peer, why in models.missing.items() if peer in peers}
+        if self.kind == "decode":
+            case: Case = Generation(peers, None, skipped, models=models, prompt=_ids(self))
+        elif self.kind == "train":
+            case = Training(peers, _exact_step(self, models), skipped, models=models)
+        else:
+            case = Case(peers, _exact_logits(self, models), skipped)
+        return case
+
+
+FULL = (
+    Work("forward", "GPT-2 124M", 2, 4),
+    Work("forward", "GPT-2 124M", 8, 128),
+    Work("forward", "GPT-2 124M", 1, 1024, weigh=True),
+    Work("train", "GPT-2 124M", 2, 256, weigh=True),
+    Work("train", "GPT-2 124M", 2, 512, weigh=True),
+    Work("decode", "GPT-2 124M", 1, 4, 32, uncached=True),
+    Work("decode", "GPT-2 124M", 1, 128, 64),
+    Work("decode", "GPT-2 124M", 8, 64, 32),
+)
+QUICK = (
+    Work("forward", "toy", 1, 8),
+    Work("forward", "toy", 4, 64),
+    Work("train", "toy", 4, 64, weigh=True),
+    Work("decode", "toy", 1, 8, 16, uncached=True),
+    Work("decode", "toy", 1, 16, 16),
+)
+
+
+class Models:
+    """The peers' models of one config, with the same weights, each made when it is asked for."""
+
+    def __init__(self, config: str, alone: bool = False) -> None:
+        self.cfg = CONFIGS[config]
+        self.alone = alone  # nothing is copied from the book's model
+        self.missing = {
+            peer: why
+            for peer, why in (
+                ("hf", libraries.missing("transformers")),
+                ("ct2", libraries.missing("transformers", "ctranslate2")),
+            )
+            if why
+        }
+
+    @cached_property
+    def book(self) -> reference.GPTModel:
+        torch.manual_seed(SEED)
+        return reference.GPTModel(self.cfg).eval()
+
+    @cached_property
+    def fused(self) -> GPTModel:
+        torch.manual_seed(SEED)  # which draws the book's weights
+        return GPTModel(self.cfg).eval()
+
+    @cached_property
+    def torch(self) -> TorchGPT:
+        return TorchGPT(self.book, self.cfg)
+
+    @cached_property
+    def compiled(self) -> Any:
+        return torch.compile(self.book, dynamic=False)
+
+    @cached_property
+    def hf(self) -> Any:
+        return libraries.hugging_face(None if self.alone else self.book, self.cfg)
+
+    @cached_property
+    def ct2(self) -> Any:
+        return libraries.ctranslate2_generator(self.hf)
+
+    def train(self, mode: bool) -> None:
+        """Sets the mode of the models that are there."""
+        for name in ("book", "fused", "hf"):
+            if name in self.__dict__:
+                self.__dict__[name].train(mode)
+
+
+@lru_cache(maxsize=1)
+def _models(config: str) -> Models:
+    return Models(config)
+
+
+def _ids(work: Work) -> Tensor:
+    # 0 is what transformers pads by.
+    torch.manual_seed(SEED)
+    return torch.randint(1, work.cfg["vocab_size"], (work.batch, work.tokens))
+
+
+def _forward(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Result | None]]:
+    return {
+        "reference": lambda: models.book(ids),
+        "torch": lambda: models.torch(ids),
+        "compile": lambda: models.compiled(ids),
+        "hf": lambda: models.hf(ids, use_cache=False).logits,
+        "floor": _when_called(lambda: libraries.products(ids.numel(), work.cfg, ids.numel())),
+        "fastgpt": lambda: models.fused(ids),
+    }
+
+
+def _train(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Result | None]]:
+    targets = ids.roll(-1, dims=1)
+
+    def step(model: nn.Module, loss: Tensor) -> tuple[Tensor, ...]:
+        loss.backward()
+        gradients = tuple(p.grad for p in model.parameters() if p.grad is not None)
+        model.zero_grad(set_to_none=True)
+        return loss.detach(), *gradients
+
+    def of_logits(model: Callable[[Tensor], Tensor]) -> Tensor:
+        return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+
+    @torch.enable_grad()
+    def hugging_face() -> None:  # its gradients lie in other shapes
+        step(models.hf, of_logits(lambda ids: models.hf(ids, use_cache=False).logits))
+
+    with_grad = torch.enable_grad()
+    return {
+        "reference": with_grad(lambda: step(models.book, of_logits(models.book))),
+        "compile": with_grad(lambda: step(models.book, of_logits(models.compiled))),
+        "hf": hugging_face,
+        "floor": _when_called(
+            lambda: libraries.products(ids.numel(), work.cfg, ids.numel(), backward=True)
+        ),
+        "fastgpt": with_grad(lambda: step(models.fused, of_logits(models.fused))),
+        "loss": with_grad(lambda: step(models.fused, models.fused.loss(ids, targets))),
+    }
+
+
+def _decode(work: Work, models: Models, prompt: Tensor) -> dict[str, Callable[[], Result | None]]:
+    new, context = work.new, work.cfg["context_length"]
+    words = [list(map(str, row)) for row in prompt.tolist()]
+
+    def floor() -> Callable[[], None]:
+        fill = libraries.products(prompt.numel(), work.cfg, head_rows=work.batch)
+        named = models.book.named_parameters()
+        weights = torch.cat([p.detach().flatten() for n, p in named if "_emb" not in n])
+
+        def run() -> None:
+            fill()
+            for _ in range(new - 1):
+                weights.sum()
+
+        return run
+
+    def hugging_face() -> Tensor:
+        ids: Tensor = models.hf.generate(
+            prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        return ids
+
+    def ctranslate2() -> Tensor:
+        results = models.ct2.generate_batch(
+            words, max_length=new, min_length=new, beam_size=1, include_prompt_in_result=False
+        )
+        return torch.cat((prompt, torch.tensor([r.sequences_ids[0] for r in results])), dim=1)
+
+    cached = {"reference": lambda: CachedBook(models.book).generate(prompt, new)}
+    if work.uncached:
+        cached = {"cached": cached["reference"]}
+        cached["reference"] = lambda: reference.generate_text_simple(
+            models.book, prompt, new, context
+        )
+    return {
+        **cached,
+        "hf": hugging_face,
+        "ct2": ctranslate2,
+        "floor": _when_called(floor),
+        "fastgpt": lambda: generate_text_simple(models.fused, prompt, new, context),
+    }
+
+
+def _when_called(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """What `make` returns, made at the first call."""
+    made = lru_cache(maxsize=1)(make)
+    return lambda: made()()
+
+
+def _exact_logits(work: Work, models: Models) -> Tensor:
+    with torch.no_grad():
+        exact: Tensor = models.book.double()(_ids(work))
+    models.book.float()  # and back, exactly: every float32 is a float64
+    return exact
+
+
+def _exact_step(work: Work, models: Models) -> Result | None:
+    if work.batch * work.tokens > EXACT_TOKENS:
+        return None
+    models.train(False)
+    models.book.double()
+    exact = work.peers(models)["reference"]()
+    models.book.float()
+    return exact
+
+
+class Training(Case):
+    """Errors are those without dropout; what is timed has it."""
+
+    def __init__(self, *args: Any, models: Models) -> None:
+        super().__init__(*args)
+        self.models = models
+
+    def error(self, peer: str) -> float | None:
+        self.models.train(False)
+        error = super().error(peer)
+        self.models.train(True)
+        return error
+
+
+class Generation(Case):
+    """A result is judged by the model in float64, fed that very result."""
+
+    def __init__(self, *args: Any, models: Models, prompt: Tensor) -> None:
+        super().__init__(*args)
+        self.models, self.prompt = models, prompt
+        self.judged: list[tuple[Tensor, float]] = []
+
+    def distance(self, got: Result) -> float:
+        """How far a chosen token's logit lies at most below the greatest of its step; 0 if none."""
+        assert isinstance(got, Tensor)
+        for ids, known in self.judged:
+            if torch.equal(ids, got):
+                return known
+        prompt = self.prompt
+        assert torch.equal(got[:, : prompt.shape[1]], prompt)
+        logits = self.models.book.double()(got[:, :-1])[:, prompt.shape[1] - 1 :]
+        self.models.book.float()
+        chosen = logits.gather(-1, got[:, prompt.shape[1] :, None])[..., 0]
+        error: float = (logits.amax(-1) - chosen).max().item()
+        self.judged.append((got, error))
+        return error
+
+    def fault(self) -> str | None:
+        """In words, if fastgpt chose a token that is not the likeliest."""
+        ours = self.error("fastgpt")
+        if ours is None or ours <= TIE:
+            return None
+        return f"fastgpt chose a token whose logit is {ours:.2e} below the greatest"

@@ -1,0 +1,56 @@
+"""A document as `fastgpt bench` writes it, of every peer and all work, with made-up figures."""
+
+from fastgpt.bench import measure
+from fastgpt.bench.case import ALL_PEERS
+from fastgpt.bench.works import FULL, Models
+
+FACTS = {
+    "backend": "cpu",
+    "isa": "avx512",
+    "threads": 64,
+    "fastgpt": "0.1.0",
+    "torch": "2.13.0+cpu",
+    "python": "3.14.0",
+    "system": "Linux x86_64",
+    "cpu": "Some Maker(R) Long-Named(R) Processor 9999-Series CPU @ 3.00GHz with Everything",
+}
+
+
+def full_document():
+    """The largest page there can be: bars from a tenth to a hundred times the book's speed."""
+    return {
+        "command": "bench",
+        "format": measure.FORMAT,
+        "date": "2026-01-31",
+        "machine": FACTS,
+        "agree": False,
+        "left_out": {"compile": "torch.compile finds no C++ compiler"},
+        "works": [_row(number, work) for number, work in enumerate(FULL)],
+    }
+
+
+def _row(number, work):
+    does = work.peers(Models(work.config))
+    peers = [peer for peer in ALL_PEERS if peer in does]
+    speeds = [1.0, *(0.1 * 10 ** (3 * i / len(peers)) for i in range(1, len(peers)))]
+    return {
+        "name": work.name,
+        "kind": work.kind,
+        "config": work.config,
+        "size": [work.batch, work.tokens, work.new],
+        "uncached": work.uncached,
+        "rounds": 5,
+        "fault": "fastgpt is off by 1.00e-02, the reference by 1.00e-06" if number == 0 else None,
+        "peers": {
+            peer: {
+                "seconds": 1 / speed,
+                "quartiles": [0.9 / speed, 1.2 / speed],
+                "speed_up": speed,
+                "share_of_bound": speed / 3,
+                "tokens_per_second": 1000 * speed,
+                "error": None if peer == "floor" else 1e-6 / speed,
+                **({"memory": int(6e9 / speed)} if work.weigh else {}),
+            }
+            for peer, speed in zip(peers, speeds, strict=True)
+        },
+    }

@@ -1,0 +1,176 @@
+"""`fastgpt bench`: what it measures, writes and refuses."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from fastgpt import cli
+from fastgpt.bench import measure, memory, works
+from fastgpt.bench.works import Work
+
+TINY = (
+    Work("forward", "toy", 1, 8),
+    Work("train", "toy", 1, 8, weigh=True),
+    Work("decode", "toy", 1, 4, 4, uncached=True),
+    Work("decode", "toy", 1, 4, 4),
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The command on work that takes no time, its memory unmeasured."""
+    monkeypatch.setattr(works, "QUICK", TINY)
+    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "peak_memory", lambda work, peer, threads: 3 * 2**20)
+    works._models.cache_clear()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    works._models.cache_clear()
+
+
+def bench(folder, *arguments):
+    out = folder / "made" / "report.html"
+    code = cli.main(["bench", "--quick", "--rounds", "3", "--out", str(out), *arguments])
+    return code, out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_report_and_figures(tmp_path, capsys):
+    code, out = bench(tmp_path, "--svg", str(tmp_path / "svg"), "--threads", "1")
+    assert code == 0
+    names = ["speed", "bound", "memory", "error"]
+    files = [out, out.with_suffix(".json"), *(tmp_path / "svg" / f"{n}.svg" for n in names)]
+    assert capsys.readouterr().out.splitlines()[-6:] == list(map(str, files))
+
+    document = json.loads(files[1].read_text(), parse_constant=pytest.fail)
+    assert document["agree"] is True
+    assert document["machine"]["threads"] == 1
+    forward, train, loop, decode = document["works"]
+    assert list(forward["peers"]) == ["reference", "torch", "floor", "fastgpt"]
+    assert list(train["peers"]) == ["reference", "floor", "fastgpt", "loss"]
+    assert list(loop["peers"]) == ["reference", "cached", "floor", "fastgpt"]
+    assert list(decode["peers"]) == ["reference", "floor", "fastgpt"]
+    for row in document["works"]:
+        seconds = {name: peer["seconds"] for name, peer in row["peers"].items()}
+        for name, peer in row["peers"].items():
+            assert peer["speed_up"] == pytest.approx(seconds["reference"] / seconds[name])
+            assert peer["share_of_bound"] == pytest.approx(seconds["floor"] / seconds[name])
+            assert (peer["error"] is None) == (name == "floor")
+            low, high = peer["quartiles"]
+            assert low <= peer["seconds"] <= high
+        assert row["rounds"] == 3
+    assert train["peers"]["loss"]["memory"] == 3 * 2**20
+    assert "memory" not in train["peers"]["floor"]
+
+    html = out.read_text()
+    assert re.findall(r'<figure id="(\w+)"', html) == names
+    assert html.count("<svg") == 4
+    assert not re.findall(r'(?:src|href)="(?!#)|url\((?!#)|@import|<script', html)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_drawing_again_measures_nothing(tmp_path, monkeypatch):
+    _, out = bench(tmp_path)
+    monkeypatch.setattr(measure, "measure", None)
+    again = tmp_path / "again.html"
+    source = str(out.with_suffix(".json"))
+    assert cli.main(["bench", "--from", source, "--out", str(again)]) == 0
+    assert again.read_text() == out.read_text()
+    assert again.with_suffix(".json").read_text() == out.with_suffix(".json").read_text()
+
+
+def wrong_weights(model):
+    model.out_head.weight.data.neg_()
+
+
+def wrong_loss(model):
+    right = model.loss
+    model.loss = lambda *arguments: 1.01 * right(*arguments)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("loss is off", wrong_loss),
+        ("fastgpt is off", wrong_weights),
+        ("whose logit is", wrong_weights),
+    ],
+)
+def test_a_wrong_result_exits_with_1(tmp_path, name, spoil):
+    spoil(works._models("toy").fused)
+    code, out = bench(tmp_path)
+    assert code == 1
+    assert "Does not agree" in out.read_text()
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert document["agree"] is False
+    assert name in " ".join(row["fault"] or "" for row in document["works"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_peers(tmp_path, capsys):
+    code, out = bench(tmp_path, "--peers", "fastgpt")
+    assert code == 0
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert all(list(row["peers"]) == ["reference", "fastgpt"] for row in document["works"])
+    assert 'id="bound"' not in out.read_text()
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "--peers", "fastgpt,fast")
+    assert "no peer 'fast'" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(
+        works.libraries, "missing", lambda *packages: f"{packages[-1]} not installed"
+    )
+    code, out = bench(tmp_path, "--peers", "fastgpt,hf,ct2")
+    assert code == 0
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert document["left_out"] == {
+        "hf": "transformers not installed",
+        "ct2": "ctranslate2 not installed",
+    }
+    assert "CTranslate2 (ctranslate2 not installed)" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("[]", "no figures of this version"),
+        ('{"format": 0}', "no figures of this version"),
+        ('{"format": 1, "works": [{}]}', "no figures of this version"),
+    ],
+)
+def test_a_source_that_is_none(tmp_path, capsys, text, message):
+    source, out = tmp_path / "old.json", tmp_path / "new.html"
+    if text is not None:
+        source.write_text(text)
+    assert cli.main(["bench", "--from", str(source), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_bad_usage(tmp_path, capsys, monkeypatch):
+    assert cli.main(["bench", "--out", str(tmp_path / "report.txt")]) == 2
+    assert "does not end in .html" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "fastgpt.bench.page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["bench"]) == 2
+    assert "pip install 'fastgpt[report]'" in capsys.readouterr().err
+
+
+def test_peak_memory_of_a_process_of_its_own():
+    small, large = (Work("forward", "toy", batch, 64) for batch in (1, 512))
+    peaks = [memory.peak_memory(work, "reference", 1) for work in (small, large)]
+    logits = 512 * 64 * 256 * 4
+    assert all(isinstance(peak, int) for peak in peaks), peaks
+    assert peaks[1] - peaks[0] > logits
+    assert "KeyError" in memory.peak_memory(small, "loss", 1)
