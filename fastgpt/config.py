@@ -35,7 +35,7 @@ def check_ids(idx: torch.Tensor, vocab_size: int) -> None:
     """Raises IndexError naming an id that is outside the vocabulary."""
     if idx.numel() == 0:
         return
-    low, high = (int(t) for t in torch.aminmax(idx))
+    low, high = torch.stack(torch.aminmax(idx)).tolist()
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
         raise IndexError(f"token id {outside} is outside the vocabulary of {vocab_size}")

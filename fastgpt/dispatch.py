@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from fastgpt import cpu
+from fastgpt import cpu, triton
+from fastgpt.triton import settings
 
 NAMES = ("auto", "triton", "cpu", "reference")
 
@@ -42,15 +43,37 @@ class Backend(NamedTuple):
     detail: str  # what it takes, and what it runs on
 
 
+class _Kernels(NamedTuple):
+    """What a backend with kernels of its own takes."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    reason: Callable[[int | None], str | None]  # why it cannot run on the device of that index
+    widest: Mapping[str, int]  # by operation, the longest last dimension
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_KERNELS = {
+    "triton": _Kernels("cuda", (torch.float32, *_HALF), triton.reason, settings.WIDEST),
+    "cpu": _Kernels("cpu", (torch.float32,), lambda index: cpu.missing_reason(), {}),
+}
+_BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
+
 _asked: ContextVar[str | None] = ContextVar("fastgpt_backend", default=None)
 
 
 def backends() -> dict[str, Backend]:
     """Each backend by name, whether it can run here, why not, and what it takes."""
-    reason = cpu.missing_reason()
+    no_gpu, reason = _KERNELS["triton"].reason(None), cpu.missing_reason()
     isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
     rows = (
-        Backend("triton", False, "not in this version yet", "CUDA tensors run on reference"),
+        Backend(
+            "triton",
+            no_gpu is None,
+            no_gpu,
+            "CUDA and ROCm tensors in float32, float16 and bfloat16; never run on a GPU yet; other "
+            "dtypes run on reference",
+        ),
         Backend(
             "cpu",
             reason is None,
@@ -111,39 +134,83 @@ def _require(backend: Backend) -> None:
         raise BackendError(f"backend {backend.name!r} cannot run here: {backend.reason}")
 
 
-def choose(op: str, *tensors: torch.Tensor | None) -> str:
-    """The backend for these tensors: "cpu" or "reference".
+def choose(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> str:
+    """The backend for these tensors: "triton", "cpu" or "reference".
+
+    Args:
+        op: the operation's name.
+        tensors: of one dtype, the first with the dimension that may be too wide last.
+        beside: more of them, of any dtype that the backend takes.
 
     Raises:
         BackendError: a backend asked for by name cannot take them.
     """
     name = requested()
     given = [t for t in tensors if t is not None]
-    if name == "reference" or not _direct(given):
+    if name == "reference" or not _direct((*given, *beside)):
         return "reference"
-    reason = _obstacle(given)
+    backend = _BY_DEVICE.get(given[0].device.type) if name == "auto" else name
+    if backend is None:
+        return "reference"
+    reason = _obstacle(backend, op, given, beside)
     if reason is None:
-        return "cpu"
+        return backend
     if name != "auto":
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
-    if given[0].device.type == "cpu":
-        _say_once(reason)
+    _say_once(backend, reason)
     return "reference"
 
 
-def kernels(op: str, *tensors: torch.Tensor | None) -> Any:
+def kernels(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> Any:
     """The module with the operation's kernels for these tensors; None for PyTorch's own form.
 
     Raises:
         BackendError: a backend asked for by name cannot take them.
     """
-    backend = choose(op, *tensors)
-    return None if backend == "reference" else _module(backend, op)
+    return module(choose(op, *tensors, beside=beside), op, tensors[0])
+
+
+def module(backend: str, op: str, like: torch.Tensor | None) -> Any:
+    """The module with the operation's kernels, to be launched on the tensor's device; None for
+    "reference".
+    """
+    if backend == "reference":
+        return None
+    found = _module(backend, op)
+    if like is not None and like.is_cuda and _several_gpus():
+        return _on_gpu(found, like.device.index)
+    return found
 
 
 @functools.cache
 def _module(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"fastgpt.{backend}.{op}")
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+class _OnGpu:
+    """A module whose launchers run with that GPU as the current one, where Triton launches."""
+
+    def __init__(self, module: ModuleType, index: int) -> None:
+        self._module, self._index = module, index
+
+    def __getattr__(self, name: str) -> Any:
+        launcher = getattr(self._module, name)
+
+        @functools.wraps(launcher)
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            with torch.cuda.device(self._index):
+                return launcher(*args, **kwargs)
+
+        setattr(self, name, launch)
+        return launch
+
+
+_on_gpu = functools.cache(_OnGpu)
 
 
 def once(*gradients: torch.Tensor) -> bool:
@@ -206,28 +273,53 @@ def traceable(*tensors: torch.Tensor) -> bool:
     """Whether torch.compile should put the registered operation into its graph rather than
     PyTorch's own form.
     """
-    return cpu.missing is None and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors
-    )
+    first = tensors[0]
+    if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
+        return False
+    if first.device.type == "cuda":
+        return triton.missing is None and first.dtype in _KERNELS["triton"].dtypes
+    return cpu.missing is None and first.device.type == "cpu" and first.dtype == torch.float32
 
 
-def _obstacle(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Why the C++ kernels cannot take these tensors, or None where they can."""
-    for t in tensors:
-        if t.device.type != "cpu":
-            return f"it takes CPU tensors, these are on {t.device}"
-        if t.dtype != torch.float32:
-            return f"it takes float32, these are {str(t.dtype).removeprefix('torch.')}"
-    return cpu.missing_reason()
+def _obstacle(
+    backend: str, op: str, tensors: list[torch.Tensor], beside: Iterable[torch.Tensor]
+) -> str | None:
+    """Why the backend's kernels cannot take these tensors, or None where they can."""
+    device, dtypes, reason, widest = _KERNELS[backend]
+    for t in (*tensors, *beside):
+        if t.device.type != device:
+            return f"it takes {device.upper()} tensors, these are on {t.device}"
+        if t.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"it takes {names}, these are {str(t.dtype).removeprefix('torch.')}"
+    first = tensors[0]
+    if any(t.dtype != first.dtype for t in tensors):
+        return f"it takes tensors of one dtype, these are {_dtypes(tensors)}"
+    if op in widest and first.dim() > 0 and first.shape[-1] > widest[op]:
+        return f"it takes at most {widest[op]} wide ones in {op}, these are {first.shape[-1]} wide"
+    return reason(first.device.index)
+
+
+def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
+    return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _say_once(backend: str, reason: str) -> None:
     warnings.warn(
-        f"fastgpt's C++ backend is passed over for PyTorch's own operations: {reason}",
+        f"fastgpt's {backend} backend is passed over for PyTorch's own operations: {reason}",
         BackendWarning,
         stacklevel=4,
     )
+
+
+def readable(t: torch.Tensor) -> bool:
+    """Whether a tensor's values may be looked at: not while something watches, transforms or
+    captures a CUDA graph.
+    """
+    if torch.compiler.is_compiling() or not _direct((t,)):
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -65,14 +65,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., emb_dim] -> [..., emb_dim]."""
-        if not self._fusable(x):
+        if not self._fusable():
             return self.layers(x)
         up: Any = self.layers[0]
-        h = ops.linear(x, up.weight, owner=self)
-        h = ops.bias_gelu(h, up.bias, out=None if dispatch.needs_grad(h, up.bias) else h)
-        return _linear(self.layers[2], h)
+        return _linear(self.layers[2], ops.linear_gelu(x, up.weight, up.bias, owner=self))
 
-    def _fusable(self, x: Tensor) -> bool:
+    def _fusable(self) -> bool:
         if not plain(self.layers, nn.Sequential) or len(self.layers) != 3:
             return False
         up, act, _ = self.layers
@@ -80,8 +78,6 @@ class FeedForward(nn.Module):
             plain(up, nn.Linear)
             and plain(act, GELU)
             and up.bias is not None
-            # Autocast rounds the sum of product and bias, not the product.
-            and not dispatch.autocasts(x)
             and not dispatch.transformed()
             and not torch.compiler.is_compiling()
         )
@@ -359,7 +355,7 @@ class GPTModel(nn.Module):
             TypeError: the ids are not integers.
             ValueError: they are not [B, T], or not the cache's batch, or the tokens, cached ones
                 included, are more than the context length. The cache is as it was.
-            IndexError: an id is outside the vocabulary (on the CPU).
+            IndexError: an id is outside the vocabulary.
         """
         if cache is None and use_cache:
             if self._own_cache is None:
@@ -391,7 +387,7 @@ class GPTModel(nn.Module):
             TypeError: the ids or the targets are not integers.
             ValueError: idx is not [B, T], targets have another shape, the tokens are more than the
                 context length, or the reduction is none of these.
-            IndexError: an id or a target is outside the vocabulary (an id on the CPU).
+            IndexError: an id or a target is outside the vocabulary.
         """
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
@@ -406,7 +402,7 @@ class GPTModel(nn.Module):
         ):
             ops.check_targets(targets, head.weight.shape[0], ignore_index)
             h = self._features(self._checked(idx, 0), 0, None, last_only=False)
-            return ops.linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
+            return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)
         logits, labels = logits.flatten(0, 1), targets.flatten().long()
@@ -485,6 +481,9 @@ class GPTModel(nn.Module):
     def _token_embeddings(self, idx: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.tok_emb(idx)
+        if idx.is_cuda and isinstance(self.tok_emb, nn.Embedding) and dispatch.readable(idx):
+            # The look-up itself would end the process's use of the GPU.
+            check_ids(idx, self.tok_emb.weight.shape[0])
         try:
             return self.tok_emb(idx)
         except IndexError:

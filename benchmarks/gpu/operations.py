@@ -261,13 +261,14 @@ def _linear_cross_entropy(s: Scale, new: partial[Tensor]) -> Work:
         torch.empty_like(x),
         torch.empty_like(weight),
     )
+    upstream = torch.ones_like(loss)
 
     def forward() -> Tensors:
         linear_cross_entropy(x, weight, targets, IGNORED, loss)
         return (loss,)
 
     def backward() -> Tensors:
-        linear_cross_entropy(x, weight, targets, IGNORED, loss, dx, dweight)
+        linear_cross_entropy(x, weight, targets, IGNORED, loss, upstream, dx, dweight)
         return dx, dweight
 
     def definition(x: Tensor, weight: Tensor) -> Tensor:
@@ -279,8 +280,7 @@ def _linear_cross_entropy(s: Scale, new: partial[Tensor]) -> Work:
     liger = _liger(name, lambda f: lambda x, weight: f(x, weight, targets, reduction="sum"))
     peers: dict[str, Function] = {"mm, F.cross_entropy": definition, **liger}
     products = 2.0 * x.numel() * s.vocabulary
-    upstream = (torch.ones_like(loss),)
-    work = Work((x, weight), upstream, definition, forward, backward, peers, whole=True)
+    work = Work((x, weight), (upstream,), definition, forward, backward, peers, whole=True)
     work.operations, work.moved = (products, 3 * products), (0.0, _bytes(x, weight, dx, dweight))
     return work
 

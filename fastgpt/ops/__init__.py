@@ -6,8 +6,12 @@ from fastgpt.ops.causal_attention import causal_attention
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.layer_norm import add_layer_norm, layer_norm
-from fastgpt.ops.linear import linear
-from fastgpt.ops.linear_cross_entropy import check_targets, linear_cross_entropy
+from fastgpt.ops.linear import linear, linear_gelu
+from fastgpt.ops.linear_cross_entropy import (
+    check_targets,
+    checked_linear_cross_entropy,
+    linear_cross_entropy,
+)
 from fastgpt.ops.transformer_block import transformer_block
 
 __all__ = [
@@ -15,10 +19,12 @@ __all__ = [
     "bias_gelu",
     "causal_attention",
     "check_targets",
+    "checked_linear_cross_entropy",
     "embedding",
     "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_gelu",
     "transformer_block",
 ]

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.triton import choices
 
 
 def causal_attention(
@@ -39,28 +42,50 @@ def causal_attention(
     if scale is None:
         scale = q.shape[3] ** -0.5
     if torch.compiler.is_compiling():
-        if dispatch.traceable(q, k, v) and dropout_p == 0:
+        # On a GPU PyTorch chooses among the vendor's kernels for what they take.
+        ours = not q.is_cuda or q.shape[2] != k.shape[2]
+        if dispatch.traceable(q, k, v) and dropout_p == 0 and ours:
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)
-    kernels = dispatch.kernels("causal_attention", q, k, v)
-    if kernels is None:
-        return _torch(q, k, v, scale, dropout_p)
+    backend = dispatch.choose("causal_attention", q, k, v)
+    vendor = None if backend != "triton" else choices.vendor_attention(q, k, dropout_p)
+    if backend == "reference" or vendor is not None:
+        return _torch(q, k, v, scale, dropout_p, vendor)
+    kernels = dispatch.module(backend, "causal_attention", q)
     drop = (dropout_p, draw_seed(dropout_p))
     if dispatch.needs_grad(q, k, v):
         return _CausalAttention.apply(kernels, q, k, v, scale, *drop).transpose(1, 2)
     return _forward(kernels, q, k, v, scale, *drop, keep=False)[0].transpose(1, 2)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, vendor: str | None = None
+) -> Tensor:
+    """By PyTorch's operation; vendor: the one of its implementations to take, if it can."""
     T, S = q.shape[2], k.shape[2]
     if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
         return F.dropout(weights(q, k, scale), dropout_p) @ v
+    if vendor is not None:
+        with _preferring(vendor):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if T == S:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
         )
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout_p)
+
+
+def _preferring(vendor: str) -> AbstractContextManager[None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    first = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    order = dict.fromkeys([first[vendor], *first.values(), SDPBackend.MATH])
+    return sdpa_kernel(list(order), set_priority=True)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

@@ -44,13 +44,17 @@ def embedding(
     if torch.compiler.is_compiling():
         return _torch(idx, tok, pos, past, dropout_p)
     kernels = dispatch.kernels("embedding", tok, pos)
+    # On a GPU the look-up itself would end the process's use of it.
+    if idx.is_cuda and dispatch.readable(idx):
+        check_ids(idx, tok.shape[0])
     if kernels is None or idx.device != tok.device:
         try:
             return _torch(idx, tok, pos, past, dropout_p)
         except IndexError:
             check_ids(idx, tok.shape[0])
             raise
-    check_ids(idx, tok.shape[0])
+    if not idx.is_cuda:
+        check_ids(idx, tok.shape[0])
     step = (past, dropout_p, draw_seed(dropout_p))
     if dispatch.needs_grad(tok, pos):
         return _Embedding.apply(kernels, idx, tok, pos, *step)

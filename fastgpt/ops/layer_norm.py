@@ -77,7 +77,7 @@ def add_layer_norm(
         if dispatch.traceable(x, branch, weight, bias) and dropout_p == 0:
             return torch.ops.fastgpt.add_layer_norm(x, branch, weight, bias, eps)[:2]
         return _torch_add(x, branch, weight, bias, eps, dropout_p)
-    kernels = dispatch.kernels("layer_norm", x, branch, weight, bias)
+    kernels = _kernels_add(x, branch, weight, bias)
     if kernels is None:
         return _torch_add(x, branch, weight, bias, eps, dropout_p)
     drop = (dropout_p, draw_seed(dropout_p))
@@ -108,9 +108,17 @@ def _torch_add(
     return _torch(total, weight, bias, eps), total
 
 
+def _kernels_add(x, branch, weight, bias):
+    """The sum has the dtype of x or of the branch; under autocast the branch is the narrow one."""
+    total = x if torch.promote_types(x.dtype, branch.dtype) == x.dtype else branch
+    return dispatch.kernels("layer_norm", total, weight, bias, beside=(x, branch))
+
+
 def _stats(x: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-    shape = (*x.shape[:-1], 1)
-    return (x.new_empty(shape), x.new_empty(shape)) if wanted else (None, None)
+    if not wanted:
+        return None, None
+    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    return mean, torch.empty_like(mean)
 
 
 def _forward(kernels, x, weight, bias, eps, stats):
@@ -123,7 +131,8 @@ def _forward(kernels, x, weight, bias, eps, stats):
 
 def _forward_add(kernels, x, branch, weight, bias, eps, dropout_p, seed, stats):
     x, branch = x.contiguous(), branch.contiguous()
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    y = torch.empty_like(x, dtype=weight.dtype)
+    total = torch.empty_like(y)
     mean, rstd = _stats(x, stats)
     weight, bias = weight.contiguous(), bias.contiguous()
     kernels.layer_norm(x, weight, bias, eps, y, mean, rstd, branch, total, dropout_p, seed)
@@ -138,12 +147,17 @@ def _formulas(dy, saved, wanted):
     )
 
 
-def _backward(kernels, dy, saved, wanted, dtotal=None, dropout_p=0.0, seed=0):
-    """The gradients of the normalised x, of the branch behind its dropout, of weight and bias."""
+def _backward(kernels, dy, saved, wanted, dtotal=None, branch=None, dropout_p=0.0, seed=0):
+    """The gradients of the normalised x, of the branch behind its dropout, of weight and bias.
+
+    branch: the branch's dtype, where there is one.
+    """
     x, mean, rstd, weight, _ = saved
     x = x.contiguous()
     dx = torch.empty_like(x) if wanted[0] else None
-    dbranch = torch.empty_like(x) if wanted[0] and dropout_p > 0 else None
+    dbranch = None
+    if wanted[0] and (dropout_p > 0 or branch not in (None, x.dtype)):
+        dbranch = torch.empty_like(x, dtype=branch)
     dw = db = None
     if wanted[1] or wanted[2]:
         dw, db = (weight.new_empty(weight.shape) for _ in range(2))
@@ -153,8 +167,9 @@ def _backward(kernels, dy, saved, wanted, dtotal=None, dropout_p=0.0, seed=0):
     kernels.layer_norm_backward(
         dy.contiguous(), x, weight, mean, rstd, dx, dw, db, dtotal, dbranch, dropout_p, seed
     )
-    branch = dx if dbranch is None else dbranch
-    return dx, branch, dw if wanted[1] else None, db if wanted[2] else None
+    if dbranch is None:
+        dbranch = dx
+    return dx, dbranch, dw if wanted[1] else None, db if wanted[2] else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -182,7 +197,7 @@ class _AddLayerNorm(torch.autograd.Function):
             kernels, x, branch, weight, bias, eps, dropout_p, seed, stats=True
         )
         ctx.save_for_backward(total, mean, rstd, weight, bias)
-        ctx.kernels, ctx.drop = kernels, (dropout_p, seed)
+        ctx.kernels, ctx.branch, ctx.drop = kernels, branch.dtype, (dropout_p, seed)
         return y, total
 
     @staticmethod
@@ -190,7 +205,8 @@ class _AddLayerNorm(torch.autograd.Function):
         _, *wanted = ctx.needs_input_grad[:5]
         stream = (wanted[0] or wanted[1], wanted[2], wanted[3])
         if dispatch.once(dy, dtotal):
-            grads = _backward(ctx.kernels, dy, ctx.saved_tensors, stream, dtotal, *ctx.drop)
+            into = (dtotal, ctx.branch, *ctx.drop)
+            grads = _backward(ctx.kernels, dy, ctx.saved_tensors, stream, *into)
         else:
             refuse_double_backward(ctx.drop[0])
             grads = _add_formulas(dy, dtotal, ctx.saved_tensors, stream)
@@ -223,7 +239,7 @@ def _(x, weight, bias, eps):
 def _add_layer_norm_op(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = dispatch.kernels("layer_norm", x, branch, weight, bias)
+    kernels = _kernels_add(x, branch, weight, bias)
     if kernels is None:
         total = (x + branch).contiguous()
         y, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], weight, bias, eps)

@@ -1,4 +1,6 @@
-"""The product of a linear layer, from the live weight in whatever layout it has."""
+"""The product of a linear layer, from the live weight in whatever layout it has; with or without
+GELU behind it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.cpu.records import gradient_like
+from fastgpt.ops.gelu import bias_gelu, gelu
+from fastgpt.triton import choices
 
 
 def linear(
@@ -31,7 +35,13 @@ def linear(
     """
     if torch.compiler.is_compiling() or dispatch.autocasts(x):
         return F.linear(x, weight, bias)
-    kernels = dispatch.kernels("linear", x, weight, bias)
+    backend = dispatch.choose("linear", x, weight, bias)
+    # On a GPU the vendor's product, and its gradients, are what torch runs.
+    if backend == "triton" and (
+        dispatch.needs_grad(x, weight, bias) or not choices.own_product(x, _rows(x))
+    ):
+        return F.linear(x, weight, bias)
+    kernels = dispatch.module(backend, "linear", x)
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if kernels is None or not fits or not kernels.takes(weight, bias):
         return F.linear(x, weight, bias)
@@ -40,9 +50,47 @@ def linear(
     return _forward(kernels, x, weight, bias, owner)
 
 
-def _forward(kernels, x, weight, bias, owner):
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = None) -> Tensor:
+    """gelu(x W^T + bias).
+
+    Args:
+        x: [..., n_in], any floating dtype; under autocast all three are narrowed first.
+        weight: [n_out, n_in].
+        bias: [n_out].
+        owner: as for ``linear``.
+
+    Returns:
+        [..., n_out].
+
+    Raises:
+        RuntimeError: the shapes do not fit each other, as PyTorch says it.
+        BackendError: a backend asked for by name cannot take these tensors.
+    """
+    wide, autocasts = (x, weight, bias), dispatch.autocasts(x)
+    if autocasts:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    backend = dispatch.choose("linear", x, weight, bias) if fits else "reference"
+    if backend == "triton" and choices.own_product(x, _rows(x), gelu=True):
+        kernels = dispatch.module(backend, "linear", x)
+        if not dispatch.needs_grad(x, weight, bias):
+            return _forward(kernels, x, weight, bias, owner, gelu=True)
+        slopes = dispatch.module(backend, "gelu", x)
+        return _LinearGelu.apply(kernels, slopes, x, weight, bias)
+    if autocasts:  # which rounds the sum of product and bias, not the product
+        return gelu(F.linear(*wide))
+    h = linear(x, weight, owner=owner)
+    return bias_gelu(h, bias, out=None if dispatch.needs_grad(h, bias) else h)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _forward(kernels, x, weight, bias, owner, **how):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    kernels.linear(x.contiguous(), weight, bias, y, owner=owner)
+    kernels.linear(x.contiguous(), weight, bias, y, owner=owner, **how)
     return y
 
 
@@ -69,3 +117,32 @@ class _Linear(torch.autograd.Function):
             dy.contiguous(), x.contiguous(), weight, dx, dweight, dbias, owner=ctx.owner
         )
         return None, dx, dweight, dbias, None
+
+
+class _LinearGelu(torch.autograd.Function):
+    """One kernel forward, which keeps what went into GELU; backward GELU's, fused with the bias's
+    gradient, and the vendor's products.
+    """
+
+    @staticmethod
+    def forward(ctx, kernels, slopes, x, weight, bias):
+        pre = x.new_empty(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x, weight, bias, pre)
+        ctx.slopes = slopes
+        return _forward(kernels, x, weight, bias, None, pre=pre, gelu=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, pre = ctx.saved_tensors
+        _, _, for_x, for_weight, for_bias = ctx.needs_input_grad
+        if dispatch.once(dy):
+            dpre = torch.empty_like(pre)
+            dbias = weight.new_empty(weight.shape[0]) if for_bias else None
+            ctx.slopes.bias_gelu_backward(dy.contiguous(), pre, None, dpre, dbias)
+        else:  # differentiable itself, so it starts from x
+            pre = F.linear(x, weight, bias)
+            dpre = torch.ops.aten.gelu_backward(dy, pre, approximate="tanh")
+            dbias = dpre.flatten(0, -2).sum(0) if for_bias else None
+        dx = dpre @ weight if for_x else None
+        dweight = dpre.flatten(0, -2).mT @ x.flatten(0, -2) if for_weight else None
+        return None, None, dx, dweight, dbias

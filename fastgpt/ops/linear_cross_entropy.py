@@ -44,14 +44,28 @@ def linear_cross_entropy(
         IndexError: a target is outside the vocabulary.
         BackendError: a backend asked for by name cannot take these tensors.
     """
+    if targets.device != x.device:
+        raise ValueError(f"the targets are on {targets.device}, x is on {x.device}")
+    check_targets(targets, weight.shape[0], ignore_index)
+    return checked_linear_cross_entropy(x, weight, targets, ignore_index, reduction, owner)
+
+
+def checked_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    owner: object | None,
+) -> Tensor:
+    """``linear_cross_entropy`` for targets that ``check_targets`` has seen: on a GPU a second look
+    would wait for all that was computed in between.
+    """
     if x.shape[-1:] != weight.shape[1:] or x.shape[:-1] != targets.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"x [..., D], weight [V, D] and targets [...] do not fit: {shapes}")
-    if targets.device != x.device:
-        raise ValueError(f"the targets are on {targets.device}, x is on {x.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "none"')
-    check_targets(targets, weight.shape[0], ignore_index)
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     if torch.compiler.is_compiling() or dispatch.transformed():
         loss = _differentiable(rows, weight, labels, ignore_index, reduction)
@@ -76,7 +90,7 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
         raise TypeError(f"targets must be integers, got {targets.dtype}")
-    if targets.numel() == 0 or torch.compiler.is_compiling() or dispatch.transformed():
+    if targets.numel() == 0 or not dispatch.readable(targets):
         return
     outside = (targets < 0) | (targets >= vocab_size)
     outside &= targets != ignore_index
@@ -132,12 +146,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "none":
             run(x, weight, targets, ignore_index, loss, owner=owner)
             return loss
-        share = torch.ones((), dtype=kept, device=x.device)
-        if reduction == "mean":
-            share = share / (targets != ignore_index).sum()
+        one = torch.ones((), dtype=kept, device=x.device)
+        share = one / (targets != ignore_index).sum() if reduction == "mean" else one
+        # Rows' shares of a mean underflow in float16; there they come in with dloss.
+        ctx.factor = share if x.dtype == torch.float16 else None
         wanted = ctx.needs_input_grad[1:3]
         ctx.grads = _gradients(x, weight, wanted)
-        upstream = share.expand(N).contiguous() if any(wanted) else None
+        upstream = None
+        if any(wanted):
+            upstream = (share if ctx.factor is None else one).expand(N).contiguous()
         run(x, weight, targets, ignore_index, loss, upstream, *ctx.grads, owner=owner)
         # In float64, so that a mean of many rows is as exact as one of few.
         total = loss.sum(dtype=torch.float64)
@@ -168,6 +185,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             # Handed over, so that autograd keeps them without a copy; a second pass makes new ones.
             grads, ctx.grads = ctx.grads, None
+            if ctx.factor is not None:
+                dloss = dloss * ctx.factor
             if dloss.device.type != "cpu" or dloss.item() != 1:
                 for grad in grads:
                     if grad is not None:

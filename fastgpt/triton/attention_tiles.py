@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.triton import settings
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = settings.WIDEST["causal_attention"]
 LOG2_E: tl.constexpr = tl.constexpr(1 / math.log(2))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from fastgpt.triton import settings
 from fastgpt.triton.settings import ANY
 
@@ -88,6 +91,22 @@ def product(arch: str, itemsize: int, rows: int, gelu: bool = False) -> Choice:
     """What runs act(x W^T + b) on so many rows of x. arch, itemsize: as for attention."""
     shape = "few" if rows <= FEW_ROWS else "gelu" if gelu else "plain"
     return _row(PRODUCTS, arch, itemsize, shape)
+
+
+def vendor_attention(q: Tensor, k: Tensor, dropout_p: float) -> str | None:
+    """The backend of SDPA that runs causal attention of q [B, H, T, D] and k [B, H, S, D]; None for
+    our own kernels.
+    """
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    arch, square = settings.device_of(q).arch, q.shape[2] == k.shape[2]
+    choice = attention(arch, q.element_size(), square, dropout_p > 0, repeatable)
+    return None if choice.implementation == "own" else choice.implementation
+
+
+def own_product(x: Tensor, rows: int, gelu: bool = False) -> bool:
+    """Whether our own kernels run act(x W^T + b) on so many rows of x."""
+    choice = product(settings.device_of(x).arch, x.element_size(), rows, gelu)
+    return choice.implementation == "own"
 
 
 def _row(table: dict[tuple[str, str, str], Choice], arch: str, itemsize: int, shape: str) -> Choice:

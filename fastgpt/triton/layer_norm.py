@@ -16,7 +16,7 @@ from fastgpt.triton.dropout import keep_scale
 from fastgpt.triton.sum_rows import sum_rows
 
 # Wider rows do not fit the registers of one program.
-MAX_WIDTH = 8192
+MAX_WIDTH = settings.WIDEST["layer_norm"]
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed"])
@@ -79,6 +79,7 @@ def layer_norm_bwd_kernel(
     n_cols,
     dropout_p,
     seed,
+    DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -109,7 +110,8 @@ def layer_norm_bwd_kernel(
                 dx += tl.load(dtotal_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + offset, dx, mask=mask)
             if dbranch_ptr is not None:
-                dx *= keep_scale(seed, offset, dropout_p)
+                if DROPOUT:
+                    dx *= keep_scale(seed, offset, dropout_p)
                 tl.store(dbranch_ptr + offset, dx, mask=mask)
     if partial_ptr is not None:
         partial_ptr += program.to(tl.int64) * n_cols + cols
@@ -182,8 +184,8 @@ def layer_norm_backward(
     dy, x, dx, dtotal, dbranch: [..., D] contiguous; weight, dweight, dbias: [D] contiguous; mean,
     rstd: one a row, float32, as the forward pass wrote them. x is what was normalised, the sum
     where there was one. dx is the gradient through the norm, plus dtotal where it is given. dbranch
-    is dx through the branch's dropout and is written only beside dx; without dropout it would be
-    dx. dx may be dy or dtotal.
+    is dx through the branch's dropout, of any floating dtype, and is written only beside dx. dx may
+    be dy or dtotal.
     """
     if x.numel() == 0:
         for empty in (dweight, dbias):
@@ -212,6 +214,7 @@ def layer_norm_backward(
         n_cols,
         dropout_p,
         seed,
+        DROPOUT=dropout_p > 0,
         BLOCK=BLOCK,
         **launch,
     )

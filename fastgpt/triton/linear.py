@@ -207,6 +207,11 @@ def _takes_tma(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def takes(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a weight lies as the kernels can read it, which any does."""
+    return bias is None or bias.is_contiguous()
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -214,12 +219,13 @@ def linear(
     y: Tensor,
     pre: Tensor | None = None,
     gelu: bool = False,
+    owner: object | None = None,
 ) -> None:
     """Writes y = act(x weight^T + bias), act the tanh GELU or nothing, and pre, what went into act.
 
     x: [..., K] contiguous; weight: [N, K] of x's dtype, any strides; bias: [N] contiguous or None;
     y, pre: [..., N] contiguous. float32 is multiplied in full precision, unless
-    torch.backends.cuda.matmul.allow_tf32 says otherwise.
+    torch.backends.cuda.matmul.allow_tf32 says otherwise. Of an owner nothing is kept.
     """
     n_cols, depth = weight.shape
     n_rows = y.numel() // n_cols if n_cols else 0

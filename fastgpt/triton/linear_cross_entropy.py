@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.triton.cross_entropy import cross_entropy, cross_entropy_backward
+from fastgpt.triton.linear import takes as takes
 
 # What a chunk's logits may take. Larger chunks add up dweight less often.
 CHUNK_BYTES = 512 * 2**20
@@ -27,14 +28,17 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int,
     loss: Tensor,
+    upstream: Tensor | None = None,
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
+    owner: object | None = None,
 ) -> None:
-    """Writes each row's cross entropy of x weight^T, and the gradients of the losses' sum.
+    """Writes each row's cross entropy of x weight^T and, for upstream, the gradients of the losses,
+    dx and dweight where they are given.
 
     x, dx: [N, D] contiguous; weight, dweight: [V, D], the dtype of x; targets: [N] contiguous, any
-    integer dtype; loss: [N] float32. dx and dweight are for an upstream gradient of ones, and None
-    where not wanted. Ignored rows have loss and gradient 0.
+    integer dtype; loss, upstream: [N] float32. Ignored rows have loss and gradient 0. Of an owner
+    nothing is kept: torch's allocator keeps the memory.
     """
     n_rows, vocabulary = len(x), len(weight)
     # Rows start at multiples of 128 bytes, so that they are read 16 bytes at a time.
@@ -42,7 +46,6 @@ def linear_cross_entropy(
     chunk = min(_chunk_rows(pitch, x.element_size()), max(n_rows, 1))
     buffer = torch.empty((chunk, pitch), dtype=x.dtype, device=x.device)
     lse = torch.empty(chunk, dtype=torch.float64, device=x.device)
-    one = torch.ones(1, dtype=torch.float32, device=x.device).expand(chunk)
     total = dweight
     if dweight is not None and dweight.dtype != torch.float32:
         total = torch.empty(dweight.shape, dtype=torch.float32, device=x.device)
@@ -54,9 +57,9 @@ def linear_cross_entropy(
         logits = buffer[:n, :vocabulary]
         torch.mm(x[rows], weight.t(), out=logits)
         cross_entropy(logits, targets[rows], ignore_index, loss[rows], lse)
-        if dx is None and total is None:
+        if upstream is None:
             continue
-        cross_entropy_backward(logits, targets[rows], ignore_index, lse, one)
+        cross_entropy_backward(logits, targets[rows], ignore_index, lse, upstream[rows])
         if dx is not None:
             torch.mm(logits, weight, out=dx[rows])
         if total is not None:

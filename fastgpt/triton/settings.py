@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The longest last dimension that an operation's kernels take: what one program holds.
+WIDEST = {"layer_norm": 8192, "causal_attention": 128}
+
 
 class Device(NamedTuple):
     """What a launcher must know of a GPU."""

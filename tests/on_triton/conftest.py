@@ -6,10 +6,14 @@ would pass for the package.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastgpt
+from fastgpt import dispatch
 from fastgpt.triton import missing_reason
 
 # Compiled kernels are kept between runs; triton's own default is in the home directory.
@@ -32,6 +36,20 @@ def interpreted():
     from on_triton.support.interpreter import interpreted
 
     with interpreted():
+        yield
+
+
+@pytest.fixture
+def dispatched(interpreted, monkeypatch):
+    """fastgpt.ops on interpreted kernels, for CPU tensors."""
+    row = dispatch._KERNELS["triton"]._replace(device="cpu", reason=lambda index: None)
+    monkeypatch.setitem(dispatch._KERNELS, "triton", row)
+    attention = sys.modules["fastgpt.ops.causal_attention"]  # the package has the function there
+    # As on a GPU: one number a row.
+    monkeypatch.setattr(
+        attention, "_statistics", lambda q: q.new_empty(q.shape[:3], dtype=torch.float32)
+    )
+    with fastgpt.use_backend("triton"):
         yield
 
 

@@ -26,16 +26,17 @@ def test_linear_cross_entropy(padded, monkeypatch, dtype, chunk):
     x, weight, targets = _inputs(11, 131, dtype)
     loss = padded.empty(11)
     dx, dweight = (padded.empty(*t.shape, dtype=dtype) for t in (x, weight))
-    linear_cross_entropy(x, weight, targets, IGNORE, loss, dx, dweight)
+    upstream = padded(torch.rand(11) + 0.5)
+    linear_cross_entropy(x, weight, targets, IGNORE, loss, upstream, dx, dweight)
 
     def torchs(x, weight):
         return F.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE, reduction="none")
 
-    check((loss, dx, dweight), torchs, (x, weight), [torch.ones(11)])
+    check((loss, dx, dweight), torchs, (x, weight), [upstream])
     assert not dx[2::5].any()
     for wanted in ((None, None), (dx.clone(), None), (None, dweight.clone())):
         again = torch.empty_like(loss)
-        linear_cross_entropy(x, weight, targets, IGNORE, again, *wanted)
+        linear_cross_entropy(x, weight, targets, IGNORE, again, upstream, *wanted)
         assert torch.equal(again, loss)
         for ours, before in zip(wanted, (dx, dweight), strict=True):
             assert ours is None or torch.equal(ours, before)
@@ -49,15 +50,15 @@ def test_chunks_keep_to_their_size():
 
 def test_no_rows(padded):
     x, weight, targets = _inputs(0, 17, torch.float32)
-    dweight = padded.empty(17, 24)
-    linear_cross_entropy(x, weight, targets, IGNORE, torch.empty(0), x, dweight)
+    dweight, none = padded.empty(17, 24), torch.empty(0)
+    linear_cross_entropy(x, weight, targets, IGNORE, none, none, x, dweight)
     assert not dweight.any()
 
 
 def _run(dtype):
     x, weight = empty(dtype, 8192, 768), empty(dtype, 50257, 768)
     targets, loss = empty(torch.int64, 8192), empty(torch.float32, 8192)
-    linear_cross_entropy(x, weight, targets, IGNORE, loss, x, weight)
+    linear_cross_entropy(x, weight, targets, IGNORE, loss, loss, x, weight)
 
 
 CASES = {
