@@ -97,7 +97,7 @@ def _statistics(q: Tensor) -> Tensor:
     """Empty, for what the device's kernels keep of the softmax: of each row the greatest score and
     the sum, [B, H, T, 2], or the log-sum-exp, [B, H, T].
     """
-    shape = (*q.shape[:3], 2) if q.is_cpu else q.shape[:3]
+    shape = (*q.shape[:3], 2) if q.device.type == "cpu" else q.shape[:3]
     return q.new_empty(shape, dtype=torch.float32)
 
 
