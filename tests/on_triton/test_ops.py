@@ -207,10 +207,10 @@ def test_small_shares_of_a_mean_do_not_underflow_in_float16():
 
 def test_what_the_kernels_do_not_take_is_refused_by_name():
     wide = torch.randn(2, 8193)
-    with pytest.raises(fastgpt.BackendError, match="at most 8192 wide.*8193"):
+    with pytest.raises(fastgpt.BackendError, match=r"at most 8192 wide.*8193"):
         ops.layer_norm(wide, wide[0], wide[0])
     q = torch.randn(1, 1, 3, 129)
-    with pytest.raises(fastgpt.BackendError, match="at most 128 wide.*129"):
+    with pytest.raises(fastgpt.BackendError, match=r"at most 128 wide.*129"):
         ops.causal_attention(q, q, q)
     with pytest.raises(fastgpt.BackendError, match="these are float64"):
         ops.gelu(torch.randn(3, dtype=torch.float64))
