@@ -161,6 +161,13 @@ def choose(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor
     return "reference"
 
 
+def on_triton(like: torch.Tensor) -> bool:
+    """Whether tensors such as this one may run on the Triton backend; says and raises nothing."""
+    name = requested()
+    backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
+    return backend == "triton" and _direct((like,)) and _obstacle(backend, "", [like], ()) is None
+
+
 def kernels(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> Any:
     """The module with the operation's kernels for these tensors; None for PyTorch's own form.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config, check_config, check_ids
 from fastgpt.kv_cache import KVCache, Staged, cached_tokens, extended
-from fastgpt.plain import drop_probability, known, plain
+from fastgpt.plain import drop_probability, known, plain, plain_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,6 +122,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # A key of the state dict; held only once somebody reads or sets it.
         self._buffers["mask"] = None
+        ops.pack_on_gpu((self.W_query, self.W_key, self.W_value), {})
 
     @property
     def mask(self) -> Tensor:
@@ -142,9 +143,7 @@ class MultiHeadAttention(nn.Module):
         past = cached_tokens(cache, layer)
         self._check_tokens(past + T)
         heads = (self.num_heads, self.head_dim)
-        k = _linear(self.W_key, x).unflatten(-1, heads).transpose(1, 2)
-        q = _linear(self.W_query, x).unflatten(-1, heads).transpose(1, 2)
-        v = _linear(self.W_value, x).unflatten(-1, heads).transpose(1, 2)
+        k, q, v = (t.unflatten(-1, heads).transpose(1, 2) for t in self._projected(x))
         if cache is not None:
             k, v = extended(cache.get(layer), k, v, self._context())
             cache.update(layer, (k, v))
@@ -155,6 +154,23 @@ class MultiHeadAttention(nn.Module):
             hidden = self._hidden(past, T, q.device)
             context = reference.causal_attention(q, k, v, hidden, self.dropout)
         return _linear(self.out_proj, context.transpose(1, 2).reshape(B, T, self.d_out))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Keys, queries and values, each [B, T, d_out]."""
+        layers: tuple[Any, ...] = (self.W_query, self.W_key, self.W_value)
+        if not torch.compiler.is_compiling() and all(map(plain_linear, layers)):
+            weights, biases = ([getattr(m, n) for m in layers] for n in ("weight", "bias"))
+            packed = ops.packed_linear(x, weights, biases)
+            if packed is not None:
+                return packed[1], packed[0], packed[2]
+        return _linear(self.W_key, x), _linear(self.W_query, x), _linear(self.W_value, x)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        layers = (self.W_query, self.W_key, self.W_value)
+        before = ops.weights_lie_at(layers)
+        super()._apply(fn, recurse)
+        ops.pack_on_gpu(layers, before)
+        return self
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self._context():
@@ -513,9 +529,7 @@ def _add_norm(
 
 def _linear(module: Any, x: Tensor) -> Tensor:
     """What the module makes of x, by the fused product where it is plainly an nn.Linear."""
-    # Without the key somebody has put another tensor in the parameter's place.
-    held = module._parameters.keys() >= {"weight", "bias"} if plain(module, nn.Linear) else False
-    if not held or torch.compiler.is_compiling():
+    if not plain_linear(module) or torch.compiler.is_compiling():
         return module(x)
     return ops.linear(x, module.weight, module.bias, owner=module)
 

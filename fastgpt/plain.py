@@ -41,6 +41,14 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
+def plain_linear(module: Any) -> bool:
+    """Whether a module is plainly an nn.Linear with a weight and a bias of its own.
+
+    Without the key somebody has put another tensor in the parameter's place.
+    """
+    return plain(module, nn.Linear) and module._parameters.keys() >= {"weight", "bias"}
+
+
 def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
     None where it is not plainly one.

@@ -98,7 +98,7 @@ def _norm(norm: Any, width: int) -> tuple[int, int] | None:
     return None if scale is None or shift is None else (scale, shift)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """A block whose pieces are plainly ours."""
 
     parameters: BlockParameters
@@ -108,7 +108,8 @@ class _Block(NamedTuple):
     shortcut_p: float
 
 
-def _taken_apart(block: Any) -> _Block | None:
+def taken_apart(block: Any) -> Block | None:
+    """The block's parameters, sizes and dropouts; None where a piece of it is not plainly ours."""
     if not plain(block, TransformerBlock):
         return None
     # Past nn.Module's own look-up, which for a small model would cost as much as the arithmetic.
@@ -143,12 +144,12 @@ def _taken_apart(block: Any) -> _Block | None:
         held += (module._parameters["weight"], module._parameters["bias"])
     scales = [norm._parameters.get(name) for norm in norms for name in ("scale", "shift")]
     parameters = BlockParameters(*scales[:2], *held[:8], *scales[2:], *held[8:])
-    return _Block(parameters, att.d_out, att.num_heads, attention_p, shortcut_p)
+    return Block(parameters, att.d_out, att.num_heads, attention_p, shortcut_p)
 
 
 def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
     """The fields of struct Block but for its caches, and the width of its feed-forward's middle."""
-    b = _taken_apart(block)
+    b = taken_apart(block)
     if b is None or b.attention_p or b.shortcut_p:
         return None
     if (b.width, b.heads) != (run.width, run.heads):
@@ -167,7 +168,7 @@ def block_step(
     """
     if not torch.is_grad_enabled() or not dispatch.runs_whole(x):
         return None
-    b = _taken_apart(block)
+    b = taken_apart(block)
     if b is None or x.dim() != 3 or x.shape[2] != b.width:
         return None
     block.att._check_tokens(x.shape[1])

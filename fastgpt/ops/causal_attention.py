@@ -112,13 +112,27 @@ def _forward(kernels, q, k, v, scale, dropout_p=0.0, seed=0, *, keep):
 
 def _backward(kernels, dout, q, k, v, out, lse, scale, dropout_p=0.0, seed=0):
     """Gradients of q, k, v. dout, out: [B, T, H, D]."""
-    # Laid out [B, T, H, D], as the projections that they go to have them.
-    grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
+    grads = _gradients(q, k, v)
     (dout,) = _rows(dout.transpose(1, 2))
     kernels.causal_attention_backward(
         dout, *_rows(q, k, v), out.transpose(1, 2), lse, scale, *grads, dropout_p, seed
     )
     return tuple(grads)
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Empty, laid out as the projections that they go to have them: [B, T, H, D], or, where q, k
+    and v are parts of one product, parts of a block [B, T, 3, H, D].
+    """
+    B, H, T, D = q.shape
+    part, strides = H * D * q.element_size(), (T * 3 * H * D, D, 3 * H * D, 1)
+    if all(
+        t.shape == q.shape and t.stride() == strides and t.data_ptr() == q.data_ptr() + i * part
+        for i, t in enumerate((q, k, v))
+    ):
+        block = q.new_empty(B, T, 3, H, D)
+        return [t.transpose(1, 2) for t in block.unbind(2)]
+    return [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
 
 
 def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:

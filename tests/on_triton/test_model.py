@@ -1,0 +1,217 @@
+"""The model on interpreted kernels, and against a GPU that is not there."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from helpers import assert_as_exact, assert_small_rms
+from pairs import CONFIG as CFG
+from torch.nn import functional as F
+
+import fastgpt
+from fastgpt import dispatch, reference, triton
+from on_triton.support.gpu import fake_gpu
+
+BF16 = torch.bfloat16
+# The package has the function of this name.
+packed_linear = sys.modules["fastgpt.ops.packed_linear"]
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _pair(dtype=torch.float32, **changes):
+    models = []
+    for module in (fastgpt, reference):
+        torch.manual_seed(5)
+        models.append(module.GPTModel(CFG | changes).to(dtype))
+    return models
+
+
+def _loss_and_grads(model, ids, forward=None):
+    model.zero_grad()
+    logits = (forward or model)(ids[:, :-1])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.usefixtures("dispatched")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
+def test_forward_and_backward(dtype):
+    ours, book = _pair(dtype, drop_rate=0.0, n_layers=1)
+    exact = reference.GPTModel(CFG | {"drop_rate": 0.0, "n_layers": 1}).double()
+    exact.load_state_dict(book.state_dict())
+    ids = torch.randint(0, CFG["vocab_size"], (2, 10))
+    found = [_loss_and_grads(model, ids) for model in (ours, book, exact)]
+    names = ["loss", *(name for name, _ in ours.named_parameters())]
+    for name, mine, theirs, right in zip(names, *found, strict=True):
+        assert_small_rms(mine, theirs, right, name)
+        if dtype == torch.float32:
+            assert_as_exact(mine, theirs, right, name)
+    torch.testing.assert_close(ours.loss(ids[:, :-1], ids[:, 1:]), found[0][0])
+
+
+def _pack(model):
+    for block in model.trf_blocks:
+        att = block.att
+        packed_linear.lay_side_by_side([m.weight for m in (att.W_query, att.W_key, att.W_value)])
+
+
+@pytest.mark.usefixtures("dispatched")
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_product_for_queries_keys_and_values(monkeypatch, bias):
+    ours, book = _pair(drop_rate=0.0, n_layers=1, qkv_bias=bias)
+    before = dict(ours.named_parameters())
+    _pack(ours)
+    assert all(before[name] is p for name, p in ours.named_parameters())
+    for name, value in book.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    joined = []
+    original = packed_linear._joined
+    monkeypatch.setattr(
+        packed_linear, "_joined", lambda dys: joined.append((dys, original(dys))) or joined[-1][1]
+    )
+    ids = torch.randint(0, CFG["vocab_size"], (2, 10))
+    for mine, theirs in zip(*(_loss_and_grads(m, ids) for m in (ours, book)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    ((dys, dy),) = joined
+    assert dy.data_ptr() == dys[0].data_ptr()  # nothing was copied
+    frozen = ours.trf_blocks[0].att.W_key.weight.requires_grad_(False)
+    frozen.grad = None
+    _loss_and_grads(ours, ids)
+    assert frozen.grad is None
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_one_product_differentiated_twice():
+    att = fastgpt.GPTModel(CFG | {"n_layers": 1}).trf_blocks[0].att
+    layers = (att.W_query, att.W_key, att.W_value)
+    x, inputs = torch.randn(1, 4, CFG["emb_dim"]), [m.weight for m in layers]
+    found = []
+    for _ in range(2):
+        q, k, v = att._projected(x)
+        grads = torch.autograd.grad((q * k * v).sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+        packed_linear.lay_side_by_side(inputs)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_autocast():
+    ours, book = _pair(drop_rate=0.0, n_layers=1)
+    ids = torch.randint(0, CFG["vocab_size"], (2, 10))
+    found = []
+    for model in (ours, book):
+        with torch.autocast("cpu", BF16):
+            found.append(_loss_and_grads(model, ids, model))
+    exact = _loss_and_grads(book.double(), ids)
+    for mine, theirs, right in zip(*found, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert_small_rms(mine, theirs, right)
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_dropout_repeats_and_drops():
+    ours, _ = _pair(drop_rate=0.4, n_layers=1)
+    ids = torch.randint(0, CFG["vocab_size"], (2, 10))
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(_loss_and_grads(ours, ids))
+    for first, again in zip(*found[:2], strict=True):
+        assert torch.equal(first, again)
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_ids_outside_the_vocabulary():
+    ours, _ = _pair(n_layers=1)
+    ids = torch.tensor([[1, CFG["vocab_size"]]])
+    with pytest.raises(IndexError, match=f"token id {CFG['vocab_size']} is outside"):
+        ours(ids)
+    with pytest.raises(IndexError, match="target -1 is outside"):
+        ours.loss(ids - 1, ids - ids - 1)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_a_training_step_on_a_gpu_that_is_not_there(dispatched, monkeypatch, arch):
+    monkeypatch.setattr(dispatch, "_direct", lambda tensors: True)
+    monkeypatch.setattr(dispatch, "readable", lambda t: False)
+    for name in ("embedding", "causal_attention", "layer_norm"):
+        monkeypatch.setattr(sys.modules[f"fastgpt.ops.{name}"], "draw_seed", lambda *p: 7)
+    monkeypatch.setattr(sys.modules["fastgpt.ops.embedding"], "check_ids", lambda idx, size: None)
+    with fake_gpu(arch) as launches:
+        with _default_dtype(BF16):
+            model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"n_layers": 1})
+        ids = torch.zeros(8, 1024, dtype=torch.int64)
+        # For a mean the CPU's tensors would be asked for the loss's gradient.
+        model.loss(ids, ids, reduction="none").backward(torch.ones(8, 1024))
+        shapes = [(p.grad.shape, p.grad.dtype) for p in model.parameters()]
+        assert shapes == [(p.shape, p.dtype) for p in model.parameters()]
+    names = {launch.name for launch in launches}
+    assert names >= {
+        "embedding_fwd_kernel",
+        "token_bwd_kernel",
+        "layer_norm_fwd_kernel",
+        "layer_norm_bwd_kernel",
+        "causal_attention_fwd_kernel",
+        "causal_attention_bwd_dq_kernel",
+        "causal_attention_bwd_dkdv_kernel",
+        "bias_gelu_bwd_kernel",
+        "cross_entropy_fwd_kernel",
+        "cross_entropy_bwd_kernel",
+    }
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of that capability, as far as torch tells."""
+
+    def with_capability(*capability):
+        triton.reason.cache_clear()
+        dispatch._say_once.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Tesla T4")
+
+    yield with_capability
+    triton.reason.cache_clear()
+    dispatch._say_once.cache_clear()
+
+
+def test_an_old_gpu_is_passed_over_with_one_warning(gpu, monkeypatch, recwarn):
+    gpu(7, 5)
+    row = fastgpt.backends()["triton"]
+    assert not row.available
+    assert "need an sm_80 or newer, the Tesla T4 is an sm_75" in row.reason
+    with pytest.raises(fastgpt.BackendError, match="sm_75"), fastgpt.use_backend("triton"):
+        pass
+    taken = dispatch._KERNELS["triton"]._replace(
+        device="cpu", reason=lambda index: triton.reason(0)
+    )
+    monkeypatch.setitem(dispatch._KERNELS, "triton", taken)
+    monkeypatch.setattr(dispatch, "_BY_DEVICE", {"cpu": "triton"})
+    with torch.no_grad(), fastgpt.use_backend("auto"):
+        for _ in range(2):
+            fastgpt.ops.gelu(torch.ones(3))
+            fastgpt.ops.layer_norm(torch.ones(3), torch.ones(3), torch.ones(3))
+    assert [w.category for w in recwarn] == [fastgpt.BackendWarning]
+    assert "triton backend" in str(recwarn[0].message)
+
+
+def test_a_new_gpu_is_taken(gpu):
+    gpu(9, 0)
+    assert fastgpt.backends()["triton"].available
+    with fastgpt.use_backend("triton"):
+        assert dispatch.requested() == "triton"
