@@ -167,6 +167,16 @@ def test_bad_usage(tmp_path, capsys, monkeypatch):
     assert "pip install 'fastgpt[report]'" in capsys.readouterr().err
 
 
+def test_quartiles_lie_within_what_was_measured(tiny, monkeypatch):
+    def two_rounds(peers, rounds):
+        return {peer: [1.0, 9.0][:rounds] for peer in peers}
+
+    monkeypatch.setattr(measure, "interleaved", two_rounds)
+    document = measure.measure(TINY[:1], ["fastgpt"], rounds=2)
+    for peer in document["works"][0]["peers"].values():
+        assert (peer["seconds"], peer["quartiles"]) == (5.0, [3.0, 7.0])
+
+
 def test_peak_memory_of_a_process_of_its_own():
     small, large = (Work("forward", "toy", batch, 64) for batch in (1, 512))
     peaks = [memory.peak_memory(work, "reference", 1) for work in (small, large)]

@@ -88,7 +88,10 @@ def _timed(work: Work, wanted: Sequence[str], rounds: int) -> tuple[dict[str, An
     for peer in runs:
         middle = median(seconds[peer])
         many = len(seconds[peer]) > 1
-        first, _, third = quantiles(seconds[peer], n=4) if many else (middle,) * 3
+        # Inclusive: of few rounds the other method's quartiles lie outside what was measured.
+        first, _, third = (
+            quantiles(seconds[peer], n=4, method="inclusive") if many else (middle,) * 3
+        )
         rows[peer] = {
             "seconds": middle,
             "quartiles": [first, third],
