@@ -17,26 +17,92 @@ def layer_norm(
     rows: int,
     cols: int,
     eps: float,
+    seed: int,
+    threshold: int,
     threads: int,
     /,
 ) -> None: ...
+def norm_partials(rows: int, cols: int, /) -> int: ...
+def layer_norm_backward(
+    fields: list[int], dbranch: int, seed: int, threshold: int, threads: int, /
+) -> None: ...
 def bias_gelu(x: int, bias: int, y: int, rows: int, cols: int, threads: int, /) -> None: ...
+def bias_gelu_backward(
+    dy: int, x: int, bias: int, dx: int, dbias: int, rows: int, cols: int, threads: int, /
+) -> None: ...
 def causal_attention(
     q: int,
-    q_strides: tuple[int, ...],
     k: int,
-    k_strides: tuple[int, ...],
     v: int,
-    v_strides: tuple[int, ...],
     out: int,
-    out_strides: tuple[int, ...],
-    lse: int,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    head_dim: int,
+    softmax: int,
     scale: float,
+    shape: list[int],
+    seed: int,
+    threshold: int,
+    threads: int,
+    /,
+) -> None: ...
+def causal_attention_backward(
+    tensors: list[int],
+    scale: float,
+    shape: list[int],
+    gradients: list[int],
+    seed: int,
+    threshold: int,
+    threads: int,
+    /,
+) -> None: ...
+def embedding(fields: list[int], y: int, threads: int, /) -> None: ...
+def embedding_backward(
+    fields: list[int],
+    dy: int,
+    dtok: int,
+    vocab: int,
+    dpos: int,
+    context: int,
+    threads: int,
+    /,
+) -> None: ...
+def linear_scratch(backward: bool, /) -> int: ...
+def linear(
+    weight: tuple[int, ...], x: int, y: int, rows: int, workspace: int, threads: int, /
+) -> None: ...
+def linear_backward(
+    weight: tuple[int, ...],
+    dy: int,
+    x: int,
+    dx: int,
+    gradient: tuple[int, ...],
+    rows: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def linear_cross_entropy_workspace(rows: int, vocab: int, threads: int, /) -> int: ...
+def linear_cross_entropy(
+    weight: tuple[int, ...],
+    x: int,
+    targets: int,
+    ignore: int,
+    loss: int,
+    upstream: int,
+    dx: int,
+    gradient: tuple[int, ...],
+    rows: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def block_kept(step: list[int], /) -> int: ...
+def block_step_workspace(step: list[int], backward: bool, threads: int, /) -> int: ...
+def block_step(step: list[int], block: list[int], eps: float, threads: int, /) -> None: ...
+def block_step_backward(
+    step: list[int],
+    block: list[int],
+    dy: int,
+    dx: int,
+    gradients: list[int],
     threads: int,
     /,
 ) -> None: ...

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import libraries
-from benchmarks.cached_book import CachedBook
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.optimised_book import OptimisedBook
 from fastgpt import GPTModel, generate_text_simple, reference
+from fastgpt.bench import libraries
+from fastgpt.bench.cached_book import CachedBook
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
