@@ -171,7 +171,8 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another thread, say one that loads data, may go on using the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result
 
