@@ -52,9 +52,9 @@ class _Kernels(NamedTuple):
     widest: Mapping[str, int]  # by operation, the longest last dimension
 
 
-_HALF = (torch.float16, torch.bfloat16)
+_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
-    "triton": _Kernels("cuda", (torch.float32, *_HALF), triton.reason, settings.WIDEST),
+    "triton": _Kernels("cuda", _ON_GPU, triton.reason, settings.WIDEST),
     "cpu": _Kernels("cpu", (torch.float32,), lambda index: cpu.missing_reason(), {}),
 }
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
@@ -284,7 +284,7 @@ def traceable(*tensors: torch.Tensor) -> bool:
     if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
         return False
     if first.device.type == "cuda":
-        return triton.missing is None and first.dtype in _KERNELS["triton"].dtypes
+        return triton.missing is None and first.dtype in _ON_GPU
     return cpu.missing is None and first.device.type == "cpu" and first.dtype == torch.float32
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt import dispatch
 from fastgpt.kv_cache import KVCache
 from fastgpt.model import GPTModel, MultiHeadAttention
 from fastgpt.plain import KNOWN, drops_nothing, plain
@@ -156,17 +159,34 @@ def _steps(
     cache = _new_cache(model) if context_size > 0 else None
     unseen = idx[:, -context_size:]
     memo: dict[Any, Any] | None = None if watched else {}
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            if cache is None or not isinstance(model, GPTModel):
-                logits = model(idx[:, -context_size:])
-            elif idx.shape[1] <= context_size:
-                logits = model._forward(unseen, cache, last_only=True, memo=memo)
-            else:  # the window slides, and with it every position
-                logits = model._forward(idx[:, -context_size:], last_only=True, memo=memo)
-            unseen = choose(logits[:, -1])
-        idx = torch.cat((idx, unseen), dim=1)
-        yield unseen
+    graphs = None if watched or cache is None else _graphs(model, idx)
+    with contextlib.ExitStack() as stack:
+        step: Callable[[Tensor], Tensor] | None = None
+        for done in range(max_new_tokens):
+            with torch.no_grad():
+                if cache is None or not isinstance(model, GPTModel):
+                    logits = model(idx[:, -context_size:])
+                elif idx.shape[1] > context_size:  # the window slides, and with it every position
+                    logits = model._forward(idx[:, -context_size:], last_only=True, memo=memo)
+                elif step is not None:
+                    logits = step(model._checked(unseen, idx.shape[1] - 1))
+                else:
+                    logits = model._forward(unseen, cache, last_only=True, memo=memo)
+                    if graphs is not None:
+                        left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
+                        step = stack.enter_context(graphs.stepping(model, cache, left))
+                        graphs = None
+                unseen = choose(logits[:, -1])
+            idx = torch.cat((idx, unseen), dim=1)
+            yield unseen
+
+
+def _graphs(model: nn.Module, idx: Tensor) -> Any:
+    """The module that decodes by CUDA graphs; None where the Triton backend does not run."""
+    tok = getattr(model.tok_emb, "weight", None)
+    if not isinstance(tok, Tensor) or tok.device != idx.device or not dispatch.on_triton(tok):
+        return None
+    return importlib.import_module("fastgpt.triton.decode")
 
 
 def _new_cache(model: nn.Module) -> KVCache | None:

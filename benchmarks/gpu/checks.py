@@ -139,7 +139,12 @@ def _model(bench: Bench, cfg: dict[str, Any], shape: tuple[int, int], dtype: tor
 def _same_bits(bench: Bench, cfg: dict[str, Any], shape: tuple[int, int]) -> Row:
     _, ours = _pair(cfg, bench)
     ids = torch.randint(cfg["vocab_size"], shape, device=bench.device)
-    first, second = (_logits_and_gradients(ours.bfloat16(), ids, ids) for _ in range(2))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else the vendor's attention may run
+    try:
+        first, second = (_logits_and_gradients(ours.bfloat16(), ids, ids) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
     return {"ok": all(torch.equal(a, b) for a, b in zip(first, second, strict=True))}
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import sys
+import types
 
 import pytest
 import torch
 from helpers import assert_as_exact, assert_small_rms
 from pairs import CONFIG as CFG
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import fastgpt
@@ -215,3 +217,31 @@ def test_a_new_gpu_is_taken(gpu):
     assert fastgpt.backends()["triton"].available
     with fastgpt.use_backend("triton"):
         assert dispatch.requested() == "triton"
+
+
+def test_with_several_gpus_launches_go_to_the_tensors_own(monkeypatch):
+    current = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    module = types.SimpleNamespace(launcher=lambda x, y=0: (x, y, *current))
+    on_gpu = dispatch._OnGpu(module, 3)
+    assert on_gpu.launcher(1, y=2) == (1, 2, 3)
+    assert current == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", BF16), ("cuda", torch.float64)])
+def test_what_compiled_graphs_take(device, dtype):
+    with FakeTensorMode():
+        x = torch.empty(3, dtype=dtype, device=device)
+        assert dispatch.traceable(x, x) == (dtype == BF16)
+        assert not dispatch.traceable(x, x.cpu())
