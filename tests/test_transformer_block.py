@@ -9,7 +9,7 @@ from pairs import CONFIG, assert_same, outputs_and_grads, pair, shake
 
 import fastgpt
 from fastgpt import ops, reference
-from fastgpt.stack import _taken_apart
+from fastgpt.stack import taken_apart
 
 FUSED = [path for path in PATHS if path != "reference"]
 
@@ -153,7 +153,7 @@ def test_what_changed_runs_by_itself():
 
 def test_what_it_does_not_take():
     block = blocks(48, 3)[0]
-    parameters, width, heads, *_ = _taken_apart(block)
+    parameters, width, heads, *_ = taken_apart(block)
     for x in (torch.randn(4, 48), torch.randn(0, 4, 48), torch.randn(1, 4, 48).double()):
         assert ops.transformer_block(x, parameters, heads) is None
     with torch.autocast("cpu", torch.bfloat16):
@@ -164,7 +164,7 @@ def test_what_it_does_not_take():
 
 @pytest.mark.parametrize("heads", [0, -1, 5])
 def test_heads_that_do_not_divide_the_width(heads):
-    parameters = _taken_apart(blocks(48, 3)[0]).parameters
+    parameters = taken_apart(blocks(48, 3)[0]).parameters
     with pytest.raises(ValueError, match="must be a multiple of n_heads"):
         ops.transformer_block(torch.randn(1, 4, 48), parameters, heads)
 
