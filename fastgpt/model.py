@@ -405,6 +405,7 @@ class GPTModel(nn.Module):
                 context length, or the reduction is none of these.
             IndexError: an id or a target is outside the vocabulary.
         """
+        idx = self._checked(idx, 0)
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(f"targets {shape} must have the shape of the ids {tuple(idx.shape)}")
@@ -417,7 +418,7 @@ class GPTModel(nn.Module):
             and head.bias is None
         ):
             ops.check_targets(targets, head.weight.shape[0], ignore_index)
-            h = self._features(self._checked(idx, 0), 0, None, last_only=False)
+            h = self._features(idx, 0, None, last_only=False)
             return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)

@@ -214,6 +214,8 @@ def test_what_the_models_loss_refuses():
         model.loss(some_ids(T=33), some_ids(T=33))
     with pytest.raises(TypeError, match="targets must be integers"):
         model.loss(ids, ids.float())
+    with pytest.raises(TypeError, match="token ids must be a tensor"):
+        model.loss([[1, 2]], [[2, 3]])
 
 
 def test_a_head_replaced_after_the_loss_is_seen():

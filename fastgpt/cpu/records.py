@@ -46,9 +46,6 @@ def linear(
     return weight.data_ptr(), row, col, at, n_out, n_in
 
 
-NO_GRADIENT = (0, 1, 1, 0)
-
-
 def linear_gradient(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:
     """struct LinearGradient for gradients made by ``gradient_like``."""
     row, col = (1, 1) if dweight is None else dweight.stride()
