@@ -7,14 +7,8 @@ from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.generate import generate, generate_stream, generate_text_simple
 from fastgpt.kv_cache import KVCache
-from fastgpt.model import (
-    GELU,
-    FeedForward,
-    GPTModel,
-    LayerNorm,
-    MultiHeadAttention,
-    TransformerBlock,
-)
+from fastgpt.model import GPTModel
+from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.kv_cache import KVCache
-from fastgpt.model import GPTModel, MultiHeadAttention
+from fastgpt.model import GPTModel
+from fastgpt.modules import MultiHeadAttention
 from fastgpt.plain import KNOWN, drops_nothing, plain
 
 

@@ -1,9 +1,6 @@
-"""The book's GPT under the book's names, with fused operations where nothing watches in between.
+"""The book's GPTModel: the whole of it, its loss, its cache and its checkpoints.
 
-The module tree, the parameters' order, the state dict and the random draws are the book's. Each
-forward below fuses the modules that are plainly the ones it knows (``plain``) and calls every
-other one as a module, so that a replaced, hooked or wrapped piece runs as its owner wrote it and
-the rest stays fused. No weight is copied.
+What runs as one call is in ``stack``; here is the way by modules, which fuses from piece to piece.
 """
 
 from __future__ import annotations
@@ -16,278 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import dispatch, ops, reference
+from fastgpt import dispatch, ops
 from fastgpt.config import Config, check_config, check_ids
-from fastgpt.kv_cache import KVCache, Staged, cached_tokens, extended
-from fastgpt.plain import drop_probability, known, plain, plain_linear
+from fastgpt.kv_cache import KVCache, Staged, cached_tokens
+from fastgpt.modules import LayerNorm, TransformerBlock, add_norm, linear
+from fastgpt.plain import drop_probability, known, plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@known
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, biased variance, eps 1e-5; scale and shift: [emb_dim]."""
-
-    def __init__(self, emb_dim: int) -> None:
-        super().__init__()
-        self.eps = 1e-5
-        self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., emb_dim] -> [..., emb_dim]."""
-        return ops.layer_norm(x, self.scale, self.shift, self.eps)
-
-
-@known
-class GELU(nn.Module):
-    """The tanh form of GELU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
-        return ops.gelu(x)
-
-
-@known
-class FeedForward(nn.Module):
-    """Linear, GELU, Linear: emb_dim -> 4 emb_dim -> emb_dim.
-
-    Args:
-        cfg: a mapping with emb_dim.
-    """
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        width = cfg["emb_dim"]
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.layers = nn.Sequential(up, GELU(), down)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., emb_dim] -> [..., emb_dim]."""
-        if not self._fusable():
-            return self.layers(x)
-        up: Any = self.layers[0]
-        return _linear(self.layers[2], ops.linear_gelu(x, up.weight, up.bias, owner=self))
-
-    def _fusable(self) -> bool:
-        if not plain(self.layers, nn.Sequential) or len(self.layers) != 3:
-            return False
-        up, act, _ = self.layers
-        return (
-            plain(up, nn.Linear)
-            and plain(act, GELU)
-            and up.bias is not None
-            and not dispatch.transformed()
-            and not torch.compiler.is_compiling()
-        )
-
-
-@known
-class MultiHeadAttention(nn.Module):
-    """Causal attention with separate query, key, value and output projections.
-
-    Args:
-        d_in: width of the input.
-        d_out: width of the output, a multiple of num_heads.
-        context_length: the most tokens a sequence may have.
-        dropout: probability of dropping an attention weight while training.
-        num_heads: number of heads.
-        qkv_bias: whether the query, key and value projections have a bias.
-
-    Raises:
-        ValueError: d_out is not divisible by num_heads.
-    """
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        context_length: int,
-        dropout: float,
-        num_heads: int,
-        qkv_bias: bool = False,
-    ) -> None:
-        super().__init__()
-        if num_heads <= 0 or d_out % num_heads != 0:
-            raise ValueError(f"d_out {d_out} must be divisible by num_heads {num_heads}")
-        self.d_out = d_out
-        self.num_heads = num_heads
-        self.head_dim = d_out // num_heads
-        self.context_length = context_length
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.out_proj = nn.Linear(d_out, d_out)
-        self.dropout = nn.Dropout(dropout)
-        # A key of the state dict; held only once somebody reads or sets it.
-        self._buffers["mask"] = None
-        ops.pack_on_gpu((self.W_query, self.W_key, self.W_value), {})
-
-    @property
-    def mask(self) -> Tensor:
-        """The causal mask, [context_length, context_length], 1 where a key is hidden; an edited one
-        is honoured.
-        """
-        if self._buffers.get("mask") is None:
-            self._buffers["mask"] = self._causal_mask()
-        return self._buffers["mask"]  # type: ignore[return-value]
-
-    def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
-        """[B, T, d_in] -> [B, T, d_out], behind the tokens in the cache's slot for this layer.
-
-        Raises:
-            ValueError: the tokens, cached ones included, are more than the context length.
-        """
-        B, T, _ = x.shape
-        past = cached_tokens(cache, layer)
-        self._check_tokens(past + T)
-        heads = (self.num_heads, self.head_dim)
-        k, q, v = (t.unflatten(-1, heads).transpose(1, 2) for t in self._projected(x))
-        if cache is not None:
-            k, v = extended(cache.get(layer), k, v, self._context())
-            cache.update(layer, (k, v))
-        dropout_p = drop_probability(self.dropout)
-        if self._mask_is_causal() and dropout_p is not None:
-            context = ops.causal_attention(q, k, v, dropout_p=dropout_p)
-        else:
-            hidden = self._hidden(past, T, q.device)
-            context = reference.causal_attention(q, k, v, hidden, self.dropout)
-        return _linear(self.out_proj, context.transpose(1, 2).reshape(B, T, self.d_out))
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Keys, queries and values, each [B, T, d_out]."""
-        layers: tuple[Any, ...] = (self.W_query, self.W_key, self.W_value)
-        if not torch.compiler.is_compiling() and all(map(plain_linear, layers)):
-            weights, biases = ([getattr(m, n) for m in layers] for n in ("weight", "bias"))
-            packed = ops.packed_linear(x, weights, biases)
-            if packed is not None:
-                return packed[1], packed[0], packed[2]
-        return _linear(self.W_key, x), _linear(self.W_query, x), _linear(self.W_value, x)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        layers = (self.W_query, self.W_key, self.W_value)
-        before = ops.weights_lie_at(layers)
-        super()._apply(fn, recurse)
-        ops.pack_on_gpu(layers, before)
-        return self
-
-    def _check_tokens(self, tokens: int) -> None:
-        if tokens > self._context():
-            raise ValueError(f"{tokens} tokens are more than the context length {self._context()}")
-
-    def _context(self) -> int:
-        mask = self._buffers.get("mask")
-        return self.context_length if mask is None else mask.shape[0]
-
-    def _mask_is_causal(self) -> bool:
-        mask = self._buffers.get("mask")
-        if mask is None:
-            return True
-        return not torch.compiler.is_compiling() and _is_causal(mask)
-
-    def _hidden(self, past: int, T: int, device: torch.device) -> Tensor:
-        """[T, past + T], true where a key is hidden; without holding a mask that nobody set."""
-        mask = self._buffers.get("mask")
-        if mask is None:
-            return torch.ones(T, past + T, dtype=torch.bool, device=device).triu(past + 1)
-        return mask.bool()[past : past + T, : past + T]
-
-    def _causal_mask(self) -> Tensor:
-        """As the book's buffer would be after every .to(): on the parameters' device, in their
-        dtype.
-        """
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        size = (self.context_length, self.context_length)
-        return torch.ones(size, device=like.device, dtype=like.dtype).triu(1)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._buffers.get("mask") is None:
-            destination[prefix + "mask"] = self._causal_mask()
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        key = prefix + "mask"
-        rest = {k: v for k, v in state_dict.items() if k != key}
-        held = self._buffers.get("mask")
-        self._buffers["mask"] = None  # a checkpoint without a mask is fine
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._buffers["mask"] = held
-        mask = state_dict.get(key)
-        if mask is None:
-            return
-        size = (self._context(), self._context())
-        if tuple(mask.shape) != size:
-            error_msgs.append(
-                f"size mismatch for {key}: {tuple(mask.shape)} in the checkpoint, "
-                f"{size} in the model."
-            )
-        elif mask.is_meta or _is_causal(mask):
-            self._buffers["mask"] = None
-            self.context_length = size[0]
-        elif local_metadata.get("assign_to_params_buffers", False):
-            self._buffers["mask"] = mask
-        else:
-            self.mask.copy_(mask)
-
-
-@known
-class TransformerBlock(nn.Module):
-    """LayerNorm, attention, shortcut; LayerNorm, feed-forward, shortcut.
-
-    Args:
-        cfg: a mapping with emb_dim, context_length, n_heads, drop_rate and qkv_bias.
-    """
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.att = MultiHeadAttention(
-            d_in=cfg["emb_dim"],
-            d_out=cfg["emb_dim"],
-            context_length=cfg["context_length"],
-            num_heads=cfg["n_heads"],
-            dropout=cfg["drop_rate"],
-            qkv_bias=cfg["qkv_bias"],
-        )
-        self.ff = FeedForward(cfg)
-        self.norm1 = LayerNorm(cfg["emb_dim"])
-        self.norm2 = LayerNorm(cfg["emb_dim"])
-        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
-
-    @property
-    def drop_resid(self) -> nn.Module:
-        """The name of drop_shortcut in the book's package."""
-        return self.drop_shortcut
-
-    def __setattr__(self, name, value):
-        super().__setattr__("drop_shortcut" if name == "drop_resid" else name, value)
-
-    def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
-        """[B, T, emb_dim] -> [B, T, emb_dim]."""
-        x, branch = self._advance(x, None, cache, layer, self)
-        return x if branch is None else branch + x
-
-    def _advance(
-        self, x: Tensor, branch: Tensor | None, cache: Any, layer: int, owner: nn.Module
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block on x + branch. Where it does not run as a whole the sum at its end is left to
-        the next norm, which adds.
-        """
-        if cache is None:
-            from fastgpt import stack  # which knows the classes here
-
-            whole = stack.block_step(self, x, branch, owner)
-            if whole is not None:
-                return whole, None
-        x, h = _add_norm(x, branch, self.norm1)
-        # A replaced attention need not know of caches.
-        attended = self.att(h) if cache is None else self.att(h, cache, layer)
-        x, h = _add_norm(x, attended, self.norm2, self.drop_shortcut)
-        return x, self.drop_shortcut(self.ff(h))
 
 
 @known
@@ -448,7 +181,7 @@ class GPTModel(nn.Module):
     def _by_modules(
         self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool
     ) -> Tensor:
-        return _linear(self.out_head, self._features(in_idx, past, cache, last_only))
+        return linear(self.out_head, self._features(in_idx, past, cache, last_only))
 
     def _features(self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool) -> Tensor:
         """What the head gets, [B, T or 1, emb_dim]."""
@@ -457,7 +190,7 @@ class GPTModel(nn.Module):
         if plain(self.trf_blocks, nn.Sequential) or cache is not None:
             for layer, block in enumerate(self.trf_blocks):
                 if isinstance(block, TransformerBlock) and plain(block, TransformerBlock):
-                    x, branch = block._advance(x, branch, cache, layer, self)
+                    x, branch = block.advance(x, branch, cache, layer, self)
                 else:
                     x = x if branch is None else branch + x
                     x, branch = block(x) if cache is None else block(x, cache, layer), None
@@ -465,7 +198,7 @@ class GPTModel(nn.Module):
             x = self.trf_blocks(x)
         if last_only:
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
-        return _add_norm(x, branch, self.final_norm)[1]
+        return add_norm(x, branch, self.final_norm)[1]
 
     def _embedded(self, in_idx: Tensor, past: int) -> Tensor:
         dropout_p = drop_probability(self.drop_emb)
@@ -507,32 +240,6 @@ class GPTModel(nn.Module):
             if isinstance(self.tok_emb, nn.Embedding):
                 check_ids(idx, self.tok_emb.weight.shape[0])
             raise
-
-
-def _is_causal(mask: Tensor) -> bool:
-    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
-    return torch.equal(mask.bool(), hidden)
-
-
-def _add_norm(
-    x: Tensor, branch: Tensor | None, norm: Any, dropout: nn.Module | None = None
-) -> tuple[Tensor, Tensor]:
-    """The residual stream with the branch, behind its dropout, added; and its norm."""
-    if branch is None:
-        return x, norm(x)
-    dropout_p = 0.0 if dropout is None else drop_probability(dropout)
-    if plain(norm, LayerNorm) and branch.shape == x.shape and dropout_p is not None:
-        h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps, dropout_p)
-        return x, h
-    x = (branch if dropout is None else dropout(branch)) + x
-    return x, norm(x)
-
-
-def _linear(module: Any, x: Tensor) -> Tensor:
-    """What the module makes of x, by the fused product where it is plainly an nn.Linear."""
-    if not plain_linear(module) or torch.compiler.is_compiling():
-        return module(x)
-    return ops.linear(x, module.weight, module.bias, owner=module)
 
 
 def _table(module: Any) -> Tensor | None:

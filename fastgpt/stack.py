@@ -16,14 +16,8 @@ from fastgpt.cpu.records import address, linear
 from fastgpt.cpu.transformer_block import EPS, BlockParameters
 from fastgpt.cpu.transformer_block import record as block_record
 from fastgpt.kv_cache import Slot, Staged
-from fastgpt.model import (
-    GELU,
-    FeedForward,
-    GPTModel,
-    LayerNorm,
-    MultiHeadAttention,
-    TransformerBlock,
-)
+from fastgpt.model import GPTModel
+from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.plain import drop_probability, drops_nothing, plain
 
 Memo = dict[Any, Any]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastgpt import dispatch, ops
 from fastgpt.cpu.transformer_block import EPS, BlockParameters
 from fastgpt.kv_cache import KVCache
-from fastgpt.model import GPTModel, LayerNorm
+from fastgpt.model import GPTModel
+from fastgpt.modules import LayerNorm
 from fastgpt.plain import plain, plain_linear
 from fastgpt.stack import taken_apart
 from fastgpt.triton import settings

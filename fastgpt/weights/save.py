@@ -102,14 +102,8 @@ def described(model: Any) -> Sizes:
     Raises:
         WeightsError: a part of it is not as in GPT-2.
     """
-    from fastgpt.model import (
-        GELU,
-        FeedForward,
-        GPTModel,
-        MultiHeadAttention,
-        TransformerBlock,
-        _is_causal,
-    )
+    from fastgpt.model import GPTModel
+    from fastgpt.modules import GELU, FeedForward, MultiHeadAttention, TransformerBlock, is_causal
 
     if not isinstance(model, GPTModel):
         raise TypeError(f"save_pretrained takes a fastgpt.GPTModel, not a {type(model).__name__}")
@@ -130,7 +124,7 @@ def described(model: Any) -> Sizes:
         if not isinstance(act, GELU) and getattr(act, "approximate", None) != "tanh":
             faults.append(f"{name}.ff.layers.1 is a {type(act).__name__}, not the tanh GELU")
         mask = block.att._buffers.get("mask")
-        if mask is not None and not _is_causal(mask):
+        if mask is not None and not is_causal(mask):
             faults.append(f"{name}.att.mask is edited")
         heads.add(block.att.num_heads)
         epsilons |= {getattr(norm, "eps", 0.0) for norm in (block.norm1, block.norm2)}
