@@ -32,9 +32,10 @@ def kind(row: Row) -> tuple[str, bool]:
 
 
 def size(row: Row) -> str:
-    """A row's batch, tokens and new tokens."""
+    """A row's batch, tokens and new tokens, and the model where it is not the one most are about."""
     batch, tokens, new = row["size"]
-    return f"[{batch}, {tokens}]" + (f" + {new}" if new else "")
+    model = "" if row["config"] == "GPT-2 124M" else f"{row['config']} "
+    return f"{model}[{batch}, {tokens}]" + (f" + {new}" if new else "")
 
 
 def readable(seconds: float) -> str:

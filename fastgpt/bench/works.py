@@ -83,6 +83,8 @@ FULL = (
     Work("decode", "GPT-2 124M", 1, 4, 32, uncached=True),
     Work("decode", "GPT-2 124M", 1, 128, 64),
     Work("decode", "GPT-2 124M", 8, 64, 32),
+    Work("forward", "toy", 4, 64),
+    Work("train", "toy", 8, 64),
 )
 QUICK = (
     Work("forward", "toy", 1, 8),
