@@ -24,8 +24,8 @@ from runs import (
 from torch import nn
 
 import fastgpt
-from fastgpt import cli, training
-from fastgpt.training import checkpoint, files, model_files, tokens, trainer
+from fastgpt import cli, files, training
+from fastgpt.training import checkpoint, model_files, tokens, trainer
 from fastgpt.training.data import Windows, mix, shuffled
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.speed import flops_per_token

@@ -24,14 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgpt.model import GPTModel
-from fastgpt.training.files import (
+from fastgpt.files import (
     UNFINISHED,
     clear_unfinished,
     link_or_copy,
     whole_file,
     whole_folder,
 )
+from fastgpt.model import GPTModel
 from fastgpt.training.model_files import filled, save_model
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.settings import SettingsError

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastgpt.model import GPTModel
 from fastgpt.training.settings import SettingsError
-
-CONFIG = "config.json"
+from fastgpt.weights.save import CONFIG
 
 
 def save_model(model: GPTModel, folder: Path) -> None:

@@ -14,12 +14,13 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import gpt2_encoding
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows
-from fastgpt.training.model_files import CONFIG, load_model
+from fastgpt.training.model_files import load_model
 from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
 from fastgpt.training.trainer import Trainer
+from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
 FIXED = ("batch", "seed", "validation")

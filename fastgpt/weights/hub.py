@@ -9,6 +9,7 @@ from typing import Any
 
 from fastgpt.weights.files import NAMES, NEEDS_HUB, Source, open_file, read_json
 from fastgpt.weights.names import WeightsError
+from fastgpt.weights.save import CONFIG, WEIGHTS, cut_short
 from fastgpt.weights.sizes import Sizes, from_json
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -39,7 +40,9 @@ def locate(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[Source
     if not path.exists():
         raise FileNotFoundError(f"{text} is no file, no folder and no name on the Hugging Face hub")
     file = _weights_in(path) if path.is_dir() else path
-    config = file.parent / "config.json"
+    if file.name == WEIGHTS and cut_short(file.parent):
+        raise WeightsError(f"a save to {file.parent} was cut short: save the model there again")
+    config = file.parent / CONFIG
     sizes = from_json(read_json(config), str(config)) if config.is_file() else Sizes()
     return open_file(file), sizes
 
