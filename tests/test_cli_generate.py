@@ -84,6 +84,8 @@ def test_greedy_text_is_that_of_generate(capsys, model, encoding):
     assert out == encoding.decode(expected[0].tolist()) + "\n"
     assert err.startswith("40 tokens in ")
     assert err.endswith(" tokens/s\n")
+    file = run(capsys, model / "model.safetensors", "Every effort", "--max-new-tokens", "40")
+    assert file[0] == out
     half = out[: len(out) // 2]
     stop = out[len(half) : len(half) + 3]
     assert run(capsys, model, "Every effort", "--stop", stop)[0] == out.partition(stop)[0] + "\n"
@@ -125,7 +127,7 @@ def test_what_cannot_be(capsys, model, tmp_path):
         (["--prompts", str(tmp_path / "gone")], "No such file"),
         (["--prompts", str(tmp_path / "latin")], "is not UTF-8 text"),
         (["--prompts", str(tmp_path / "empty")], "is empty"),
-        (["x", "--model", str(tmp_path)], "holds no model: it has no config.json"),
+        (["x", "--model", str(tmp_path)], "holds none of model.safetensors"),
         (["Hello", "--model", str(small)], "token 15496, the model a vocabulary of 256"),
     ):
         assert cli.main(["generate", "--model", str(model), *arguments]) == 2

@@ -324,7 +324,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(SettingsError, match="can be loaded"):
+    with pytest.raises(SettingsError, match=r"model.safetensors cannot be read"):
         model_files.load_model(tmp_path)
 
 

@@ -19,6 +19,7 @@ from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT, EncodingError, gpt2_encoding
 from fastgpt.training.device import pick_device
+from fastgpt.training.model_files import load_model
 from fastgpt.training.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def add_to(commands: Commands) -> None:
         "one JSON object a line instead, in the order of the file.",
     )
     sub.add_argument("prompt", nargs="?", metavar="PROMPT")
-    sub.add_argument("--model", required=True, type=Path, metavar="DIR", help="as train makes it")
+    sub.add_argument(
+        "--model", required=True, metavar="MODEL", help="train's folder, gpt2, any folder or file"
+    )
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
     sub.add_argument("--batch", type=positive, default=8, metavar="N", help="prompts at once (8)")
     sub.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="(100)")
@@ -54,11 +57,6 @@ def add_to(commands: Commands) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("give either a prompt or --prompts FILE")
-    try:
-        from fastgpt.training.model_files import load_model
-    except ModuleNotFoundError as error:
-        message = f"loading a model needs {error.name}: pip install 'fastgpt[train]'"
-        raise UsageError(message) from None
     if args.threads:
         torch.set_num_threads(args.threads)
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)

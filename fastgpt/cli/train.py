@@ -31,7 +31,10 @@ def add_to(commands: Commands) -> None:
     sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
     sub.add_argument("--context", type=positive, metavar="N", help="another context length")
     sub.add_argument(
-        "--from", dest="start", type=Path, metavar="MODEL", help="start from this model's weights"
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start from its weights: gpt2, a folder",
     )
     sub.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     sub.add_argument("--epochs", type=number(0), metavar="N", help="passes over the text (1)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Request:
     text: list[str]
     config: str | None = None  # a size's name or a JSON file
     context: int | None = None
-    start: Path | None = None  # a model whose weights to start from
+    start: str | None = None  # a model whose weights to start from
     resume: bool = False
     epochs: float | None = None
     tokens: Path | None = None  # the folder of token files
@@ -84,7 +85,9 @@ def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
     run: dict[str, Any] = {"config": _config(args, before)}
     tokens = _read_text(args, before, run["config"], report)
     run |= {"tokens": str(tokens.path.resolve()), "digest": tokens.digest}
-    run["start"] = str(args.start.resolve()) if args.start and before is None else None
+    run["start"] = None
+    if args.start is not None and before is None:  # a path, or a name on the hub
+        run["start"] = os.path.abspath(args.start) if os.path.exists(args.start) else args.start
     settings = _settings(args, before, tokens, run["config"]["context_length"])
     if settings.batch % group.size:
         raise SettingsError(
@@ -169,7 +172,7 @@ def _model(run: dict[str, Any], last: Path | None, seed: int) -> GPTModel:
     if last is not None:
         return load_model(last)
     if run["start"] is not None:
-        return load_model(Path(run["start"]))
+        return load_model(run["start"])
     torch.manual_seed(seed)
     return GPTModel(run["config"])
 
