@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgpt.cli.usage import Commands, UsageError, number, positive
+from fastgpt.cli.usage import Commands, UsageError, number, positive, seed
 from fastgpt.generate import generate_stream
 from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
@@ -45,7 +45,7 @@ def add_to(commands: Commands) -> None:
     )
     sub.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest")
     sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that reach P")
-    sub.add_argument("--seed", type=int, default=123, metavar="N", help="(%(default)s)")
+    sub.add_argument("--seed", type=seed, default=123, metavar="N", help="(%(default)s)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
     )
@@ -57,6 +57,8 @@ def add_to(commands: Commands) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("give either a prompt or --prompts FILE")
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        raise UsageError("--top-k and --top-p say what to draw from: give a --temperature above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)
@@ -169,14 +171,14 @@ def _tokens(
 
 def _read(path: Path) -> list[str]:
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
-    if not prompts:
+    if not text:
         raise UsageError(f"{path} is empty")
-    return prompts
+    return text.removesuffix("\n").split("\n")
 
 
 def _share(text: str) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.cli.usage import Commands, Failure, UsageError, number, positive
+from fastgpt.cli.usage import Commands, Failure, UsageError, number, positive, seed
 from fastgpt.tokenizer import EncodingError
 from fastgpt.training.settings import CONFIGS, Settings, SettingsError
 from fastgpt.training.tokens import TextError
@@ -65,7 +65,7 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
         "weight_decay": (number(0), "of matrices"),
         "clip": (number(0), "the largest norm of the gradients, 0 for none"),
         "precision": (str, "float32, bfloat16, or auto: bfloat16 on GPUs"),
-        "seed": (int, "of weights, order and dropout"),
+        "seed": (seed, "of weights, order and dropout"),
         "validation": (number(0, 1), "the share of the text that is not trained on"),
         "eval_every": (positive, "steps between evaluations"),
         "eval_batches": (positive, "batches of an evaluation"),
