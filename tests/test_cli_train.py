@@ -49,6 +49,9 @@ def test_a_run_and_what_it_leaves(inputs, capsys):
     assert "holds a run at step 5: go on with it by --resume" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
     assert len(losses(out)) == 7
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert "all 7 steps are done: --steps N goes on" in capsys.readouterr().err
     assert settings(out)["lr"] == 1e-3
 
 
@@ -105,6 +108,12 @@ def test_bad_options(inputs, capsys, more, message):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert message in said
+
+
+def test_nothing_to_resume(inputs, capsys):
+    assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
+    assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
+    assert not (inputs / "gone").exists()
 
 
 def test_what_a_resumed_run_keeps(inputs, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import math
 import os
 import signal
@@ -220,7 +221,18 @@ def test_settings_and_configs(tmp_path):
     with pytest.raises(SettingsError, match="min_lr"):
         Settings(steps=1, lr=1e-3, min_lr=1e-2)
     assert read_config("1558M")["n_layers"] == 48
-    for text, message in (("{", "Expecting"), ('{"emb_dim": 4}', "lacks vocab_size")):
+    with pytest.raises(SettingsError, match="warmup -1 is below 0"):
+        Settings(steps=1, warmup=-1)
+    for text, message in (
+        ("{", "Expecting"),
+        ('{"emb_dim": 4}', "lacks vocab_size"),
+        (
+            json.dumps(CONFIG | {"emb_dim": "32"}),
+            "emb_dim '32' is not a whole number",
+        ),
+        (json.dumps(CONFIG | {"n_layers": -1}), "n_layers -1 is not a whole number of at least 0"),
+        (json.dumps(CONFIG | {"drop_rate": 7}), "drop_rate 7 is not a number from 0 to 1"),
+    ):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(SettingsError, match=message):
             read_config(str(tmp_path / "c.json"))

@@ -126,7 +126,8 @@ def _read_text(
         folder = args.tokens or args.out / "tokens"
         tokens = tokenise(text_files(args.text), folder, gpt2_encoding(), report.reading)
     elif before is None:
-        raise SettingsError("give the texts to train on")
+        missing = f"{args.out} has no checkpoint to go on from: " if args.resume else ""
+        raise SettingsError(f"{missing}give the texts to train on")
     else:
         tokens = _tokens(before)
     if before is not None and tokens.digest != before["digest"]:
