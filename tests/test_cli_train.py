@@ -50,8 +50,11 @@ def test_a_run_and_what_it_leaves(inputs, capsys):
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
     assert len(losses(out)) == 7
     capsys.readouterr()
-    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
-    assert "all 7 steps are done: --steps N goes on" in capsys.readouterr().err
+    for steps in ("7", "3"):
+        assert cli.main(["train", "--out", str(out), "--resume", "--steps", steps]) == 0
+        said = capsys.readouterr().err
+        assert f"step 7 of {steps} is done: --steps N goes on to more" in said
+        assert "stopped" not in said
     assert settings(out)["lr"] == 1e-3
 
 

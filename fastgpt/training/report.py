@@ -62,7 +62,7 @@ class Console(Report):
     def start(self, step: int, steps: int, line: str) -> None:
         self._say(line)
         if step >= steps:
-            self._say(f"all {steps} steps are done: --steps N goes on to more")
+            self._say(f"step {step} of {steps} is done: --steps N goes on to more")
         self._log = open_log(self.out / LOG, step)
         if self._bar is not None:
             self._bar.update(self._task, total=steps, completed=step, description="")

@@ -123,7 +123,7 @@ class Trainer:
                     saved = self.step
             if saved != self.step:
                 self._save()
-        return self.step == self.settings.steps
+        return self.step >= self.settings.steps
 
     def evaluate(self) -> float:
         """The mean loss over the validation windows of an evaluation; the model trains after it."""
