@@ -44,13 +44,15 @@ def add_to(commands: Commands) -> None:
         "--temperature", type=number(0), default=0.0, metavar="T", help="0 takes the likeliest (0)"
     )
     sub.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest")
-    sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that reach P")
+    sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that add up to P")
     sub.add_argument("--seed", type=seed, default=123, metavar="N", help="(%(default)s)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
     )
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    sub.add_argument("--threads", type=positive, metavar="N", help="as many as torch uses")
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.set_defaults(run=run_generate)
 
 

@@ -27,9 +27,11 @@ def add_to(commands: Commands) -> None:
         "Under torchrun the processes share each batch.",
     )
     sub.add_argument("text", nargs="*", metavar="TEXT", help="a file, or a folder of .txt files")
-    sub.add_argument("--out", required=True, type=Path, metavar="DIR")
+    sub.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the run's folder, made if need be"
+    )
     sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
-    sub.add_argument("--context", type=positive, metavar="N", help="another context length")
+    sub.add_argument("--context", type=positive, metavar="N", help="in place of the config's")
     sub.add_argument(
         "--from",
         dest="start",
@@ -39,9 +41,11 @@ def add_to(commands: Commands) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     sub.add_argument("--epochs", type=number(0), metavar="N", help="passes over the text (1)")
     _add_settings(sub)
-    sub.add_argument("--tokens", type=Path, metavar="DIR", help="of token files (DIR/tokens)")
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    sub.add_argument("--threads", type=positive, metavar="N", help="as many as torch uses")
+    sub.add_argument("--tokens", type=Path, metavar="DIR", help="for token files (OUT/tokens)")
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--fsdp", action="store_true", help="shard by FSDP2 rather than copy by DDP")
     sub.add_argument(
         "--timeout",
