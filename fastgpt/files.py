@@ -43,10 +43,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Waits until no other block of this kind runs for the folder, in whatever process.
+def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Runs while no other block of this kind does for the folder, in whatever process.
 
-    Where the system or the file system has no such locks, it does not wait.
+    Where the system or the file system has no such locks, all run.
+
+    Raises:
+        BlockingIOError: another one runs, and this one is not to wait for its end.
     """
     try:
         import fcntl
@@ -55,8 +58,12 @@ def only_writer(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the end of the process frees it too
+        try:  # the end of the process frees it too
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
         yield
     finally:
         os.close(descriptor)

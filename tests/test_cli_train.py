@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -113,6 +114,15 @@ def test_bad_options(inputs, capsys, more, message):
     assert message in said
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no locks on folders there")
+def test_one_run_at_a_time_in_a_folder(inputs, capsys):
+    arguments = train_arguments(inputs, inputs / "run", "--steps", "2")
+    with checkpoint.claimed(inputs / "run"):
+        assert cli.main(arguments) == 2
+    assert "another process is training in " in capsys.readouterr().err
+    assert cli.main(arguments) == 0
+
+
 def test_nothing_to_resume(inputs, capsys):
     assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
     assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
@@ -136,6 +146,9 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
         capsys.readouterr()
         assert cli.main([*again, *more]) == 2
         assert message in capsys.readouterr().err
+    out = out.rename(inputs / "moved")
+    again[-1] = arguments[3] = str(out)
+    assert cli.main([*again, "--steps", "2"]) == 0
     for path in (out / "tokens").iterdir():
         path.unlink()
     assert cli.main(again) == 2

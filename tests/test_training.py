@@ -351,7 +351,8 @@ def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 1
     said = capsys.readouterr().err
-    assert "step-00000004 can't be written: unexpected pos" in said
+    assert "step-00000004 can't be written, " in said
+    assert "MB are free there: unexpected pos" in said
     assert "step-00000002 is saved, --resume goes on from it" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 

@@ -9,9 +9,11 @@ A checkpoint holds whole tensors under the parameters' names, so it fits any num
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from fastgpt.files import (
     UNFINISHED,
     clear_unfinished,
     link_or_copy,
+    only_writer,
     whole_file,
     whole_folder,
 )
@@ -80,7 +83,9 @@ def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, i
             torch.save(optimizer_state, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
     except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
-        raise OSError(f"{path} can't be written: {' '.join(str(error).split())}") from error
+        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(error).split())
+        message = f"{path} can't be written, {free / 1e6:,.0f} MB are free there: {reason}"
+        raise OSError(message) from error
 
 
 def _publish(checkpoint: Path, out: Path) -> None:
@@ -127,9 +132,24 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return run
 
 
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Makes a run's folder, for this process alone.
+
+    Raises:
+        SettingsError: another process trains there.
+    """
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_writer(out / CHECKPOINTS, wait=False))
+        except BlockingIOError:
+            raise SettingsError(f"another process is training in {out}") from None
+        yield
+
+
 def write_run(out: Path, run: dict[str, Any]) -> None:
     """Writes what a run is asked to do, and makes good what killed processes left in its folder."""
-    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     for folder in (out, out / CHECKPOINTS):
         clear_unfinished(folder)
     for newest in checkpoints(out)[-1:]:

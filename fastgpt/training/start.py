@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,6 +26,7 @@ from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
 FIXED = ("batch", "seed", "validation")
+TOKENS = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,12 @@ def train(request: Request, group: Group) -> bool:
         Diverged, PeersLost: it broke off.
     """
     report = Console(request.out) if group.rank == 0 else Report()
+    held = contextlib.ExitStack()
     try:
-        run = group.first(lambda: _prepared(request, group, report))
+        run = group.first(lambda: _prepared(request, group, report, held))
         settings = Settings(**run["settings"])
         last = None if run["resume"] is None else Path(run["resume"])
-        tokens, context = _tokens(run).ids(), run["config"]["context_length"]
+        tokens, context = _tokens(Path(run["tokens"])).ids(), run["config"]["context_length"]
         windows = Windows(tokens, context, settings.validation, settings.seed)
         model = _model(run, last, settings.seed)
         encoding = gpt2_encoding() if settings.sample is not None else None
@@ -65,10 +68,13 @@ def train(request: Request, group: Group) -> bool:
         report.end(trainer.step, finished)
         return finished
     finally:
+        held.close()
         report.close()
 
 
-def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
+def _prepared(
+    args: Request, group: Group, report: Report, held: contextlib.ExitStack
+) -> dict[str, Any]:
     """What all processes need to know: run.json, and the checkpoint to go on from."""
     before = checkpoint.read_run(args.out)
     saved = checkpoint.checkpoints(args.out)
@@ -96,6 +102,7 @@ def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
     # Raises where the text is too short, before anything is written.
     Windows(tokens.ids(), run["config"]["context_length"], settings.validation, settings.seed)
     run["settings"] = dataclasses.asdict(settings)
+    held.enter_context(checkpoint.claimed(args.out))
     checkpoint.write_run(args.out, run)
     return run | {"resume": None if last is None else str(last)}
 
@@ -123,13 +130,14 @@ def _read_text(
     report: Report,
 ) -> TokenFile:
     if args.text:
-        folder = args.tokens or args.out / "tokens"
+        folder = args.tokens or args.out / TOKENS
         tokens = tokenise(text_files(args.text), folder, gpt2_encoding(), report.reading)
     elif before is None:
         missing = f"{args.out} has no checkpoint to go on from: " if args.resume else ""
         raise SettingsError(f"{missing}give the texts to train on")
     else:
-        tokens = _tokens(before)
+        made = Path(before["tokens"])
+        tokens = _tokens(made, args.out / TOKENS / made.name)  # the folder may have been moved
     if before is not None and tokens.digest != before["digest"]:
         raise SettingsError(f"{args.out} holds a run on another text")
     if tokens.largest >= config["vocab_size"]:
@@ -139,12 +147,12 @@ def _read_text(
     return tokens
 
 
-def _tokens(run: dict[str, Any]) -> TokenFile:
-    path = Path(run["tokens"])
-    tokens = open_tokens(path)
-    if tokens is None:
-        raise SettingsError(f"the token file {path} is gone: give the texts again")
-    return tokens
+def _tokens(*places: Path) -> TokenFile:
+    """The token file at the first of these places that has it."""
+    for tokens in map(open_tokens, places):
+        if tokens is not None:
+            return tokens
+    raise SettingsError(f"the token file {places[0]} is gone: give the texts again")
 
 
 def _settings(
