@@ -190,7 +190,9 @@ def test_bfloat16_and_accumulation_are_near_float32(inputs):
     assert runs["bfloat16"] != pytest.approx(runs["float32"], rel=1e-6)
 
 
-def test_the_bar_and_the_log(tmp_path):
+def test_the_bar_and_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -211,6 +213,7 @@ def test_the_bar_and_the_log(tmp_path):
     for part in ("on this machine", "loss 1.500, validation 1.250, 1,000 tokens/s, 25% of peak",
                  "1.00 GiB, 0:00:00 left", "so it went", "stopped at step 2"):  # fmt: skip
         assert part in said, said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said  # on 80 columns
     log = report.read_log(tmp_path / "log.csv")
     assert [(row["step"], row["loss"]) for row in log] == [("1", "2.5"), ("2", "1.5")]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
