@@ -51,7 +51,10 @@ def run_compare(args: argparse.Namespace) -> int:
         prompt, tokenizer = gpt2_encoding().encode(PROMPT), "tiktoken"
     except EncodingError as error:
         prompt, tokenizer = list(PROMPT_IDS), "known ids"
-        print(f"No gpt2 table for tiktoken ({error}); using the prompt's known ids.", file=notes)
+        print(
+            f"No gpt2 table for tiktoken ({error.reason}); using the prompt's known ids.",
+            file=notes,
+        )
 
     with warnings.catch_warnings(), use_backend(args.backend) if args.backend else nullcontext():
         # A BackendWarning would repeat what the line about missing kernels says.
