@@ -164,6 +164,9 @@ def test_bad_usage(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     assert cli.main(["bench", "--out", str(tmp_path / "file" / "report.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cli.main(["bench", "--out", str(tmp_path / "report.html")]) == 2
+    assert "is not for you to write" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "fastgpt.bench.page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["bench"]) == 2

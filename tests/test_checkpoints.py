@@ -287,6 +287,15 @@ class TestFilesThatCannotBeRead:
         with pytest.raises(WeightsError, match=name):
             GPTModel.from_pretrained(tmp_path, CONFIG)
 
+    def test_not_for_us_to_read(self, tmp_path, monkeypatch):
+        def refuse(path, mode):
+            raise PermissionError(13, "Permission denied", path)
+
+        pair()[0].save_pretrained(tmp_path)
+        monkeypatch.setattr(files, "open", refuse, raising=False)
+        with pytest.raises(WeightsError, match=r"cannot be read: .*Permission denied"):
+            GPTModel.from_pretrained(tmp_path)
+
     def test_a_pickled_model_runs_no_code(self, tmp_path):
         torch.save(pair()[0], tmp_path / "model.pth")
         message = r"save model.state_dict\(\) instead. \(Unsupported global: .* by default\)$"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastgpt.bench.works import FULL, QUICK
 
     need_rich("the progress bar needs rich: pip install 'fastgpt[report]'")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after minutes
+    folder = args.out.parent
+    try:  # now rather than after minutes
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} is not for you to write")
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = [p for p in ALL_PEERS if not (args.quick and p in SLOW)]

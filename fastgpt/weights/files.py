@@ -209,7 +209,8 @@ def _safe_open(path: str) -> Any:
     except ImportError:
         raise ImportError(f"{path}: {NEEDS_HUB}") from None
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with open(path, "rb"):  # which says why, where safetensors knows no file but a missing one
+            return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
