@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from fastgpt import GPTModel
-from fastgpt.training.model_files import load_model
 from fastgpt.training.settings import read_config
 
 HERE = Path(__file__).resolve().parent
@@ -19,7 +18,7 @@ def arguments(description: str, *, epochs: int, batch: int, lr: float) -> argpar
     parser.add_argument(
         "--config", default="124M", help="124M, 355M, 774M, 1558M, toy or a JSON file"
     )
-    parser.add_argument("--model", type=Path, help="start from a folder that `fastgpt train` made")
+    parser.add_argument("--model", help="start from this: gpt2, or a folder or file of weights")
     parser.add_argument("--context", type=int, default=256, help="tokens (%(default)s)")
     parser.add_argument("--epochs", type=int, default=epochs, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="(%(default)s)")
@@ -32,7 +31,7 @@ def start_model(args: argparse.Namespace, **changes: float | bool) -> GPTModel:
     """The model of --model, or one of --config with random weights."""
     torch.manual_seed(123)
     if args.model:
-        model = load_model(args.model)
+        model = GPTModel.from_pretrained(args.model).train()
     else:
         cfg = read_config(args.config)
         model = GPTModel(cfg | {"context_length": args.context} | changes)

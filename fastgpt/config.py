@@ -1,6 +1,7 @@
 """Model sizes, in the book's form."""
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,17 +18,31 @@ GPT_CONFIG_124M = {
     "qkv_bias": False,
 }
 
+# GPT-2's sizes by the names that the book gives them.
+GPT2_SIZES: dict[str, dict[str, Any]] = {
+    "124M": GPT_CONFIG_124M,
+    "355M": GPT_CONFIG_124M | {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
+    "774M": GPT_CONFIG_124M | {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
+    "1558M": GPT_CONFIG_124M | {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+}
+
 _KEYS = tuple(GPT_CONFIG_124M)
+_LEAST = {"vocab_size": 1, "context_length": 1, "emb_dim": 1, "n_heads": 1, "n_layers": 0}
 
 
 def check_config(cfg: Config) -> None:
-    """Raises KeyError for a missing key and ValueError for sizes that make no model; ignores extra
-    keys.
+    """Raises KeyError for a missing key and ValueError for values that make no model; ignores
+    extra keys.
     """
     missing = [key for key in _KEYS if key not in cfg]
     if missing:
         raise KeyError(f"the config lacks {', '.join(missing)} (it needs {', '.join(_KEYS)})")
-    if cfg["n_heads"] <= 0 or cfg["emb_dim"] % cfg["n_heads"] != 0:
+    for key, least in _LEAST.items():
+        if not isinstance(cfg[key], Integral) or cfg[key] < least:
+            raise ValueError(f"{key} {cfg[key]!r} is not a whole number of at least {least}")
+    if not isinstance(cfg["drop_rate"], Real) or not 0 <= float(cfg["drop_rate"]) <= 1:
+        raise ValueError(f"drop_rate {cfg['drop_rate']!r} is not a number from 0 to 1")
+    if cfg["emb_dim"] % cfg["n_heads"] != 0:
         raise ValueError(f"emb_dim {cfg['emb_dim']} must be divisible by n_heads {cfg['n_heads']}")
 
 

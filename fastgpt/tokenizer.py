@@ -15,7 +15,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class EncodingError(RuntimeError):
-    """tiktoken's table is neither in its cache nor to be had; the message says why, in one line."""
+    """tiktoken's table is neither in its cache nor to be had; the message, one line, says why and
+    what to do, and ``reason`` only why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"tiktoken cannot fetch GPT-2's table of tokens ({reason}); without a connection, let "
+            "TIKTOKEN_CACHE_DIR name a folder that tiktoken has filled elsewhere"
+        )
 
 
 def gpt2_encoding(timeout: float = 15.0) -> tiktoken.Encoding:

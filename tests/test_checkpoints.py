@@ -1,6 +1,7 @@
 """The book's checkpoints and dictionaries: every form of them, and what is wrong with one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,9 +287,19 @@ class TestFilesThatCannotBeRead:
         with pytest.raises(WeightsError, match=name):
             GPTModel.from_pretrained(tmp_path, CONFIG)
 
+    def test_not_for_us_to_read(self, tmp_path, monkeypatch):
+        def refuse(path, mode):
+            raise PermissionError(13, "Permission denied", path)
+
+        pair()[0].save_pretrained(tmp_path)
+        monkeypatch.setattr(files, "open", refuse, raising=False)
+        with pytest.raises(WeightsError, match=r"cannot be read: .*Permission denied"):
+            GPTModel.from_pretrained(tmp_path)
+
     def test_a_pickled_model_runs_no_code(self, tmp_path):
         torch.save(pair()[0], tmp_path / "model.pth")
-        with pytest.raises(WeightsError, match=r"save model.state_dict\(\) instead"):
+        message = r"save model.state_dict\(\) instead. \(Unsupported global: .* by default\)$"
+        with pytest.raises(WeightsError, match=message):
             GPTModel.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"x": torch.zeros(2)}, {}])
@@ -309,11 +320,24 @@ class TestFilesThatCannotBeRead:
         with pytest.raises(WeightsError, match="cannot be read"):
             GPTModel.from_pretrained(tmp_path)
 
-    def test_nothing_there(self, tmp_path):
+    def test_nothing_there(self, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors"):
             GPTModel.from_pretrained(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"nowhere.pth is no file"):
             GPTModel.from_pretrained(tmp_path / "nowhere.pth")
-        (tmp_path / "model.ckpt.index").touch()
-        with pytest.raises(WeightsError, match="TensorFlow"):
-            GPTModel.from_pretrained(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        Path("gpt2").mkdir()  # as the book's download calls its folder
+        with pytest.raises(FileNotFoundError, match="the hub's is called openai-community/gpt2"):
+            GPTModel.from_pretrained("gpt2")
+
+    @pytest.mark.parametrize("name", ["", "124M", "124M/model.ckpt", "124M/checkpoint"])
+    def test_openais_own(self, tmp_path, name):
+        """What the book's download leaves."""
+        folder = tmp_path / "124M"
+        folder.mkdir()
+        for file in ("checkpoint", "hparams.json", "model.ckpt.data-00000-of-00001"):
+            (folder / file).write_text("nothing that we can read")
+        with pytest.raises(WeightsError, match=r"TensorFlow.* load_weights_into_gpt.*community/"):
+            GPTModel.from_pretrained(tmp_path / name)
+        pair()[0].save_pretrained(tmp_path)
+        assert GPTModel.from_pretrained(tmp_path).cfg == CONFIG

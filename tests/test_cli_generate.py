@@ -84,6 +84,8 @@ def test_greedy_text_is_that_of_generate(capsys, model, encoding):
     assert out == encoding.decode(expected[0].tolist()) + "\n"
     assert err.startswith("40 tokens in ")
     assert err.endswith(" tokens/s\n")
+    file = run(capsys, model / "model.safetensors", "Every effort", "--max-new-tokens", "40")
+    assert file[0] == out
     half = out[: len(out) // 2]
     stop = out[len(half) : len(half) + 3]
     assert run(capsys, model, "Every effort", "--stop", stop)[0] == out.partition(stop)[0] + "\n"
@@ -98,8 +100,9 @@ def test_sampling_repeats_under_a_seed(capsys, model):
 
 
 def test_a_file_of_prompts(capsys, model, tmp_path):
-    prompts = ["Every effort", "a", "Hello there", "", "b", "c"]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    prompts = ["Every effort", "a", "Hello there", "", "b\x0cd", "c"]
+    text = "\r\n".join(prompts) + "\r\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode("utf-8-sig"))  # as Windows writes it
     file = ("--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "6")
     out, err = run(capsys, model, *file, "--batch", "2")
     rows = [json.loads(line) for line in out.splitlines()]
@@ -125,7 +128,8 @@ def test_what_cannot_be(capsys, model, tmp_path):
         (["--prompts", str(tmp_path / "gone")], "No such file"),
         (["--prompts", str(tmp_path / "latin")], "is not UTF-8 text"),
         (["--prompts", str(tmp_path / "empty")], "is empty"),
-        (["x", "--model", str(tmp_path)], "holds no model: it has no config.json"),
+        (["x", "--top-k", "5"], "give a --temperature above 0"),
+        (["x", "--model", str(tmp_path)], "holds none of model.safetensors"),
         (["Hello", "--model", str(small)], "token 15496, the model a vocabulary of 256"),
     ):
         assert cli.main(["generate", "--model", str(model), *arguments]) == 2
@@ -133,5 +137,6 @@ def test_what_cannot_be(capsys, model, tmp_path):
         assert said.out == ""
         assert said.err.count("\n") == 1
         assert message in said.err
-    with pytest.raises(SystemExit):
-        cli.main(["generate", "--model", str(model), "x", "--top-p", "0"])
+    for option, value in (("--top-p", "0"), ("--seed", str(1 << 64)), ("--seed", "one")):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "--model", str(model), "x", option, value])

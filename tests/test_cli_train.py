@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -49,6 +50,12 @@ def test_a_run_and_what_it_leaves(inputs, capsys):
     assert "holds a run at step 5: go on with it by --resume" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
     assert len(losses(out)) == 7
+    capsys.readouterr()
+    for steps in ("7", "3"):
+        assert cli.main(["train", "--out", str(out), "--resume", "--steps", steps]) == 0
+        said = capsys.readouterr().err
+        assert f"step 7 of {steps} is done: --steps N goes on to more" in said
+        assert "stopped" not in said
     assert settings(out)["lr"] == 1e-3
 
 
@@ -107,6 +114,21 @@ def test_bad_options(inputs, capsys, more, message):
     assert message in said
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no locks on folders there")
+def test_one_run_at_a_time_in_a_folder(inputs, capsys):
+    arguments = train_arguments(inputs, inputs / "run", "--steps", "2")
+    with checkpoint.claimed(inputs / "run"):
+        assert cli.main(arguments) == 2
+    assert "another process is training in " in capsys.readouterr().err
+    assert cli.main(arguments) == 0
+
+
+def test_nothing_to_resume(inputs, capsys):
+    assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
+    assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
+    assert not (inputs / "gone").exists()
+
+
 def test_what_a_resumed_run_keeps(inputs, capsys):
     out = inputs / "run"
     arguments = train_arguments(inputs, out, "--steps", "2")
@@ -124,6 +146,9 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
         capsys.readouterr()
         assert cli.main([*again, *more]) == 2
         assert message in capsys.readouterr().err
+    out = out.rename(inputs / "moved")
+    again[-1] = arguments[3] = str(out)
+    assert cli.main([*again, "--steps", "2"]) == 0
     for path in (out / "tokens").iterdir():
         path.unlink()
     assert cli.main(again) == 2
@@ -165,7 +190,9 @@ def test_bfloat16_and_accumulation_are_near_float32(inputs):
     assert runs["bfloat16"] != pytest.approx(runs["float32"], rel=1e-6)
 
 
-def test_the_bar_and_the_log(tmp_path):
+def test_the_bar_and_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -186,6 +213,7 @@ def test_the_bar_and_the_log(tmp_path):
     for part in ("on this machine", "loss 1.500, validation 1.250, 1,000 tokens/s, 25% of peak",
                  "1.00 GiB, 0:00:00 left", "so it went", "stopped at step 2"):  # fmt: skip
         assert part in said, said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said  # on 80 columns
     log = report.read_log(tmp_path / "log.csv")
     assert [(row["step"], row["loss"]) for row in log] == [("1", "2.5"), ("2", "1.5")]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

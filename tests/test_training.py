@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import math
 import os
 import signal
@@ -24,8 +25,8 @@ from runs import (
 from torch import nn
 
 import fastgpt
-from fastgpt import cli, training
-from fastgpt.training import checkpoint, files, model_files, tokens, trainer
+from fastgpt import cli, files, training
+from fastgpt.training import checkpoint, model_files, tokens, trainer
 from fastgpt.training.data import Windows, mix, shuffled
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.speed import flops_per_token
@@ -220,7 +221,18 @@ def test_settings_and_configs(tmp_path):
     with pytest.raises(SettingsError, match="min_lr"):
         Settings(steps=1, lr=1e-3, min_lr=1e-2)
     assert read_config("1558M")["n_layers"] == 48
-    for text, message in (("{", "Expecting"), ('{"emb_dim": 4}', "lacks vocab_size")):
+    with pytest.raises(SettingsError, match="warmup -1 is below 0"):
+        Settings(steps=1, warmup=-1)
+    for text, message in (
+        ("{", "Expecting"),
+        ('{"emb_dim": 4}', "lacks vocab_size"),
+        (
+            json.dumps(CONFIG | {"emb_dim": "32"}),
+            "emb_dim '32' is not a whole number",
+        ),
+        (json.dumps(CONFIG | {"n_layers": -1}), "n_layers -1 is not a whole number of at least 0"),
+        (json.dumps(CONFIG | {"drop_rate": 7}), "drop_rate 7 is not a number from 0 to 1"),
+    ):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(SettingsError, match=message):
             read_config(str(tmp_path / "c.json"))
@@ -280,9 +292,10 @@ def test_killed_runs_resume_exactly(inputs):
     assert run.codes() == [-signal.SIGKILL]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
     assert str(trained(inputs, out, *more, "--resume")) == str(right)
+    (out / "model.safetensors").unlink()  # as where the last step's process is killed in between
+    assert str(trained(inputs, out, "--resume")) == str(right)  # nothing is left to do
     for name in ("model.safetensors", "checkpoints/step-00000014/model.safetensors"):
         assert (out / name).read_bytes() == (inputs / "right" / name).read_bytes()
-    assert str(trained(inputs, out, "--resume")) == str(right)  # nothing is left to do
 
 
 def test_an_interrupt_saves_and_stops(inputs):
@@ -324,7 +337,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(SettingsError, match="can be loaded"):
+    with pytest.raises(SettingsError, match=r"model.safetensors cannot be read"):
         model_files.load_model(tmp_path)
 
 
@@ -338,7 +351,8 @@ def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 1
     said = capsys.readouterr().err
-    assert "step-00000004 can't be written: unexpected pos" in said
+    assert "step-00000004 can't be written, " in said
+    assert "MB are free there: unexpected pos" in said
     assert "step-00000002 is saved, --resume goes on from it" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 

@@ -1,5 +1,6 @@
 """Weights from every kind of file, into the model or not at all, and out again."""
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import CONFIG, assert_same_logits, hugging_face, pair, same_weights, shake
+from runs import PROCESSES
 
 import fastgpt
 from fastgpt import GPTModel, WeightsError
@@ -101,6 +103,23 @@ class TestHuggingFace:
         assert loaded.out_head.weight is loaded.tok_emb.weight
 
 
+def saved_until(place, moment):
+    """Saves, and dies before that many calls that change the folder."""
+    calls = itertools.count(1)
+
+    def or_die(change):
+        def changed(*args, **kwargs):
+            if next(calls) == moment:
+                os._exit(9)
+            return change(*args, **kwargs)
+
+        return changed
+
+    for name in ("fsync", "unlink", "replace"):
+        setattr(os, name, or_die(getattr(os, name)))
+    pair()[0].save_pretrained(place)
+
+
 class TestSavePretrained:
     @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
     @pytest.mark.parametrize("qkv_bias", [True, False], ids=["bias", "no_bias"])
@@ -158,6 +177,41 @@ class TestSavePretrained:
         with pytest.raises(OSError, match="no space"):
             ours.save_pretrained(tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("config", ["same", "other", "none"])
+    def test_killed_at_any_moment(self, tmp_path, config):
+        """The old pair of files, the new one, or an error; and the next save clears up."""
+        new, found = pair()[0], set()
+        for moment in itertools.count(1):
+            place = tmp_path / str(moment)
+            old = GPTModel(CONFIG | {"n_heads": 6 if config == "other" else 3})
+            if config != "none":
+                old.save_pretrained(place)
+            process = PROCESSES.Process(target=saved_until, args=(place, moment))
+            process.start()
+            process.join()
+            try:
+                loaded = GPTModel.from_pretrained(place)
+            except (WeightsError, FileNotFoundError) as error:
+                found.add(type(error))
+                message = str(error)
+            else:
+                right = new if same_weights(loaded, new) else old
+                assert same_weights(loaded, right)
+                assert loaded.cfg == {**right.cfg, "drop_rate": 0.0}
+                found.add("new" if right is new else "old")
+            old.save_pretrained(place)
+            assert same_weights(GPTModel.from_pretrained(place), old)
+            assert {path.name for path in place.iterdir()} == {"config.json", "model.safetensors"}
+            if process.exitcode == 0:
+                break
+        assert moment > 5
+        if config == "same":
+            assert found == {"old", "new"}
+        else:
+            before = "old" if config == "other" else FileNotFoundError
+            assert found == {before, WeightsError, "new"}
+            assert re.search(r"a save to .* was cut short: save the model there again", message)
 
     def test_over_the_file_that_it_came_from(self, tmp_path):
         ours, _ = pair()

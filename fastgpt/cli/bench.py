@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def add_to(commands: Commands) -> None:
         "--quick", action="store_true", help="a toy model, and only PyTorch's own peers: seconds"
     )
     sub.add_argument(
-        "--peers", type=_peers, metavar="NAME,...", help="only these beside the reference"
+        "--peers", type=_peers, metavar="NAME,...", help="only these beside the book and fastgpt"
     )
     sub.add_argument(
         "--rounds", type=positive, default=5, metavar="N", help="at least (%(default)s)"
@@ -81,10 +82,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastgpt.bench.works import FULL, QUICK
 
     need_rich("the progress bar needs rich: pip install 'fastgpt[report]'")
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after minutes
+    folder = args.out.parent
+    try:  # now rather than after minutes
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} is not for you to write")
     if args.threads:
         torch.set_num_threads(args.threads)
-    peers = args.peers or [p for p in ALL_PEERS if not (args.quick and p in SLOW)]
+    peers = [p for p in ALL_PEERS if not (args.quick and p in SLOW)]
+    if args.peers:
+        peers = ["fastgpt", *args.peers]
     with warnings.catch_warnings(), bar() as show:
         # The line about missing kernels says what a BackendWarning would.
         warnings.simplefilter("ignore", BackendWarning)

@@ -15,7 +15,7 @@ import torch
 
 from fastgpt import BackendWarning, use_backend
 from fastgpt.cli.progress import bar, need_rich, silent
-from fastgpt.cli.usage import Commands, missing_kernels, positive
+from fastgpt.cli.usage import Commands, missing_kernels, positive, seed
 from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
 from fastgpt.dispatch import NAMES
 from fastgpt.machine import machine, machine_line
@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
         "random weights, and compare their outputs. Exits with 1 if they disagree.",
     )
     sub.add_argument(
-        "--seed", type=int, default=123, metavar="N", help="of the weights (%(default)s)"
+        "--seed", type=seed, default=123, metavar="N", help="of the weights (%(default)s)"
     )
     sub.add_argument(
         "--rounds", type=positive, default=5, metavar="N", help="timed rounds (%(default)s)"
@@ -51,7 +51,10 @@ def run_compare(args: argparse.Namespace) -> int:
         prompt, tokenizer = gpt2_encoding().encode(PROMPT), "tiktoken"
     except EncodingError as error:
         prompt, tokenizer = list(PROMPT_IDS), "known ids"
-        print(f"No gpt2 table for tiktoken ({error}); using the prompt's known ids.", file=notes)
+        print(
+            f"No gpt2 table for tiktoken ({error.reason}); using the prompt's known ids.",
+            file=notes,
+        )
 
     with warnings.catch_warnings(), use_backend(args.backend) if args.backend else nullcontext():
         # A BackendWarning would repeat what the line about missing kernels says.

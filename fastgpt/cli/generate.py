@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgpt.cli.usage import Commands, UsageError, number, positive
+from fastgpt.cli.usage import Commands, UsageError, number, positive, seed
 from fastgpt.generate import generate_stream
 from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT, EncodingError, gpt2_encoding
 from fastgpt.training.device import pick_device
+from fastgpt.training.model_files import load_model
 from fastgpt.training.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def add_to(commands: Commands) -> None:
         "one JSON object a line instead, in the order of the file.",
     )
     sub.add_argument("prompt", nargs="?", metavar="PROMPT")
-    sub.add_argument("--model", required=True, type=Path, metavar="DIR", help="as train makes it")
+    sub.add_argument(
+        "--model", required=True, metavar="MODEL", help="train's folder, gpt2, any folder or file"
+    )
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
     sub.add_argument("--batch", type=positive, default=8, metavar="N", help="prompts at once (8)")
     sub.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="(100)")
@@ -41,24 +44,23 @@ def add_to(commands: Commands) -> None:
         "--temperature", type=number(0), default=0.0, metavar="T", help="0 takes the likeliest (0)"
     )
     sub.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest")
-    sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that reach P")
-    sub.add_argument("--seed", type=int, default=123, metavar="N", help="(%(default)s)")
+    sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that add up to P")
+    sub.add_argument("--seed", type=seed, default=123, metavar="N", help="(%(default)s)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
     )
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    sub.add_argument("--threads", type=positive, metavar="N", help="as many as torch uses")
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.set_defaults(run=run_generate)
 
 
 def run_generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("give either a prompt or --prompts FILE")
-    try:
-        from fastgpt.training.model_files import load_model
-    except ModuleNotFoundError as error:
-        message = f"loading a model needs {error.name}: pip install 'fastgpt[train]'"
-        raise UsageError(message) from None
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        raise UsageError("--top-k and --top-p say what to draw from: give a --temperature above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)
@@ -171,14 +173,14 @@ def _tokens(
 
 def _read(path: Path) -> list[str]:
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
-    if not prompts:
+    if not text:
         raise UsageError(f"{path} is empty")
-    return prompts
+    return text.removesuffix("\n").split("\n")
 
 
 def _share(text: str) -> float:

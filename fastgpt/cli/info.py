@@ -21,6 +21,7 @@ OPTIONAL = {
     "triton": ("GPU kernels", "triton"),
     "rich": ("tables and progress bars", "cli"),
     "safetensors": ("training, and loading models", "train"),
+    "huggingface_hub": ("loading models by their names on the hub", "hub"),
     "matplotlib": ("the picture of a run's losses, and the charts of bench", "train"),
     "jinja2": ("the page of bench", "report"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.cli.usage import Commands, Failure, UsageError, number, positive
+from fastgpt.cli.usage import Commands, Failure, UsageError, number, positive, seed
 from fastgpt.tokenizer import EncodingError
 from fastgpt.training.settings import CONFIGS, Settings, SettingsError
 from fastgpt.training.tokens import TextError
@@ -27,18 +27,25 @@ def add_to(commands: Commands) -> None:
         "Under torchrun the processes share each batch.",
     )
     sub.add_argument("text", nargs="*", metavar="TEXT", help="a file, or a folder of .txt files")
-    sub.add_argument("--out", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
-    sub.add_argument("--context", type=positive, metavar="N", help="another context length")
     sub.add_argument(
-        "--from", dest="start", type=Path, metavar="MODEL", help="start from this model's weights"
+        "--out", required=True, type=Path, metavar="DIR", help="the run's folder, made if need be"
+    )
+    sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
+    sub.add_argument("--context", type=positive, metavar="N", help="in place of the config's")
+    sub.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start from its weights: gpt2, a folder",
     )
     sub.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     sub.add_argument("--epochs", type=number(0), metavar="N", help="passes over the text (1)")
     _add_settings(sub)
-    sub.add_argument("--tokens", type=Path, metavar="DIR", help="of token files (DIR/tokens)")
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    sub.add_argument("--threads", type=positive, metavar="N", help="as many as torch uses")
+    sub.add_argument("--tokens", type=Path, metavar="DIR", help="for token files (OUT/tokens)")
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--fsdp", action="store_true", help="shard by FSDP2 rather than copy by DDP")
     sub.add_argument(
         "--timeout",
@@ -62,7 +69,7 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
         "weight_decay": (number(0), "of matrices"),
         "clip": (number(0), "the largest norm of the gradients, 0 for none"),
         "precision": (str, "float32, bfloat16, or auto: bfloat16 on GPUs"),
-        "seed": (int, "of weights, order and dropout"),
+        "seed": (seed, "of weights, order and dropout"),
         "validation": (number(0, 1), "the share of the text that is not trained on"),
         "eval_every": (positive, "steps between evaluations"),
         "eval_batches": (positive, "batches of an evaluation"),

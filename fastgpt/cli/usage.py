@@ -28,6 +28,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """An argument that ``torch.manual_seed`` takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 64 bits")
+    return value
+
+
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argument that is a finite number within [low, high]."""
     limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

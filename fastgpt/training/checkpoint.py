@@ -9,9 +9,11 @@ A checkpoint holds whole tensors under the parameters' names, so it fits any num
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgpt.model import GPTModel
-from fastgpt.training.files import (
+from fastgpt.files import (
     UNFINISHED,
     clear_unfinished,
     link_or_copy,
+    only_writer,
     whole_file,
     whole_folder,
 )
+from fastgpt.model import GPTModel
 from fastgpt.training.model_files import filled, save_model
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.settings import SettingsError
@@ -65,25 +68,31 @@ def save(
     path = out / CHECKPOINTS / f"step-{step:08d}"
     if group.rank == 0 and not path.exists():
         assert plain is not None
-        names = _write(path, plain, optimizer_state, {"step": step, "processes": group.size})
-        for name in names:
-            link_or_copy(path / name, out / name)
+        _write(path, plain, optimizer_state, {"step": step, "processes": group.size})
+        _publish(path, out)
         for old in checkpoints(out)[:-keep]:
             # Renamed first: a removal cut short leaves nothing that looks whole.
             shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
 
 
-def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, int]) -> list[str]:
-    """Writes a checkpoint's folder; returns the names of the model's files."""
+def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, int]) -> None:
+    """Writes a checkpoint's folder."""
     try:
         with whole_folder(path) as folder:
             save_model(model, folder)
-            names = [file.name for file in folder.iterdir()]
             torch.save(optimizer_state, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
     except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
-        raise OSError(f"{path} can't be written: {' '.join(str(error).split())}") from error
-    return names
+        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(error).split())
+        message = f"{path} can't be written, {free / 1e6:,.0f} MB are free there: {reason}"
+        raise OSError(message) from error
+
+
+def _publish(checkpoint: Path, out: Path) -> None:
+    """Makes a checkpoint's model the run's: the config first, which stays the same in a run."""
+    for file in sorted(checkpoint.iterdir()):
+        if file.name not in (OPTIMIZER, STATE):
+            link_or_copy(file, out / file.name)
 
 
 def load_step(checkpoint: Path) -> int:
@@ -123,11 +132,28 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return run
 
 
-def write_run(out: Path, run: dict[str, Any]) -> None:
-    """Writes what a run is asked to do, and clears what killed processes left in its folder."""
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Makes a run's folder, for this process alone.
+
+    Raises:
+        SettingsError: another process trains there.
+    """
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_writer(out / CHECKPOINTS, wait=False))
+        except BlockingIOError:
+            raise SettingsError(f"another process is training in {out}") from None
+        yield
+
+
+def write_run(out: Path, run: dict[str, Any]) -> None:
+    """Writes what a run is asked to do, and makes good what killed processes left in its folder."""
     for folder in (out, out / CHECKPOINTS):
         clear_unfinished(folder)
+    for newest in checkpoints(out)[-1:]:
+        _publish(newest, out)
     with whole_file(out / RUN) as file:
         file.write(json.dumps(run, indent=1).encode())
 

@@ -1,4 +1,4 @@
-"""A model in a folder: config.json and model.safetensors. What writes and reads one is all here."""
+"""The models that the commands write and read."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgpt.model import GPTModel
 from fastgpt.training.settings import SettingsError
 
-CONFIG = "config.json"
-
 
 def save_model(model: GPTModel, folder: Path) -> None:
-    """Writes the model into a folder that ``load_model`` reads, and Hugging Face's GPT-2 too."""
+    """Writes config.json and model.safetensors, which Hugging Face's GPT-2 reads too."""
     model.save_pretrained(folder)
 
 
-def load_model(folder: Path) -> GPTModel:
-    """The model in a folder of ``save_model``, or in any that ``GPTModel.from_pretrained`` reads.
+def load_model(name_or_path: str | Path) -> GPTModel:
+    """The model, in train mode, of whatever ``GPTModel.from_pretrained`` takes.
 
     Raises:
-        SettingsError: the folder holds no model, or a broken one.
+        SettingsError: there is no model, or a broken one.
     """
-    if not (folder / CONFIG).is_file():
-        raise SettingsError(f"{folder} holds no model: it has no {CONFIG}")
     try:
-        return GPTModel.from_pretrained(folder).train()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"{folder} holds no model that can be loaded: {reason}") from None
+        return GPTModel.from_pretrained(name_or_path).train()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(" ".join(str(error).split())) from None
 
 
 def filled(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> GPTModel:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastgpt.training.files import whole_file
+from fastgpt.files import whole_file
 
 if TYPE_CHECKING:
     from fastgpt.training.trainer import Step
@@ -61,15 +61,19 @@ class Console(Report):
 
     def start(self, step: int, steps: int, line: str) -> None:
         self._say(line)
+        if step >= steps:
+            self._say(f"step {step} of {steps} is done: --steps N goes on to more")
         self._log = open_log(self.out / LOG, step)
         if self._bar is not None:
             self._bar.update(self._task, total=steps, completed=step, description="")
 
     def step(self, row: Step, steps: int) -> None:
         self._write(row)
-        line = _line(row, steps, self._time_left(row, steps))
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row.step, description=line)
+        left = self._time_left(row, steps)
+        line = _line(row, left)
+        if self._bar is not None:  # which has no room for more than that
+            shown = _line(row._replace(validation_loss=None), left)
+            self._bar.update(self._task, completed=row.step, description=shown)
         silent = time.monotonic() - self._said > SAY_EVERY
         if row.validation_loss is not None or (self._bar is None and silent):
             self._say(f"step {row.step}/{steps}  {line}")
@@ -168,7 +172,7 @@ def draw(log: Path, picture: Path) -> bool:
     return True
 
 
-def _line(row: Step, steps: int, left: float) -> str:
+def _line(row: Step, left: float) -> str:
     parts = [f"loss {row.loss:.3f}"]
     if row.validation_loss is not None:
         parts.append(f"validation {row.validation_loss:.3f}")

@@ -7,14 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config import GPT_CONFIG_124M, check_config
+from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
 
-# GPT-2's sizes by the book's names, and one that a laptop trains in minutes.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "124M": GPT_CONFIG_124M,
-    "355M": GPT_CONFIG_124M | {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
-    "774M": GPT_CONFIG_124M | {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
-    "1558M": GPT_CONFIG_124M | {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+# GPT-2's, and one that a laptop trains in minutes.
+CONFIGS: dict[str, dict[str, Any]] = GPT2_SIZES | {
     "toy": GPT_CONFIG_124M
     | {"context_length": 64, "emb_dim": 64, "n_layers": 2, "n_heads": 4, "drop_rate": 0.0},
 }
@@ -50,8 +46,10 @@ class Settings:
         for name in ("steps", "batch", "eval_every", "eval_batches", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} {getattr(self, name)} is below 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise SettingsError(f"micro_batch {self.micro_batch} is below 1")
+        for name, least in (("micro_batch", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{name} {value} is below {least}")
         if not 0 <= self.min_lr <= self.lr:
             raise SettingsError(f"min_lr {self.min_lr:g} is not from 0 to lr {self.lr:g}")
         if not 0 < self.validation < 1:

@@ -26,14 +26,14 @@ def flops_per_token(model: GPTModel, context: int) -> float:
 
 @torch.no_grad()
 def matmul_peak(
-    device: torch.device, autocast: contextlib.AbstractContextManager[Any], rounds: int = 4
+    device: torch.device, autocast: contextlib.AbstractContextManager[Any], seconds: float = 0.3
 ) -> float:
-    """Floating-point operations a second in a large matrix product, the best of some rounds."""
+    """Floating-point operations a second in a large matrix product, the best of some seconds."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device)
-    best = 0.0
+    best, end = 0.0, time.perf_counter() + seconds
     with autocast:
-        for _ in range(rounds):
+        while best == 0.0 or time.perf_counter() < end:
             _wait(device)
             start = time.perf_counter()
             a @ a

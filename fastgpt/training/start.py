@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import gpt2_encoding
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows
-from fastgpt.training.model_files import CONFIG, load_model
+from fastgpt.training.model_files import load_model
 from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
 from fastgpt.training.trainer import Trainer
+from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
 FIXED = ("batch", "seed", "validation")
+TOKENS = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Request:
     text: list[str]
     config: str | None = None  # a size's name or a JSON file
     context: int | None = None
-    start: Path | None = None  # a model whose weights to start from
+    start: str | None = None  # a model whose weights to start from
     resume: bool = False
     epochs: float | None = None
     tokens: Path | None = None  # the folder of token files
@@ -49,11 +53,12 @@ def train(request: Request, group: Group) -> bool:
         Diverged, PeersLost: it broke off.
     """
     report = Console(request.out) if group.rank == 0 else Report()
+    held = contextlib.ExitStack()
     try:
-        run = group.first(lambda: _prepared(request, group, report))
+        run = group.first(lambda: _prepared(request, group, report, held))
         settings = Settings(**run["settings"])
         last = None if run["resume"] is None else Path(run["resume"])
-        tokens, context = _tokens(run).ids(), run["config"]["context_length"]
+        tokens, context = _tokens(Path(run["tokens"])).ids(), run["config"]["context_length"]
         windows = Windows(tokens, context, settings.validation, settings.seed)
         model = _model(run, last, settings.seed)
         encoding = gpt2_encoding() if settings.sample is not None else None
@@ -63,10 +68,13 @@ def train(request: Request, group: Group) -> bool:
         report.end(trainer.step, finished)
         return finished
     finally:
+        held.close()
         report.close()
 
 
-def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
+def _prepared(
+    args: Request, group: Group, report: Report, held: contextlib.ExitStack
+) -> dict[str, Any]:
     """What all processes need to know: run.json, and the checkpoint to go on from."""
     before = checkpoint.read_run(args.out)
     saved = checkpoint.checkpoints(args.out)
@@ -83,7 +91,9 @@ def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
     run: dict[str, Any] = {"config": _config(args, before)}
     tokens = _read_text(args, before, run["config"], report)
     run |= {"tokens": str(tokens.path.resolve()), "digest": tokens.digest}
-    run["start"] = str(args.start.resolve()) if args.start and before is None else None
+    run["start"] = None
+    if args.start is not None and before is None:  # a path, or a name on the hub
+        run["start"] = os.path.abspath(args.start) if os.path.exists(args.start) else args.start
     settings = _settings(args, before, tokens, run["config"]["context_length"])
     if settings.batch % group.size:
         raise SettingsError(
@@ -92,6 +102,7 @@ def _prepared(args: Request, group: Group, report: Report) -> dict[str, Any]:
     # Raises where the text is too short, before anything is written.
     Windows(tokens.ids(), run["config"]["context_length"], settings.validation, settings.seed)
     run["settings"] = dataclasses.asdict(settings)
+    held.enter_context(checkpoint.claimed(args.out))
     checkpoint.write_run(args.out, run)
     return run | {"resume": None if last is None else str(last)}
 
@@ -119,12 +130,14 @@ def _read_text(
     report: Report,
 ) -> TokenFile:
     if args.text:
-        folder = args.tokens or args.out / "tokens"
+        folder = args.tokens or args.out / TOKENS
         tokens = tokenise(text_files(args.text), folder, gpt2_encoding(), report.reading)
     elif before is None:
-        raise SettingsError("give the texts to train on")
+        missing = f"{args.out} has no checkpoint to go on from: " if args.resume else ""
+        raise SettingsError(f"{missing}give the texts to train on")
     else:
-        tokens = _tokens(before)
+        made = Path(before["tokens"])
+        tokens = _tokens(made, args.out / TOKENS / made.name)  # the folder may have been moved
     if before is not None and tokens.digest != before["digest"]:
         raise SettingsError(f"{args.out} holds a run on another text")
     if tokens.largest >= config["vocab_size"]:
@@ -134,12 +147,12 @@ def _read_text(
     return tokens
 
 
-def _tokens(run: dict[str, Any]) -> TokenFile:
-    path = Path(run["tokens"])
-    tokens = open_tokens(path)
-    if tokens is None:
-        raise SettingsError(f"the token file {path} is gone: give the texts again")
-    return tokens
+def _tokens(*places: Path) -> TokenFile:
+    """The token file at the first of these places that has it."""
+    for tokens in map(open_tokens, places):
+        if tokens is not None:
+            return tokens
+    raise SettingsError(f"the token file {places[0]} is gone: give the texts again")
 
 
 def _settings(
@@ -168,7 +181,7 @@ def _model(run: dict[str, Any], last: Path | None, seed: int) -> GPTModel:
     if last is not None:
         return load_model(last)
     if run["start"] is not None:
-        return load_model(Path(run["start"]))
+        return load_model(run["start"])
     torch.manual_seed(seed)
     return GPTModel(run["config"])
 

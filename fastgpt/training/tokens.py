@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from fastgpt.files import whole_file
 from fastgpt.tokenizer import END_OF_TEXT
-from fastgpt.training.files import whole_file
 
 if TYPE_CHECKING:
     import tiktoken

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
+from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows, mix
 from fastgpt.training.parallel import Group, whole
@@ -122,7 +123,7 @@ class Trainer:
                     saved = self.step
             if saved != self.step:
                 self._save()
-        return self.step == self.settings.steps
+        return self.step >= self.settings.steps
 
     def evaluate(self) -> float:
         """The mean loss over the validation windows of an evaluation; the model trains after it."""
@@ -200,7 +201,7 @@ class Trainer:
         text = self.settings.sample
         if text is None or self.encoding is None or not (self.group.sharded or self.report.shown):
             return
-        idx = torch.tensor([self.encoding.encode(text, allowed_special="all")])
+        idx = torch.tensor([self.encoding.encode(text or END_OF_TEXT, allowed_special="all")])
         self.model.eval()
         # Sharded, every process takes part.
         with self.autocast:

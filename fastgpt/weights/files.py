@@ -209,7 +209,8 @@ def _safe_open(path: str) -> Any:
     except ImportError:
         raise ImportError(f"{path}: {NEEDS_HUB}") from None
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with open(path, "rb"):  # which says why, where safetensors knows no file but a missing one
+            return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -219,12 +220,16 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # What stands around it advises to run the file's code.
+        lines = str(error).partition("WeightsUnpickler error:")[2].split("\n")
+        reason = next(filter(str.strip, lines), "no pickle").strip().partition(". ")[0]
         raise WeightsError(
             f"{path} cannot be read as weights alone, which runs no code of the file's. Where it "
             f"is a whole pickled model, save model.state_dict() instead. ({reason})"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except EOFError:
+        raise WeightsError(f"{path} cannot be read: it is cut short") from None
+    except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastgpt.weights.files import NAMES, NEEDS_HUB, Source, open_file, read_json
 from fastgpt.weights.names import WeightsError
+from fastgpt.weights.save import CONFIG, WEIGHTS, cut_short
 from fastgpt.weights.sizes import Sizes, from_json
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -36,10 +37,22 @@ def locate(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[Source
     path, text = Path(name_or_path), os.fspath(name_or_path)
     if not path.exists() and _is_repository(text):
         path = _fetched(text, options)
+    if _is_tensorflows(path):
+        raise WeightsError(
+            f"{text} is OpenAI's TensorFlow checkpoint: pass what the book's "
+            "load_gpt2_params_from_tf_ckpt makes of it to load_weights_into_gpt, or load the same "
+            "weights from the Hugging Face hub, by the name of openai-community/gpt2, -medium, "
+            "-large or -xl"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{text} is no file, no folder and no name on the Hugging Face hub")
     file = _weights_in(path) if path.is_dir() else path
-    config = file.parent / "config.json"
+    if file is None:
+        hub = f"; the hub's is called openai-community/{path}" if str(path) in _GPT2 else ""
+        raise FileNotFoundError(f"{path} holds none of {', '.join(NAMES)}{hub}")
+    if file.name == WEIGHTS and cut_short(file.parent):
+        raise WeightsError(f"a save to {file.parent} was cut short: save the model there again")
+    config = file.parent / CONFIG
     sizes = from_json(read_json(config), str(config)) if config.is_file() else Sizes()
     return open_file(file), sizes
 
@@ -53,16 +66,17 @@ def _is_repository(name: str) -> bool:
     )
 
 
-def _weights_in(folder: Path) -> Path:
-    for name in NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    if any(folder.glob("model.ckpt*")):
-        raise WeightsError(
-            f"{folder} holds a TensorFlow checkpoint: read it as the book does and pass the result "
-            "to load_weights_into_gpt, or take the same weights from the hub as 'gpt2'"
-        )
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(NAMES)}")
+def _weights_in(folder: Path) -> Path | None:
+    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+
+
+def _is_tensorflows(path: Path) -> bool:
+    """Whether it is the folder that the book's download leaves, the one above, or a file of it."""
+    if path.is_dir():
+        names = ("model.ckpt*", "*/model.ckpt*")
+        return _weights_in(path) is None and any(any(path.glob(name)) for name in names)
+    of_it = path.name == "checkpoint" or path.name.startswith("model.ckpt")
+    return of_it and any(path.parent.glob("model.ckpt*"))
 
 
 def _fetched(name: str, options: dict[str, Any]) -> Path:
@@ -76,7 +90,7 @@ def _fetched(name: str, options: dict[str, Any]) -> Path:
     try:
         for wanted in _WANTED:
             folder = Path(snapshot_download(repository, allow_patterns=list(wanted), **options))
-            if any((folder / file).is_file() for file in NAMES):
+            if _weights_in(folder):
                 return folder
     except problems as error:
         cached = _cached(name, options) if repository != name else None
@@ -101,4 +115,4 @@ def _cached(name: str, options: dict[str, Any]) -> Path | None:
         folder = Path(snapshot_download(name, allow_patterns=list(_WANTED[0]), **options))
     except OSError:
         return None
-    return folder if any((folder / file).is_file() for file in NAMES) else None
+    return folder if _weights_in(folder) else None

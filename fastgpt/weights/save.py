@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.files import clear_unfinished, only_writer, sync_files, sync_folder
 from fastgpt.weights.files import NEEDS_HUB
 from fastgpt.weights.names import WeightsError, expected, hugging_face
 from fastgpt.weights.sizes import Sizes, as_json
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SAVING = ".saving-"
 
 
 def save_pretrained(
@@ -25,8 +29,10 @@ def save_pretrained(
 ) -> None:
     """Writes model.safetensors and config.json, as Hugging Face's GPT2LMHeadModel has them.
 
-    Both are written beside their place and then renamed: a file is there whole, or as it was.
-    Biases that the model has not are written as zeros, with a note in config.json.
+    Whenever the process ends, the folder holds the old pair of files or the new one; for a moment,
+    where their configs differ, a pair that isn't complete, which ``from_pretrained`` refuses.
+    The next save clears what one cut short left behind. Biases that the model has not are written
+    as zeros, with a note in config.json.
 
     Args:
         model: a ``GPTModel``.
@@ -51,18 +57,40 @@ def save_pretrained(
     )
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
-    staging = place / f".saving-{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        (staging / "config.json").write_text(text + "\n", encoding="utf-8")
-        for name in ("config.json", "model.safetensors"):
-            with open(staging / name, "rb+") as file:
-                os.fsync(file.fileno())
-        for name in ("config.json", "model.safetensors"):
-            os.replace(staging / name, place / name)
-    finally:
+    with only_writer(place):
+        clear_unfinished(place, SAVING)
+        staging = place / f"{SAVING}{uuid.uuid4().hex}"
+        staging.mkdir()
+        try:
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+            (staging / CONFIG).write_text(text + "\n", encoding="utf-8")
+            sync_files(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _put_in_place(staging, place)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, place: Path) -> None:
+    """Replaces the pair of files so that no end of the process leaves one of each.
+
+    Where the config stays as it was, replacing the weights is all there is. Where it doesn't, the
+    folder has none until the weights are there, and ``cut_short`` tells why.
+    """
+    config = place / CONFIG
+    if not config.is_file() or config.read_bytes() != (staging / CONFIG).read_bytes():
+        config.unlink(missing_ok=True)
+        sync_folder(place)
+    os.replace(staging / WEIGHTS, place / WEIGHTS)
+    sync_folder(place)
+    os.replace(staging / CONFIG, config)
+    sync_folder(place)
+
+
+def cut_short(folder: Path) -> bool:
+    """Whether the last ``save_pretrained`` into a folder ended between its two files."""
+    return not (folder / CONFIG).exists() and any(folder.glob(f"{SAVING}*"))
 
 
 def _theirs(state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:

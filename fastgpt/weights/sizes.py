@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgpt.config import GPT_CONFIG_124M
+from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
 from fastgpt.weights.names import Shape, Style, WeightsError
 
 _KEYS = tuple(GPT_CONFIG_124M)
@@ -19,7 +19,7 @@ _THEIRS = {
     "n_layers": "n_layer",
 }
 # What no shape tells: the heads of GPT-2's four sizes, by width and layers.
-_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1600, 48): 25}
+_HEADS = {(c["emb_dim"], c["n_layers"]): c["n_heads"] for c in GPT2_SIZES.values()}
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")
 
 
@@ -133,6 +133,10 @@ def completed(
     missing = [key for key in _KEYS if key not in cfg]
     if missing:
         raise WeightsError(f"no config comes with the weights: pass cfg with {', '.join(missing)}")
+    try:
+        check_config(cfg)
+    except ValueError as error:
+        raise WeightsError(f"the config of these weights makes no model: {error}") from None
     cfg = {key: cfg[key] for key in _KEYS} | cfg
     drops = None if "drop_rate" in given else sizes.drops
     return Sizes(cfg, sizes.eps, drops, sizes.tied)

@@ -35,19 +35,43 @@ def whole_folder(path: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(unfinished)
+        sync_files(unfinished)
         unfinished.rename(path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def clear_unfinished(folder: Path) -> None:
+@contextlib.contextmanager
+def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Runs while no other block of this kind does for the folder, in whatever process.
+
+    Where the system or the file system has no such locks, all run.
+
+    Raises:
+        BlockingIOError: another one runs, and this one is not to wait for its end.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:  # the end of the process frees it too
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_unfinished(folder: Path, prefix: str = UNFINISHED) -> None:
     """Removes what killed processes left."""
-    for path in folder.glob(f"{UNFINISHED}*"):
+    for path in folder.glob(f"{prefix}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -60,6 +84,14 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, unfinished)
     os.replace(unfinished, target)
+
+
+def sync_files(folder: Path) -> None:
+    """Puts a folder's files on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
