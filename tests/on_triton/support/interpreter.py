@@ -13,6 +13,7 @@ Sums are added up by halves, as a GPU's threads do, where numpy would go row by 
 """
 
 import contextlib
+import types
 
 import numpy as np
 import torch
@@ -133,10 +134,13 @@ def _mend_loops():
     interpreter._patch_lang_tensor = patch_tensor
 
 
-# How many interpreted kernels are running: a device function called inside one is interpreted too.
-_running = 0
+# Whether an interpreted kernel is running: a device function called inside one is interpreted too.
+_running = False
 _interpreted_functions = {}
 _call = JITFunction.__call__
+# What kernels and triton's own device functions call the language by. It is patched once a launch:
+# triton does it once a call of a device function, which took a third of the time.
+_LANGUAGE = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
 
 def _call_device_function(self, *args, **kwargs):
@@ -144,11 +148,7 @@ def _call_device_function(self, *args, **kwargs):
         return _call(self, *args, **kwargs)
     if self.fn not in _interpreted_functions:
         _interpreted_functions[self.fn] = InterpretedFunction(self.fn)
-    scope = interpreter._patch_lang(self.fn)
-    try:
-        return _interpreted_functions[self.fn].rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    return _interpreted_functions[self.fn].rewrite()(*args, **kwargs)
 
 
 def _launcher(kernel, grid):
@@ -156,12 +156,14 @@ def _launcher(kernel, grid):
 
     def launch(*args, **kwargs):
         global _running
-        _running += 1
+        _running = True
+        scope = interpreter._patch_lang(_LANGUAGE)
         try:
             with np.errstate(all="ignore"):
                 return function.run(*args, grid=grid, warmup=False, **kwargs)
         finally:
-            _running -= 1
+            scope.restore()
+            _running = False
 
     return launch
 
