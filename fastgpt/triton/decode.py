@@ -64,9 +64,7 @@ def parts_of(model: GPTModel) -> Parts | None:
         and plain_linear(head)
         and plain(norm, LayerNorm)
         and norm.eps == EPS
-        and all(
-            plain(t, nn.Embedding) and t.max_norm is None for t in (model.tok_emb, model.pos_emb)
-        )
+        and all(plain(table, nn.Embedding) and table.max_norm is None for table in tables)
         and drops_nothing(model.drop_emb)
     ):
         return None
