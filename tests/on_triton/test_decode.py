@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("dispatched", "captures")
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The runs that were captured; a replay runs them again into the same memory."""
+    """The runs that were captured; a replay runs them again into the same memory, and fails where
+    a parameter lies elsewhere than it did.
+    """
     found = []
 
     def capture(run):
@@ -26,7 +28,14 @@ def captures(monkeypatch):
         found.append(run)
         return lambda: result.copy_(run()), result
 
+    step = decode.step
+
+    def step_as_captured(parts, state):
+        assert vars(state).setdefault("captured", parts.key()) == parts.key()
+        return step(parts, state)
+
     monkeypatch.setattr(decode, "capture", capture)
+    monkeypatch.setattr(decode, "step", step_as_captured)
     monkeypatch.setattr(decode, "MIN_STEPS", 2)
     # The products have their own tests, and interpreting them takes most of the time.
     monkeypatch.setattr(choices, "own_product", lambda *args, **kwargs: False)
