@@ -92,7 +92,8 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """``generate``, yielding each step's tokens [B, 1] as they come.
 
-    Args, errors: those of ``generate``. Stopping early leaves nothing behind.
+    Args, errors: those of ``generate``. The model may be changed between two steps, and stopping
+    early leaves nothing behind.
     """
     choose = _sampling(temperature, top_k, top_p)
     steps = _steps(model, idx, max_new_tokens, context_size, choose, watched=True)
@@ -160,22 +161,25 @@ def _steps(
     cache = _new_cache(model) if context_size > 0 else None
     unseen = idx[:, -context_size:]
     memo: dict[Any, Any] | None = None if watched else {}
-    graphs = None if watched or cache is None else _graphs(model, idx)
+    graphs = None if cache is None else _graphs(model, idx)
     with contextlib.ExitStack() as stack:
-        step: Callable[[Tensor], Tensor] | None = None
+        decoder: Any = None
         for done in range(max_new_tokens):
             with torch.no_grad():
                 if cache is None or not isinstance(model, GPTModel):
                     logits = model(idx[:, -context_size:])
                 elif idx.shape[1] > context_size:  # the window slides, and with it every position
                     logits = model._forward(idx[:, -context_size:], last_only=True, memo=memo)
-                elif step is not None:
-                    logits = step(model._checked(unseen, idx.shape[1] - 1))
+                elif decoder is not None and (not watched or decoder.serves(model)):
+                    logits = decoder.step(model._checked(unseen, idx.shape[1] - 1))
                 else:
+                    if decoder is not None:  # the model was changed: on without a graph
+                        decoder.state.empty_into(cache)
+                        decoder = None
                     logits = model._forward(unseen, cache, last_only=True, memo=memo)
                     if graphs is not None:
                         left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
-                        step = stack.enter_context(graphs.stepping(model, cache, left))
+                        decoder = stack.enter_context(graphs.decoding(model, cache, left))
                         graphs = None
                 unseen = choose(logits[:, -1])
             idx = torch.cat((idx, unseen), dim=1)

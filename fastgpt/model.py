@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch, ops
 from fastgpt.config import Config, check_config, check_ids
-from fastgpt.kv_cache import KVCache, Staged, cached_tokens
+from fastgpt.kv_cache import KVCache, Staged, cached_tokens, idle
 from fastgpt.modules import LayerNorm, TransformerBlock, add_norm, linear
 from fastgpt.plain import drop_probability, known, plain
 
@@ -160,8 +160,11 @@ class GPTModel(nn.Module):
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def reset_kv_cache(self) -> None:
-        """Empties the model's own cache."""
+        """Empties the model's own cache, and gives back the memory that generation on a GPU keeps
+        for the next: a CUDA graph, with keys and values for the whole context.
+        """
         self._own_cache = None
+        idle.pop(self, None)
 
     def _forward(
         self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None

@@ -119,7 +119,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # A key of the state dict; held only once somebody reads or sets it.
         self._buffers["mask"] = None
-        ops.pack_on_gpu((self.W_query, self.W_key, self.W_value), {})
+        ops.pack_on_gpu(self._projections(), {})
 
     @property
     def mask(self) -> Tensor:
@@ -162,12 +162,20 @@ class MultiHeadAttention(nn.Module):
                 return packed[1], packed[0], packed[2]
         return linear(self.W_key, x), linear(self.W_query, x), linear(self.W_value, x)
 
+    def _projections(self) -> tuple[Any, ...]:
+        """The layers of queries, keys and values; None for one that a subclass did away with."""
+        return tuple(self._modules.get(name) for name in ("W_query", "W_key", "W_value"))
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        layers = (self.W_query, self.W_key, self.W_value)
-        before = ops.weights_lie_at(layers)
+        before = ops.weights_lie_at(self._projections())
         super()._apply(fn, recurse)
-        ops.pack_on_gpu(layers, before)
+        ops.pack_on_gpu(self._projections(), before)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        """What deepcopy and unpickling end with; both make each weight anew."""
+        super().__setstate__(state)
+        ops.pack_on_gpu(self._projections(), {})
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self._context():

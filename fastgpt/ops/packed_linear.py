@@ -29,14 +29,17 @@ def pack_on_gpu(layers: Sequence[Any], before: Mapping[nn.Parameter, int]) -> No
         return
     weights = [layer.weight for layer in layers]
     first = weights[0]
-    if len(set(weights)) == len(weights) and all(
+    if not all(
         type(w) is nn.Parameter
         and w.is_cuda
         and (w.device, w.dtype, w.shape) == (first.device, first.dtype, first.shape)
         and w.data_ptr() != before.get(w)
-        and w.untyped_storage().nbytes() == w.numel() * w.element_size()
+        # Alone in its storage; or, from pickle, in a copy of the whole block.
+        and w.untyped_storage().nbytes() in (w.nbytes, len(weights) * w.nbytes)
         for w in weights
     ):
+        return
+    if len({w.untyped_storage().data_ptr() for w in weights}) == len(weights):
         lay_side_by_side(weights)
 
 

@@ -2,13 +2,14 @@
 
 The keys, the values and the position lie in memory of the graph's own, the parameters are read
 where they live: a step sees what changed in them. A graph serves one model, batch size and set of
-addresses, and is made anew where a parameter has come to lie elsewhere.
+addresses, and is made anew where a parameter has come to lie elsewhere. A model keeps the one that
+it used last, with keys and values for its whole context; ``reset_kv_cache`` gives them back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops
 from fastgpt.cpu.transformer_block import EPS, BlockParameters
-from fastgpt.kv_cache import KVCache
+from fastgpt.kv_cache import KVCache, idle
 from fastgpt.model import GPTModel
 from fastgpt.modules import LayerNorm
-from fastgpt.plain import plain, plain_linear
+from fastgpt.plain import drops_nothing, plain, plain_linear
 from fastgpt.stack import taken_apart
 from fastgpt.triton import settings
 
@@ -50,38 +51,40 @@ class Parts(NamedTuple):
         return self.n_heads, *where
 
 
-def parts_of(model: GPTModel, batch: int) -> Parts | None:
-    """The model taken apart for steps over so many sequences; None where it has a piece that is not
-    plainly ours, or tensors that the kernels do not take.
+def parts_of(model: GPTModel) -> Parts | None:
+    """The model taken apart for steps; None where it has a piece that is not plainly ours, drops
+    something, or is of a shape that the kernels do not take.
     """
     head: Any = model.out_head
     norm: Any = model.final_norm
-    found = [taken_apart(block) for block in model.trf_blocks]
     tables = (model.tok_emb, model.pos_emb)
-    if (
-        batch == 0
-        or not found
-        or not plain_linear(head)
-        or not (plain(norm, LayerNorm) and norm.eps == EPS)
-        or not all(plain(table, nn.Embedding) and table.max_norm is None for table in tables)
+    if not (
+        plain(model, GPTModel)
+        and plain(model.trf_blocks, nn.Sequential)
+        and plain_linear(head)
+        and plain(norm, LayerNorm)
+        and norm.eps == EPS
+        and all(plain(table, nn.Embedding) and table.max_norm is None for table in tables)
+        and drops_nothing(model.drop_emb)
     ):
         return None
     tok, pos = (table.weight for table in tables)
+    width = tok.shape[1]
     blocks, n_heads = [], 0
-    for b in found:
+    for block in model.trf_blocks:
+        b = taken_apart(block)
         if b is None or b.attention_p or b.shortcut_p or n_heads not in (0, b.heads):
             return None
-        if not _fit(b.parameters, tok.shape[1]):
+        if not _fit(b.parameters, width):
             return None
         n_heads = b.heads
         blocks.append(b.parameters)
-    width = tok.shape[1]
+    # An id that the head has and the table has not must be refused, which a graph cannot.
+    if not blocks or head.weight.shape[0] > tok.shape[0]:
+        return None
     if width // n_heads > settings.WIDEST["causal_attention"]:
         return None
-    parts = Parts(tok, pos, tuple(blocks), norm.scale, norm.shift, head.weight, head.bias, n_heads)
-    if dispatch.autocasts(tok) or dispatch.choose("layer_norm", *parts.tensors()) != "triton":
-        return None
-    return parts
+    return Parts(tok, pos, tuple(blocks), norm.scale, norm.shift, head.weight, head.bias, n_heads)
 
 
 def _fit(p: BlockParameters, width: int) -> bool:
@@ -115,6 +118,12 @@ class State:
             past = pair[0].shape[2]
             keys[:, :, :past], values[:, :, :past] = pair
             self.position.fill_(past)
+
+    def empty_into(self, cache: KVCache) -> None:
+        """Leaves all its tokens to an ordinary cache."""
+        past = int(self.position)
+        for layer, (keys, values) in enumerate(self.caches):
+            cache.update(layer, (keys[:, :, :past].clone(), values[:, :, :past].clone()))
 
 
 def step(parts: Parts, state: State) -> Tensor:
@@ -166,25 +175,32 @@ def _attended(
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """What repeats the run, and where each time its result lies."""
+    current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(current)
     with torch.cuda.stream(side):  # compiles the kernels and sets the libraries up
         run()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    # The outer one, because torch.cuda.graph stays on its own stream where the capture fails.
     # Another thread, say one that loads data, may go on using the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result
 
 
 class Decoder:
-    """A captured step with its memory."""
+    """A captured step with its memory.
+
+    Raises:
+        RuntimeError: the capture failed, for want of memory say.
+    """
 
     def __init__(self, parts: Parts, batch: int) -> None:
-        self.key = parts.key()
-        self.state = State(parts, batch)
-        with torch.cuda.device_of(parts.tok):
+        self.key = (batch, *parts.key())
+        # In inference mode the memory could only be written in inference mode ever after.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parts.tok):
+            self.state = State(parts, batch)
             self._replay, self._logits = capture(lambda: step(parts, self.state))
 
     def step(self, ids: Tensor) -> Tensor:
@@ -194,39 +210,59 @@ class Decoder:
             self._replay()
         return self._logits
 
-
-# Decoders that nobody is using, by model and batch size.
-_idle: weakref.WeakKeyDictionary[GPTModel, dict[int, list[Decoder]]] = weakref.WeakKeyDictionary()
+    def serves(self, model: GPTModel) -> bool:
+        """Whether a step of the model, as it is now, still is what was captured."""
+        parts = parts_of(model)
+        return (
+            parts is not None
+            and self.key == (self.state.ids.shape[0], *parts.key())
+            and dispatch.on_triton(parts.tok)
+            and not dispatch.autocasts(parts.tok)
+        )
 
 
 @contextlib.contextmanager
-def stepping(
-    model: GPTModel, cache: KVCache, steps: int
-) -> Iterator[Callable[[Tensor], Tensor] | None]:
-    """For at most so many steps behind the tokens of this cache: a function from the next tokens
-    [B, 1] to their logits [B, 1, vocab_size], which lie there until the next step.
+def decoding(model: GPTModel, cache: KVCache, steps: int) -> Iterator[Decoder | None]:
+    """A decoder for at most so many steps behind the tokens of this cache.
 
-    None where no graph can serve the model, or so few steps are not worth one.
+    None where no graph can serve the model or be captured, or so few steps are not worth one.
     """
     pair = cache.get(0)
     batch = 0 if pair is None else pair[0].shape[0]
-    parts = parts_of(model, batch)
-    decoder = None if parts is None else _decoder(model, parts, batch, steps)
+    parts = parts_of(model)
+    decoder = None
+    if (
+        batch > 0
+        and parts is not None
+        and not dispatch.autocasts(parts.tok)
+        and dispatch.choose("layer_norm", *parts.tensors()) == "triton"
+    ):
+        decoder = _decoder(model, parts, batch, steps)
     if decoder is None:
         yield None
         return
     decoder.state.fill(cache)
     try:
-        yield decoder.step
+        yield decoder
     finally:
-        _idle[model][batch].append(decoder)
+        idle[model] = decoder
 
 
 def _decoder(model: GPTModel, parts: Parts, batch: int, steps: int) -> Decoder | None:
-    idle = _idle.setdefault(model, {}).setdefault(batch, [])
-    key = parts.key()
-    while idle:
-        decoder = idle.pop()
-        if decoder.key == key:
-            return decoder
-    return Decoder(parts, batch) if steps >= MIN_STEPS else None
+    decoder = idle.pop(model, None)
+    if decoder is not None and decoder.key == (batch, *parts.key()):
+        return decoder
+    if steps < MIN_STEPS:
+        if decoder is not None:
+            idle[model] = decoder
+        return None
+    del decoder  # before the next one takes as much memory
+    try:
+        return Decoder(parts, batch)
+    except RuntimeError as error:
+        warnings.warn(
+            f"fastgpt generates without a CUDA graph, whose capture failed: {error}",
+            dispatch.BackendWarning,
+            stacklevel=2,
+        )
+        return None

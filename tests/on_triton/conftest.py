@@ -16,8 +16,9 @@ import fastgpt
 from fastgpt import dispatch
 from fastgpt.triton import missing_reason
 
+_FOLDER = Path(__file__).parent
 # Compiled kernels are kept between runs; triton's own default is in the home directory.
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton-cache"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(_FOLDER.parents[1] / "build" / "triton-cache"))
 
 
 class _Skipped(pytest.Module):
@@ -29,6 +30,30 @@ if missing_reason() is not None:
 
     def pytest_pycollect_makemodule(module_path, parent):
         return _Skipped.from_parent(parent, path=module_path)
+
+
+def _is_compiled(item):
+    return item.path == _FOLDER / "test_compiled.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The compiled cases come last in the folder: a second process compiles during the others."""
+    ours = [i for i, item in enumerate(items) if item.path.parent == _FOLDER]
+    ordered = sorted((items[i] for i in ours), key=_is_compiled)
+    for i, item in zip(ours, ordered, strict=True):
+        items[i] = item
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _ahead(request):
+    """Where more than a few cases are to be compiled, a second process starts with them at once."""
+    if sum(map(_is_compiled, request.session.items)) <= 20:
+        yield
+        return
+    from on_triton.support.ahead import compiling_ahead
+
+    with compiling_ahead():
+        yield
 
 
 @pytest.fixture

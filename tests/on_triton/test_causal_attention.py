@@ -208,12 +208,12 @@ def test_every_shape_has_settings():
 
 def _case(D, dropout_p, *dtypes):
     def run(dtype):
-        packed, gradients = (empty(dtype, 2, 3, 1024, 3, D) for _ in range(2))
-        q, k, v = packed.transpose(1, 2).unbind(3)
-        out, dout = (empty(dtype, 2, 1024, 3, D).transpose(1, 2) for _ in range(2))
-        lse = empty(torch.float32, 2, 3, 1024)
+        packed, gradients = (empty(dtype, 2, 1024, 3, 12, D) for _ in range(2))
+        q, k, v = packed.transpose(1, 3).unbind(2)
+        out, dout = (empty(dtype, 2, 1024, 12, D).transpose(1, 2) for _ in range(2))
+        lse = empty(torch.float32, 2, 12, 1024)
         causal_attention(q, k, v, 0.1, out, lse, dropout_p, seed=7)
-        dqkv = gradients.transpose(1, 2).unbind(3)
+        dqkv = gradients.transpose(1, 3).unbind(2)
         causal_attention_backward(dout, q, k, v, out, lse, 0.1, *dqkv, dropout_p, seed=7)
 
     kernels = ("fwd", "bwd_dq", "bwd_dkdv")

@@ -2,14 +2,12 @@
 and uses what it was written to use.
 """
 
-import contextlib
 import importlib
 
 import pytest
 import torch
 
 from on_triton.support import gpu
-from on_triton.support.ahead import compiling_ahead
 
 OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
 OPERATIONS += ["causal_attention", "decode_attention"]
@@ -24,14 +22,6 @@ def cases():
                     label = str(dtype).removeprefix("torch.")
                     found.append(pytest.param(case, arch, dtype, id=f"{op}-{name}-{arch}-{label}"))
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ahead(request):
-    """A second core compiles too, where more than a few cases are to run."""
-    mine = [item for item in request.session.items if item.path == request.path]
-    with compiling_ahead() if len(mine) > 20 else contextlib.nullcontext():
-        yield
 
 
 @pytest.mark.parametrize(("case", "arch", "dtype"), cases())

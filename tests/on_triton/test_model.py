@@ -1,6 +1,9 @@
 """The model on interpreted kernels, and against a GPU that is not there."""
 
 import contextlib
+import copy
+import io
+import pickle
 import sys
 import types
 
@@ -63,10 +66,13 @@ def test_forward_and_backward(dtype):
     torch.testing.assert_close(ours.loss(ids[:, :-1], ids[:, 1:]), found[0][0])
 
 
+def _weights(block):
+    return [m.weight for m in (block.att.W_query, block.att.W_key, block.att.W_value)]
+
+
 def _pack(model):
     for block in model.trf_blocks:
-        att = block.att
-        packed_linear.lay_side_by_side([m.weight for m in (att.W_query, att.W_key, att.W_value)])
+        packed_linear.lay_side_by_side(_weights(block))
 
 
 @pytest.mark.usefixtures("dispatched")
@@ -92,6 +98,62 @@ def test_one_product_for_queries_keys_and_values(monkeypatch, bias):
     frozen.grad = None
     _loss_and_grads(ours, ids)
     assert frozen.grad is None
+
+
+def _saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": _saved_and_loaded,
+    "another dtype": lambda model: model.to(BF16),
+    "the same dtype": lambda model: model.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_weights_stay_side_by_side(monkeypatch, copied):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model = fastgpt.GPTModel(CFG)
+    expected = [p.detach().clone() for p in model.parameters()]
+    again = copied(model)
+    for block in again.trf_blocks:
+        weights = _weights(block)
+        assert packed_linear.side_by_side(weights)
+        assert weights[0].untyped_storage().nbytes() == 3 * weights[0].nbytes
+    for mine, before in zip(again.parameters(), expected, strict=True):
+        assert torch.equal(mine, before.to(mine.dtype))
+
+
+def test_assigned_weights_lie_as_in_the_state_dict(monkeypatch):
+    model = fastgpt.GPTModel(CFG)  # made on the CPU, so not packed
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assigned = fastgpt.GPTModel(CFG)
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for block, given in zip(assigned.trf_blocks, model.trf_blocks, strict=True):
+        assert not packed_linear.side_by_side(_weights(block))
+        for mine, theirs in zip(_weights(block), _weights(given), strict=True):
+            assert mine.data_ptr() == theirs.data_ptr()
+    assert packed_linear.side_by_side(_weights(copy.deepcopy(assigned).trf_blocks[0]))
+
+
+def test_weights_that_others_may_hold_are_not_moved(monkeypatch):
+    block = fastgpt.GPTModel(CFG).trf_blocks[0]
+    width = CFG["emb_dim"]
+    held = torch.randn(width, 3 * width)
+    for i, layer in enumerate((block.att.W_query, block.att.W_key, block.att.W_value)):
+        layer.weight = torch.nn.Parameter(held[:, i * width : (i + 1) * width].T)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    loaded, again = _saved_and_loaded((block, held))
+    again.fill_(2.0)
+    assert all((w == 2).all() for w in _weights(loaded))
+    del block.att.W_key  # as a subclass with one projection might
+    assert copy.deepcopy(block).att.W_query.weight.shape == (width, width)
 
 
 @pytest.mark.usefixtures("dispatched")

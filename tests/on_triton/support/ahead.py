@@ -1,5 +1,6 @@
 """Compiles test_compiled.py's cases from the last to the first, in a process of its own, while the
-tests go through them from the first: they meet in triton's cache. What fails here fails there.
+other tests run and then these, from the first: they meet in triton's cache. What fails here fails
+there.
 """
 
 import contextlib

@@ -13,6 +13,7 @@ Sums are added up by halves, as a GPU's threads do, where numpy would go row by 
 """
 
 import contextlib
+import types
 
 import numpy as np
 import torch
@@ -123,6 +124,14 @@ def _mend_reductions():
     interpreter.ReduceOps.sum = sum_by_halves
 
 
+def _patch_once():
+    """At a launch the language is patched under both names that kernels and triton's own device
+    functions call it by, so that these need not do it at every call, a third of all time.
+    """
+    patch, names = interpreter._patch_lang, {"tl": tl, "core": tl.core}
+    interpreter._patch_lang = lambda fn: patch(types.SimpleNamespace(__globals__=names))
+
+
 def _mend_loops():
     patch = interpreter._patch_lang_tensor
 
@@ -133,8 +142,8 @@ def _mend_loops():
     interpreter._patch_lang_tensor = patch_tensor
 
 
-# How many interpreted kernels are running: a device function called inside one is interpreted too.
-_running = 0
+# Whether an interpreted kernel is running: a device function called inside one is interpreted too.
+_running = False
 _interpreted_functions = {}
 _call = JITFunction.__call__
 
@@ -144,11 +153,7 @@ def _call_device_function(self, *args, **kwargs):
         return _call(self, *args, **kwargs)
     if self.fn not in _interpreted_functions:
         _interpreted_functions[self.fn] = InterpretedFunction(self.fn)
-    scope = interpreter._patch_lang(self.fn)
-    try:
-        return _interpreted_functions[self.fn].rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    return _interpreted_functions[self.fn].rewrite()(*args, **kwargs)
 
 
 def _launcher(kernel, grid):
@@ -156,12 +161,12 @@ def _launcher(kernel, grid):
 
     def launch(*args, **kwargs):
         global _running
-        _running += 1
+        _running = True
         try:
             with np.errstate(all="ignore"):
                 return function.run(*args, grid=grid, warmup=False, **kwargs)
         finally:
-            _running -= 1
+            _running = False
 
     return launch
 
@@ -169,6 +174,7 @@ def _launcher(kernel, grid):
 _mend_builder()
 _mend_reductions()
 _mend_loops()
+_patch_once()
 JITFunction.__call__ = _call_device_function
 
 
