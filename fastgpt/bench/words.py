@@ -32,7 +32,7 @@ def kind(row: Row) -> tuple[str, bool]:
 
 
 def size(row: Row) -> str:
-    """A row's batch, tokens and new tokens, and the model where it is not the one most are about."""
+    """A row's batch, tokens and new tokens, behind the model's name where it is not GPT-2 124M."""
     batch, tokens, new = row["size"]
     model = "" if row["config"] == "GPT-2 124M" else f"{row['config']} "
     return f"{model}[{batch}, {tokens}]" + (f" + {new}" if new else "")
