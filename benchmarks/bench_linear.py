@@ -13,20 +13,21 @@ from fastgpt.bench.case import Case, both_ways
 
 N_IN, N_OUT = 768, 4 * 768
 ROWS = (1, 4, 8, 16, 64, 256, 1024)
-PEERS = ("reference", "compile", "fastgpt")  # PyTorch's own product is the reference's
+# The reference is PyTorch's product (MKL's, where torch has it), "torch" its other one, oneDNN's.
+PEERS = ("reference", "torch", "compile", "fastgpt")
 
 
 def linear(rows: int) -> Case:
     x, weight, owner = torch.randn(rows, N_IN), torch.randn(N_OUT, N_IN), torch.nn.Module()
     compiled = torch.compile(F.linear, dynamic=False)
-    return Case(
-        {
-            "reference": lambda: F.linear(x, weight),
-            "compile": lambda: compiled(x, weight),
-            "fastgpt": lambda: ops.linear(x, weight, owner=owner),
-        },
-        exact=F.linear(x.double(), weight.double()),
-    )
+    peers = {
+        "reference": lambda: F.linear(x, weight),
+        "compile": lambda: compiled(x, weight),
+        "fastgpt": lambda: ops.linear(x, weight, owner=owner),
+    }
+    if torch.backends.mkldnn.is_available():
+        peers["torch"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return Case(peers, exact=F.linear(x.double(), weight.double()))
 
 
 def linear_backward(rows: int) -> Case:
