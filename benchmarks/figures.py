@@ -1,7 +1,7 @@
 """`python -m benchmarks.figures FIGURES.json PAGE.md ...`: writes the figures of a `fastgpt bench`
 into pages, between `<!-- figures: KIND -->` and `<!-- end of figures -->`.
 
-KIND is a kind of work (forward, train, decode) or `all`.
+KIND is a kind of work (forward, train, decode), or `machine`: what they were measured on, and when.
 """
 
 from __future__ import annotations
@@ -36,27 +36,32 @@ def filled(text: str, document: dict[str, Any]) -> str:
     """A page with these figures in its regions."""
 
     def write(region: re.Match[str]) -> str:
-        kinds = KINDS if region[2] == "all" else (region[2],)
-        assert set(kinds) <= set(KINDS), f"no figures of {region[2]!r}, only of {KINDS} or all"
-        return f"{region[1]}{table(document, kinds)}\n{region[3]}"
+        kind = region[2]
+        assert kind in (*KINDS, "machine"), f"no figures of {kind!r}, only of {KINDS} and machine"
+        lines = machine(document) if kind == "machine" else table(document, kind)
+        return f"{region[1]}{lines}\n{region[3]}"
 
     return REGION.sub(write, text)
 
 
-def table(document: dict[str, Any], kinds: tuple[str, ...]) -> str:
+def table(document: dict[str, Any], kind: str) -> str:
     """The reference's time, every other peer's speed-up over it, and in brackets the errors."""
-    works = [row for row in document["works"] if row["kind"] in kinds]
+    works = [row for row in document["works"] if row["kind"] == kind]
     peers = [p for p in ALL_PEERS if any(p in row["peers"] for row in works)]
     lines = [["", *(LABELS[peer] for peer in peers)], ["---"] * (1 + len(peers))]
     for row in works:
         lines.append([row["name"], *(_cell(row["peers"].get(peer), peer) for peer in peers)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def machine(document: dict[str, Any]) -> str:
+    """What the figures were measured on, and when."""
     m = document["machine"]
     isa = f" ({m['isa']})" if m["isa"] else ""
-    where = (
+    return (
         f"{m['cpu']}, {m['threads']} threads, backend {m['backend']}{isa}, torch {m['torch']}, "
         f"{document['date']}."
     )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{where}"
 
 
 def _cell(peer: dict[str, Any] | None, name: str) -> str:

@@ -148,7 +148,8 @@ def test_figures_in_the_pages_are_those_of_the_last_measurement():
         if document.exists():
             assert filled(text, json.loads(document.read_text())) == text, "make figures"
         elif path.name == "readers.md":
-            assert [kind for _, kind, _ in REGION.findall(text)] == ["forward", "decode", "train"]
+            kinds = [kind for _, kind, _ in REGION.findall(text)]
+            assert kinds == ["forward", "decode", "train", "machine"]
 
 
 def test_figures_are_written_between_their_marks():
@@ -160,5 +161,6 @@ def test_figures_are_written_between_their_marks():
     assert "| train GPT-2 124M [2, 256] | 1.00 s (1.0e-06) |" in new
     assert "forward" not in new
     assert filled(new, full_document()) == new
+    assert "64 threads" in filled(page.replace("train", "machine"), full_document())
     with pytest.raises(AssertionError, match="no figures of 'speed'"):
         filled(page.replace("train", "speed"), full_document())
