@@ -65,9 +65,15 @@ def _query_gradient_tiles(
         if DROPOUT:
             kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
             dweights = tl.where(kept, dweights * keep_scale, 0.0)
+        if MASKED and q.dtype == tl.float32:
+            # The gradients of a row's scores add up to 0. Where the row sees no other tile, what is
+            # left of their sum is delta's error.
+            alone = (n0 == 0) & (rows + (S - T) < BLOCK_N)
+            left = tl.sum(weights * (dweights - delta[:, None]), 1)
+            delta += tl.where(alone, left, 0.0)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, delta
 
 
 @triton.jit(do_not_specialize=["T", "S", "seed"])
@@ -78,7 +84,7 @@ def causal_attention_bwd_dq_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,  # [B, H, T] float32
-    delta_ptr,  # [B, H, T] float32, written: the sum of out x dout along D
+    delta_ptr,  # [B, H, T] float32, written: the sum of weights x their gradients
     dq_ptr,
     stride_qb,
     stride_qh,
@@ -125,7 +131,6 @@ def causal_attention_bwd_dq_kernel(
     dout = load_rows(dout_ptr, rows, stride_dot, T, D, True, EVEN_D, BLOCK_D)
     delta = tl.sum(out * dout.to(tl.float32), 1)
     statistics = bh.to(tl.int64) * T + rows
-    tl.store(delta_ptr + statistics, delta, mask=rows < T)
     lse = tl.load(lse_ptr + statistics, mask=rows < T, other=float("inf"))
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
@@ -134,18 +139,20 @@ def causal_attention_bwd_dq_kernel(
     first_word = bh.to(tl.int64) * T * tl.cdiv(S, 4)
     whole = (first_row + S - T + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(first_row + BLOCK_M + S - T, S)
-    dq = _query_gradient_tiles(
-        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq, delta = _query_gradient_tiles(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
         stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
-    dq = _query_gradient_tiles(
+    dq, delta = _query_gradient_tiles(
         dq, q, dout, lse, delta, k_ptr, v_ptr, rows, whole, end,
         stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_rows(dq_ptr, dq * scale, rows, stride_dqt, T, D, BLOCK_D)
+    tl.store(delta_ptr + statistics, delta, mask=rows < T)
 
 
 @triton.jit

@@ -85,7 +85,20 @@ def test_a_single_key_has_all_the_weight(dtype):
     (out, dq, dk, dv), _ = _run(q, k, v, dout)
     assert torch.equal(out, v)
     assert torch.equal(dv, dout)
-    assert max(dq.abs().max(), dk.abs().max()) < 1e-5  # nothing but the rounding of 0
+    largest = max(dq.abs().max(), dk.abs().max())
+    assert largest < 1e-5 if dtype.itemsize == 2 else largest == 0  # nothing but the rounding of 0
+
+
+def test_few_keys_lose_no_digits():
+    """With two keys the gradients are a difference of what hardly differs; over many heads no more
+    is lost in it than by PyTorch.
+    """
+    q, k, v, dout = _inputs(1, 64, 2, 2, 64)
+    (_, *ours, _), _ = _run(q, k, v, dout)
+    exact = forward_backward(_torch, [t.double() for t in (q, k, v)], [dout.double()])
+    theirs = forward_backward(_torch, [q, k, v], [dout])
+    for o, t, e in zip(ours, theirs[1:3], exact[1:3], strict=True):
+        assert (o - e).norm() <= (t - e).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
