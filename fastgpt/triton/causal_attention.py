@@ -70,7 +70,7 @@ def _forward_tiles(
         shrink = tl.exp2(top * scale - base)
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             weights = tl.where(kept, weights, 0.0)
         v = load_rows(v_ptr, keys, stride_vt, S, D, MASKED, EVEN_D, BLOCK_D)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)

@@ -63,7 +63,7 @@ def _query_gradient_tiles(
             weights = tl.where(keys[None, :] <= rows[:, None] + (S - T), weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             dweights = tl.where(kept, dweights * keep_scale, 0.0)
         if MASKED and q.dtype == tl.float32:
             # The gradients of a row's scores add up to 0. Where the row sees no other tile, what is
@@ -205,7 +205,7 @@ def _key_gradient_tiles(
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dropped = weights
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             kept = tl.trans(kept)
             dropped = tl.where(kept, weights, 0.0)
             dweights = tl.where(kept, dweights * keep_scale, 0.0)

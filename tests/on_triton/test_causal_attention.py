@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from helpers import forward_backward
@@ -43,13 +42,6 @@ def _dropped(keep, scale=None):
         return (torch.softmax(scores, dim=-1) * keep.to(q.dtype)) @ v
 
     return attention
-
-
-def _keep(seed, B, H, T, S, p):
-    """What the kernels multiply the weights by: a Philox call for four neighbouring keys."""
-    calls = np.arange(B * H * T * -(-S // 4), dtype=np.int64).reshape(B, H, T, -1)
-    drawn = np.stack(philox.rand4x(seed, calls), axis=-1).reshape(B, H, T, -1)[..., :S]
-    return torch.from_numpy(drawn >= np.float32(p)).double() / (1 - p)
 
 
 def _inputs(B, H, T, S, D, dtype=torch.float32):
@@ -107,7 +99,7 @@ def test_dropout_against_float64(padded, size, dtype):
     (T, S, _), p, seed = size, 0.3, 2**40 + 5
     q, k, v, dout = (padded(t) for t in _inputs(2, 1, *size, dtype))
     results, _ = _run(q, k, v, dout, dropout_p=p, seed=seed)
-    check(results, _dropped(_keep(seed, 2, 1, T, S, p)), (q, k, v), [dout])
+    check(results, _dropped(philox.keep(seed, (2, 1, T, S), p)), (q, k, v), [dout])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -119,7 +111,7 @@ def test_dropout_bit_for_bit(p):
     eye = torch.eye(61).expand(2, 2, 61, 61)
     for seed in (0, 7):
         (out, _, _, dv), _ = _run(q, k, eye, eye, dropout_p=p, seed=seed)
-        expected = (_keep(seed, 2, 2, 61, 61, p) > 0) & _seen(q, k)
+        expected = (philox.keep(seed, (2, 2, 61, 61), p) > 0) & _seen(q, k)
         assert torch.equal(out > 0, expected)
         assert torch.equal(dv.mT > 0, expected)
 
