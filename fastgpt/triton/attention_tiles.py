@@ -20,6 +20,12 @@ LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
+def head_of(ptr, strides, bh, H):
+    """Where the bh-th of all heads begins in a [B, H, T, D] tensor with these strides."""
+    return ptr + (bh // H).to(tl.int64) * strides[0] + (bh % H).to(tl.int64) * strides[1]
+
+
+@triton.jit
 def load_rows(
     ptr,
     rows,
