@@ -231,6 +231,7 @@ def _case(D, dropout_p, *dtypes):
 CASES = {
     "narrow": _case(64, 0.0, torch.bfloat16),
     "dropout": _case(64, 0.1, torch.bfloat16, torch.float32),
+    "little shared memory": _case(64, 0.1, torch.bfloat16)._replace(archs=("sm_86",)),
     "wide": _case(128, 0.1, torch.bfloat16),
     "odd": _case(80, 0.1, torch.bfloat16, torch.float32),
 }
