@@ -1,7 +1,5 @@
 """What the attention kernels share: rows of a head in and out, dropout's random numbers, and the
 constants that a launch is made of.
-
-Dropout's random numbers come from Philox, one call for four neighbouring keys.
 """
 
 from __future__ import annotations
@@ -14,10 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import settings
+from fastgpt.triton.dropout import kept
 
 MAX_HEAD_DIM = settings.WIDEST["causal_attention"]
 LOG2_E: tl.constexpr = tl.constexpr(1 / math.log(2))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def head_of(ptr, strides, bh, H):
+    """Where the bh-th of all heads begins in a [B, H, T, D] tensor with these strides."""
+    return ptr + (bh // H).to(tl.int64) * strides[0] + (bh % H).to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -56,18 +61,15 @@ def store_rows(ptr, values, rows, stride, n_rows, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(
-    seed, drop_p, first_word, rows, n0, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N: tl.constexpr):
     """Which weights of the tile [rows, n0 .. n0 + BLOCK_N) dropout keeps.
 
-    Key j of row i takes word j % 4 of the Philox call at (row i) * ceil(S / 4) + j // 4, so that
-    one call serves four keys, whatever the tiles.
+    Key j of row i takes word j % 4 of the Philox call at (row i) * ceil(S / 4) + j // 4, whatever
+    the tiles.
     """
     words = first_word + rows.to(tl.int64) * tl.cdiv(S, 4) + n0 // 4
-    a, b, c, d = tl.rand4x(seed, words[:, None] + tl.arange(0, BLOCK_N // 4)[None, :])
-    fours = tl.join(tl.join(a, c), tl.join(b, d))  # [BLOCK_M, BLOCK_N // 4, 2, 2]
-    return tl.reshape(fours, (BLOCK_M, BLOCK_N)) >= drop_p
+    calls = words[:, None] + tl.arange(0, BLOCK_N // 4)[None, :]
+    return kept(seed, calls, drop_p)
 
 
 def grid(q: Tensor, length: int, block: int) -> tuple[int]:

@@ -15,6 +15,7 @@ from fastgpt.triton.attention_tiles import (
     LOG2_E,
     MAX_HEAD_DIM,
     grid,
+    head_of,
     keep_scale,
     kept_weights,
     load_rows,
@@ -70,7 +71,7 @@ def _forward_tiles(
         shrink = tl.exp2(top * scale - base)
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             weights = tl.where(kept, weights, 0.0)
         v = load_rows(v_ptr, keys, stride_vt, S, D, MASKED, EVEN_D, BLOCK_D)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -85,18 +86,10 @@ def causal_attention_fwd_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, or None
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     H,
     T,
     S,
@@ -115,13 +108,12 @@ def causal_attention_fwd_kernel(
     """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
     tiles = tl.cdiv(T, BLOCK_M)
     tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    q = load_rows(q_ptr, rows, stride_qt, T, D, True, EVEN_D, BLOCK_D)
+    q_ptr = head_of(q_ptr, q_strides, bh, H)
+    k_ptr = head_of(k_ptr, k_strides, bh, H)
+    v_ptr = head_of(v_ptr, v_strides, bh, H)
+    q = load_rows(q_ptr, rows, q_strides[2], T, D, True, EVEN_D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -130,20 +122,20 @@ def causal_attention_fwd_kernel(
     whole = (first_row + S - T + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(first_row + BLOCK_M + S - T, S)
     acc, top, total = _forward_tiles(
-        acc, top, total, q, k_ptr, v_ptr, rows, 0, whole, stride_kt, stride_vt, T, S, D,
+        acc, top, total, q, k_ptr, v_ptr, rows, 0, whole, k_strides[2], v_strides[2], T, S, D,
         scale * LOG2_E, drop_p, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     acc, top, total = _forward_tiles(
-        acc, top, total, q, k_ptr, v_ptr, rows, whole, end, stride_kt, stride_vt, T, S, D,
+        acc, top, total, q, k_ptr, v_ptr, rows, whole, end, k_strides[2], v_strides[2], T, S, D,
         scale * LOG2_E, drop_p, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     factor = 1.0 / total
     if DROPOUT:
         factor *= keep_scale
-    out_ptr += b * stride_ob + h * stride_oh
-    store_rows(out_ptr, acc * factor[:, None], rows, stride_ot, T, D, BLOCK_D)
+    out_ptr = head_of(out_ptr, out_strides, bh, H)
+    store_rows(out_ptr, acc * factor[:, None], rows, out_strides[2], T, D, BLOCK_D)
     if lse_ptr is not None:
         lse = top * scale + tl.log2(total) * LN_2
         tl.store(lse_ptr + bh.to(tl.int64) * T + rows, lse, mask=rows < T)
@@ -177,10 +169,10 @@ def causal_attention(
         v,
         out,
         lse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
         H,
         T,
         S,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgpt.triton.attention_tiles import (
     LOG2_E,
     grid,
+    head_of,
     keep_scale,
     kept_weights,
     load_rows,
@@ -63,11 +64,17 @@ def _query_gradient_tiles(
             weights = tl.where(keys[None, :] <= rows[:, None] + (S - T), weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             dweights = tl.where(kept, dweights * keep_scale, 0.0)
+        if MASKED and q.dtype == tl.float32:
+            # The gradients of a row's scores add up to 0. Where the row sees no other tile, what is
+            # left of their sum is delta's error.
+            alone = (n0 == 0) & (rows + (S - T) < BLOCK_N)
+            left = tl.sum(weights * (dweights - delta[:, None]), 1)
+            delta += tl.where(alone, left, 0.0)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, delta
 
 
 @triton.jit(do_not_specialize=["T", "S", "seed"])
@@ -78,26 +85,14 @@ def causal_attention_bwd_dq_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,  # [B, H, T] float32
-    delta_ptr,  # [B, H, T] float32, written: the sum of out x dout along D
+    delta_ptr,  # [B, H, T] float32, written: the sum of weights x their gradients
     dq_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dout_strides,
+    dq_strides,
     H,
     T,
     S,
@@ -116,36 +111,36 @@ def causal_attention_bwd_dq_kernel(
     """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
     tiles = tl.cdiv(T, BLOCK_M)
     tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    out_ptr += b * stride_ob + h * stride_oh
-    dout_ptr += b * stride_dob + h * stride_doh
-    out = load_rows(out_ptr, rows, stride_ot, T, D, True, EVEN_D, BLOCK_D).to(tl.float32)
-    dout = load_rows(dout_ptr, rows, stride_dot, T, D, True, EVEN_D, BLOCK_D)
+    out_ptr = head_of(out_ptr, out_strides, bh, H)
+    dout_ptr = head_of(dout_ptr, dout_strides, bh, H)
+    out = load_rows(out_ptr, rows, out_strides[2], T, D, True, EVEN_D, BLOCK_D).to(tl.float32)
+    dout = load_rows(dout_ptr, rows, dout_strides[2], T, D, True, EVEN_D, BLOCK_D)
     delta = tl.sum(out * dout.to(tl.float32), 1)
     statistics = bh.to(tl.int64) * T + rows
-    tl.store(delta_ptr + statistics, delta, mask=rows < T)
     lse = tl.load(lse_ptr + statistics, mask=rows < T, other=float("inf"))
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    q = load_rows(q_ptr, rows, stride_qt, T, D, True, EVEN_D, BLOCK_D)
+    q_ptr = head_of(q_ptr, q_strides, bh, H)
+    k_ptr = head_of(k_ptr, k_strides, bh, H)
+    v_ptr = head_of(v_ptr, v_strides, bh, H)
+    q = load_rows(q_ptr, rows, q_strides[2], T, D, True, EVEN_D, BLOCK_D)
     first_word = bh.to(tl.int64) * T * tl.cdiv(S, 4)
     whole = (first_row + S - T + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(first_row + BLOCK_M + S - T, S)
-    dq = _query_gradient_tiles(
-        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
-        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq, delta = _query_gradient_tiles(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, rows, 0, whole,
+        k_strides[2], v_strides[2], T, S, D, scale, drop_p, keep_scale, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
-    dq = _query_gradient_tiles(
+    dq, delta = _query_gradient_tiles(
         dq, q, dout, lse, delta, k_ptr, v_ptr, rows, whole, end,
-        stride_kt, stride_vt, T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        k_strides[2], v_strides[2], T, S, D, scale, drop_p, keep_scale, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
-    dq_ptr += b * stride_dqb + h * stride_dqh
-    store_rows(dq_ptr, dq * scale, rows, stride_dqt, T, D, BLOCK_D)
+    dq_ptr = head_of(dq_ptr, dq_strides, bh, H)
+    store_rows(dq_ptr, dq * scale, rows, dq_strides[2], T, D, BLOCK_D)
+    tl.store(delta_ptr + statistics, delta, mask=rows < T)
 
 
 @triton.jit
@@ -198,7 +193,7 @@ def _key_gradient_tiles(
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dropped = weights
         if DROPOUT:
-            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_M, BLOCK_N)
+            kept = kept_weights(seed, drop_p, first_word, rows, n0, S, BLOCK_N)
             kept = tl.trans(kept)
             dropped = tl.where(kept, weights, 0.0)
             dweights = tl.where(kept, dweights * keep_scale, 0.0)
@@ -218,24 +213,12 @@ def causal_attention_bwd_dkdv_kernel(
     delta_ptr,  # [B, H, T] float32
     dk_ptr,
     dv_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
     H,
     T,
     S,
@@ -254,16 +237,15 @@ def causal_attention_bwd_dkdv_kernel(
     """A program owns BLOCK_N keys of one head; the first keys, which most queries see, go first."""
     tiles = tl.cdiv(S, BLOCK_N)
     n0, bh = tl.program_id(0) % tiles * BLOCK_N, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     keys = n0 + tl.arange(0, BLOCK_N)
-    q_ptr += b * stride_qb + h * stride_qh
-    dout_ptr += b * stride_dob + h * stride_doh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    q_ptr = head_of(q_ptr, q_strides, bh, H)
+    dout_ptr = head_of(dout_ptr, dout_strides, bh, H)
+    k_ptr = head_of(k_ptr, k_strides, bh, H)
+    v_ptr = head_of(v_ptr, v_strides, bh, H)
     lse_ptr += bh.to(tl.int64) * T
     delta_ptr += bh.to(tl.int64) * T
-    k = load_rows(k_ptr, keys, stride_kt, S, D, True, EVEN_D, BLOCK_D)
-    v = load_rows(v_ptr, keys, stride_vt, S, D, True, EVEN_D, BLOCK_D)
+    k = load_rows(k_ptr, keys, k_strides[2], S, D, True, EVEN_D, BLOCK_D)
+    v = load_rows(v_ptr, keys, v_strides[2], S, D, True, EVEN_D, BLOCK_D)
     first_word = bh.to(tl.int64) * T * tl.cdiv(S, 4)
     # The first query that sees one of these keys, and the first tile of queries that see them all.
     first = tl.maximum(n0 - (S - T), 0)
@@ -271,21 +253,21 @@ def causal_attention_bwd_dkdv_kernel(
     whole = first + tl.cdiv(diagonal - first, BLOCK_M) * BLOCK_M
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = _key_gradient_tiles(
-        dk, dk, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, first, whole, stride_qt, stride_dot,
-        T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        dk, dk, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, first, whole,
+        q_strides[2], dout_strides[2], T, S, D, scale, drop_p, keep_scale, seed, first_word,
         True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     dk, dv = _key_gradient_tiles(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, whole, T, stride_qt, stride_dot,
-        T, S, D, scale, drop_p, keep_scale, seed, first_word,
+        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, n0, whole, T,
+        q_strides[2], dout_strides[2], T, S, D, scale, drop_p, keep_scale, seed, first_word,
         False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     if DROPOUT:
         dv *= keep_scale
-    dk_ptr += b * stride_dkb + h * stride_dkh
-    dv_ptr += b * stride_dvb + h * stride_dvh
-    store_rows(dk_ptr, dk * scale, keys, stride_dkt, S, D, BLOCK_D)
-    store_rows(dv_ptr, dv, keys, stride_dvt, S, D, BLOCK_D)
+    dk_ptr = head_of(dk_ptr, dk_strides, bh, H)
+    dv_ptr = head_of(dv_ptr, dv_strides, bh, H)
+    store_rows(dk_ptr, dk * scale, keys, dk_strides[2], S, D, BLOCK_D)
+    store_rows(dv_ptr, dv, keys, dv_strides[2], S, D, BLOCK_D)
 
 
 def causal_attention_backward(
@@ -323,12 +305,12 @@ def causal_attention_backward(
         lse,
         delta,
         dq,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *dout.stride()[:3],
-        *dq.stride()[:3],
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        dout.stride(),
+        dq.stride(),
         *scalars,
         **launch,
     )
@@ -342,12 +324,12 @@ def causal_attention_backward(
         delta,
         dk,
         dv,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *dout.stride()[:3],
-        *dk.stride()[:3],
-        *dv.stride()[:3],
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        dout.stride(),
+        dk.stride(),
+        dv.stride(),
         *scalars,
         **launch,
     )

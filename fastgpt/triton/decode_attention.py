@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import settings
-from fastgpt.triton.attention_tiles import LOG2_E
+from fastgpt.triton.attention_tiles import LOG2_E, head_of
 
 MAX_SPLITS = 64
 
@@ -26,17 +26,10 @@ def decode_attention_split_kernel(
     length_ptr,  # one int32: the tokens in the cache, at least 1
     out_ptr,  # the splits' results; with one split the result itself
     lse_ptr,  # [B, H, splits] float32, in base 2; None with one split
-    stride_qb,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_os,
+    q_strides,
+    keys_strides,
+    values_strides,
+    out_strides,
     H,
     splits,
     D,
@@ -46,12 +39,11 @@ def decode_attention_split_kernel(
 ):
     """A program owns one share of one head's cache."""
     split, bh = tl.program_id(0) % splits, tl.program_id(0) // splits
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + cols, mask=cols < D, other=0.0)
+    q = tl.load(head_of(q_ptr, q_strides, bh, H) + cols, mask=cols < D, other=0.0)
     q = q.to(tl.float32) * (scale * LOG2_E)
-    keys_ptr += b * stride_kb + h * stride_kh
-    values_ptr += b * stride_vb + h * stride_vh
+    keys_ptr = head_of(keys_ptr, keys_strides, bh, H)
+    values_ptr = head_of(values_ptr, values_strides, bh, H)
     length = tl.load(length_ptr)
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     acc = tl.zeros((BLOCK_D,), tl.float32)
@@ -60,8 +52,8 @@ def decode_attention_split_kernel(
         rows = n0 + tl.arange(0, BLOCK_N)
         mask = (rows[:, None] < length) & (cols[None, :] < D)
         at = rows.to(tl.int64)[:, None]
-        keys = tl.load(keys_ptr + at * stride_kt + cols[None, :], mask=mask, other=0.0)
-        values = tl.load(values_ptr + at * stride_vt + cols[None, :], mask=mask, other=0.0)
+        keys = tl.load(keys_ptr + at * keys_strides[2] + cols[None, :], mask=mask, other=0.0)
+        values = tl.load(values_ptr + at * values_strides[2] + cols[None, :], mask=mask, other=0.0)
         scores = tl.sum(keys.to(tl.float32) * q[None, :], 1)
         scores = tl.where(rows < length, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0))
@@ -73,7 +65,7 @@ def decode_attention_split_kernel(
         acc = acc * shrink + tl.sum(weights[:, None] * values.to(tl.float32), 0)
         top = new_top
     total = tl.where(total == 0.0, 1.0, total)  # of an empty share, which weighs 0
-    out_ptr += b * stride_ob + h * stride_oh + split * stride_os
+    out_ptr = head_of(out_ptr, out_strides, bh, H) + split * out_strides[2]
     tl.store(out_ptr + cols, (acc / total).to(out_ptr.dtype.element_ty), mask=cols < D)
     if lse_ptr is not None:
         tl.store(lse_ptr + bh.to(tl.int64) * splits + split, top + tl.log2(total))
@@ -84,8 +76,7 @@ def decode_attention_join_kernel(
     part_ptr,  # [B, H, n_splits, D] float32
     lse_ptr,  # [B, H, n_splits] float32, in base 2
     out_ptr,
-    stride_ob,
-    stride_oh,
+    out_strides,
     H,
     n_splits,
     D,
@@ -101,7 +92,7 @@ def decode_attention_join_kernel(
     part_ptrs = part_ptr + (bh * n_splits + splits[:, None]) * D + cols[None, :]
     parts = tl.load(part_ptrs, mask=mask, other=0.0)
     out = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    out_ptr += (bh // H) * stride_ob + (bh % H) * stride_oh
+    out_ptr = head_of(out_ptr, out_strides, bh, H)
     tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
@@ -121,11 +112,10 @@ def decode_attention(
     launch = settings.launch("decode_attention_split", q)
     programs = 2 * settings.device_of(q).multiprocessors
     splits = min(triton.cdiv(programs, B * H), triton.cdiv(capacity, launch["BLOCK_N"]), MAX_SPLITS)
-    part, lse, strides = out, None, (out.stride(0), out.stride(1), 0)
+    part, lse = out, None
     if splits > 1:
         part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
-        strides = (H * splits * D, splits * D, D)
     decode_attention_split_kernel[(splits * B * H,)](
         q,
         keys,
@@ -133,10 +123,10 @@ def decode_attention(
         length,
         part,
         lse,
-        *q.stride()[:2],
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        *strides,
+        q.stride(),
+        keys.stride(),
+        values.stride(),
+        part.stride(),
         H,
         splits,
         D,
@@ -149,7 +139,7 @@ def decode_attention(
             part,
             lse,
             out,
-            *out.stride()[:2],
+            out.stride(),
             H,
             splits,
             D,

@@ -51,7 +51,7 @@ def embedding_fwd_kernel(
     y = tok.to(tl.float32) + pos.to(tl.float32)  # [ROWS, BLOCK]
     offset = rows[:, None].to(tl.int64) * width + cols[None, :]
     if DROPOUT:
-        y *= keep_scale(seed, offset, dropout_p)
+        y *= keep_scale(seed, rows, tl.program_id(1) * BLOCK, width, dropout_p, BLOCK)
     tl.store(y_ptr + offset, y, mask=mask)
 
 
@@ -83,10 +83,12 @@ def token_bwd_kernel(
     for place in range(first, last + 1):
         token = tl.load(sorted_ptr + place)
         following = tl.load(sorted_ptr + place + 1, mask=place + 1 < n_rows, other=-1)
-        offset = tl.load(order_ptr + place) * width + cols
-        dy = tl.load(dy_ptr + offset, mask=cols < width, other=0.0).to(tl.float32)  # [BLOCK]
+        row = tl.load(order_ptr + place)
+        dy = tl.load(dy_ptr + row * width + cols, mask=cols < width, other=0.0).to(tl.float32)
         if DROPOUT:
-            dy *= keep_scale(seed, offset, dropout_p)
+            rows = row + tl.arange(0, 1)
+            scale = keep_scale(seed, rows, tl.program_id(1) * BLOCK, width, dropout_p, BLOCK)
+            dy *= tl.reshape(scale, (BLOCK,))
         acc += dy
         ends = (following != token) | (place == last)
         from_left = (token == head) & (head == left)
@@ -155,10 +157,11 @@ def position_bwd_kernel(
     mask = (rows[:, None] < T) & (cols[None, :] < width)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     offset = rows[:, None].to(tl.int64) * width + cols[None, :]
-    for _ in range(B):
+    for b in range(B):
         dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         if DROPOUT:
-            dy *= keep_scale(seed, offset, dropout_p)
+            at = b * T + rows
+            dy *= keep_scale(seed, at, tl.program_id(1) * BLOCK, width, dropout_p, BLOCK)
         acc += dy
         offset += T * width
     into = dpos_ptr + (past + rows).to(tl.int64)[:, None] * width + cols[None, :]

@@ -47,7 +47,7 @@ def layer_norm_fwd_kernel(
     if branch_ptr is not None:
         branch = tl.load(branch_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            branch *= keep_scale(seed, offset, dropout_p)
+            branch *= keep_scale(seed, rows, 0, n_cols, dropout_p, BLOCK)
         total = (x + branch).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offset, total, mask=mask)
         x = total.to(tl.float32)
@@ -111,7 +111,7 @@ def layer_norm_bwd_kernel(
             tl.store(dx_ptr + offset, dx, mask=mask)
             if dbranch_ptr is not None:
                 if DROPOUT:
-                    dx *= keep_scale(seed, offset, dropout_p)
+                    dx *= keep_scale(seed, rows, 0, n_cols, dropout_p, BLOCK)
                 tl.store(dbranch_ptr + offset, dx, mask=mask)
     if partial_ptr is not None:
         partial_ptr += program.to(tl.int64) * n_cols + cols
@@ -143,7 +143,7 @@ def layer_norm(
         return
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    BLOCK = triton.next_power_of_2(n_cols)
+    BLOCK = max(4, triton.next_power_of_2(n_cols))  # dropout's numbers come in fours
     launch = settings.launch("layer_norm_fwd", x, BLOCK)
     layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
         x,
@@ -194,7 +194,7 @@ def layer_norm_backward(
         return
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    BLOCK = triton.next_power_of_2(n_cols)
+    BLOCK = max(4, triton.next_power_of_2(n_cols))  # dropout's numbers come in fours
     launch = settings.launch("layer_norm_bwd", x, BLOCK)
     programs = min(2 * settings.device_of(x).multiprocessors, triton.cdiv(n_rows, launch["ROWS"]))
     partial = None

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from helpers import forward_backward
@@ -45,13 +44,6 @@ def _dropped(keep, scale=None):
     return attention
 
 
-def _keep(seed, B, H, T, S, p):
-    """What the kernels multiply the weights by: a Philox call for four neighbouring keys."""
-    calls = np.arange(B * H * T * -(-S // 4), dtype=np.int64).reshape(B, H, T, -1)
-    drawn = np.stack(philox.rand4x(seed, calls), axis=-1).reshape(B, H, T, -1)[..., :S]
-    return torch.from_numpy(drawn >= np.float32(p)).double() / (1 - p)
-
-
 def _inputs(B, H, T, S, D, dtype=torch.float32):
     """q, k, v and the gradient of the result."""
     shapes = [(B, H, T, D), (B, H, S, D), (B, H, S, D), (B, H, T, D)]
@@ -85,7 +77,20 @@ def test_a_single_key_has_all_the_weight(dtype):
     (out, dq, dk, dv), _ = _run(q, k, v, dout)
     assert torch.equal(out, v)
     assert torch.equal(dv, dout)
-    assert max(dq.abs().max(), dk.abs().max()) < 1e-5  # nothing but the rounding of 0
+    largest = max(dq.abs().max(), dk.abs().max())
+    assert largest < 1e-5 if dtype.itemsize == 2 else largest == 0  # nothing but the rounding of 0
+
+
+def test_few_keys_lose_no_digits():
+    """With two keys the gradients are a difference of what hardly differs; over many heads no more
+    is lost in it than by PyTorch.
+    """
+    q, k, v, dout = _inputs(1, 64, 2, 2, 64)
+    (_, *ours, _), _ = _run(q, k, v, dout)
+    exact = forward_backward(_torch, [t.double() for t in (q, k, v)], [dout.double()])
+    theirs = forward_backward(_torch, [q, k, v], [dout])
+    for o, t, e in zip(ours, theirs[1:3], exact[1:3], strict=True):
+        assert (o - e).norm() <= (t - e).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -94,7 +99,7 @@ def test_dropout_against_float64(padded, size, dtype):
     (T, S, _), p, seed = size, 0.3, 2**40 + 5
     q, k, v, dout = (padded(t) for t in _inputs(2, 1, *size, dtype))
     results, _ = _run(q, k, v, dout, dropout_p=p, seed=seed)
-    check(results, _dropped(_keep(seed, 2, 1, T, S, p)), (q, k, v), [dout])
+    check(results, _dropped(philox.keep(seed, (2, 1, T, S), p)), (q, k, v), [dout])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -106,7 +111,7 @@ def test_dropout_bit_for_bit(p):
     eye = torch.eye(61).expand(2, 2, 61, 61)
     for seed in (0, 7):
         (out, _, _, dv), _ = _run(q, k, eye, eye, dropout_p=p, seed=seed)
-        expected = (_keep(seed, 2, 2, 61, 61, p) > 0) & _seen(q, k)
+        expected = (philox.keep(seed, (2, 2, 61, 61), p) > 0) & _seen(q, k)
         assert torch.equal(out > 0, expected)
         assert torch.equal(dv.mT > 0, expected)
 
@@ -226,6 +231,7 @@ def _case(D, dropout_p, *dtypes):
 CASES = {
     "narrow": _case(64, 0.0, torch.bfloat16),
     "dropout": _case(64, 0.1, torch.bfloat16, torch.float32),
+    "little shared memory": _case(64, 0.1, torch.bfloat16)._replace(archs=("sm_86",)),
     "wide": _case(128, 0.1, torch.bfloat16),
     "odd": _case(80, 0.1, torch.bfloat16, torch.float32),
 }
