@@ -143,6 +143,11 @@ class TestSavePretrained:
             "model.safetensors",
         ]
 
+    def test_files_are_for_whom_the_umask_says(self, tmp_path):
+        pair()[0].save_pretrained(tmp_path)
+        modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+        assert modes["model.safetensors"] == modes["config.json"]
+
     def test_dtype(self, transformers, tmp_path):
         ours = pair()[0].to(torch.bfloat16)
         ours.save_pretrained(tmp_path)

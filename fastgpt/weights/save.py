@@ -64,6 +64,8 @@ def save_pretrained(
         try:
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
             (staging / CONFIG).write_text(text + "\n", encoding="utf-8")
+            # safetensors makes it for its owner alone.
+            shutil.copymode(staging / CONFIG, staging / WEIGHTS)
             sync_files(staging)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
