@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import contextlib
 
 import torch
 from torch import Tensor
@@ -61,31 +61,25 @@ def causal_attention(
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, vendor: str | None = None
 ) -> Tensor:
-    """By PyTorch's operation; vendor: the one of its implementations to take, if it can."""
+    """By PyTorch's operation; vendor: as ``choices.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
     if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
         return F.dropout(weights(q, k, scale), dropout_p) @ v
-    if vendor is not None:
-        with _preferring(vendor):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if T == S:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
-        )
+        with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
+            )
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout_p)
 
 
-def _preferring(vendor: str) -> AbstractContextManager[None]:
+def _without_cudnn() -> contextlib.AbstractContextManager[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    first = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    order = dict.fromkeys([first[vendor], *first.values(), SDPBackend.MATH])
-    return sdpa_kernel(list(order), set_priority=True)
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

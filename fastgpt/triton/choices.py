@@ -20,8 +20,8 @@ from fastgpt.triton.settings import ANY
 class Choice(NamedTuple):
     """What runs, and why."""
 
-    # "own"; of attention "cudnn", "flash" or "efficient", the backend of PyTorch's SDPA; of
-    # products "vendor", cuBLAS or hipBLASLt through torch.
+    # "own"; of attention "sdpa", PyTorch's operation as it chooses itself, or "flash", the same
+    # without cuDNN; of products "vendor", cuBLAS or hipBLASLt through torch.
     implementation: str
     measured: bool
     source: str
@@ -33,6 +33,7 @@ def _suggested(implementation: str, source: str) -> Choice:
 
 _FLASH_3 = "FlashAttention-3 (arXiv 2407.08608), figures 5 and 6: cuDNN ahead of Triton on an H100"
 _FLASH_2 = "FlashAttention-2 (arXiv 2307.08691), 4.1: 1.3 to 2.5 times Triton's on an A100"
+_PLANS = "cuDNN plans each new length anew, for a good part of a second"
 _NO_SDPA = "SDPA takes no seed for dropout, and its is_causal aligns queries with the first keys"
 _BITS = "SDPA's backward adds atomically, ours gives the same bits twice"
 _TENSOR_CORES = "SDPA's efficient kernel splits float32 for the tensor cores, ours does not"
@@ -40,21 +41,35 @@ _EPILOGUE = "arithmetic: GELU in the epilogue saves reading and writing the prod
 _FEW_ROWS = "arithmetic: bound by one read of the weights, for which vendors' kernels tile badly"
 _PRODUCTS = "design.md: a plain product is what cuBLAS is best at"
 
-# (architecture, dtype, shape). The shape of attention is "square" (as many keys as queries, no
-# dropout), "repeatable" (the same with torch.use_deterministic_algorithms) or "other".
+# (architecture, dtype, shape). The shape of attention is "long" (as many keys as queries, a length
+# as training has it, no dropout), "square" (any other length), "repeatable" (both, with
+# torch.use_deterministic_algorithms) or "other".
 ATTENTION: dict[tuple[str, str, str], Choice] = {
-    ("sm_80", "half", "square"): _suggested("flash", _FLASH_2),
-    ("sm_86", "half", "square"): _suggested("flash", _FLASH_2),
-    ("sm_90", "half", "square"): _suggested("cudnn", _FLASH_3),
-    ("sm_100", "half", "square"): _suggested("cudnn", _FLASH_3),
-    ("gfx942", "half", "square"): _suggested("flash", "PyTorch's build carries AMD's own kernels"),
-    ("gfx942", "float", "square"): _suggested("own", "AMD's matrix cores multiply float32"),
-    (ANY, "float", "square"): _suggested("efficient", _TENSOR_CORES),
+    **{
+        (arch, "half", shape): _suggested("sdpa", source)
+        for arch, source in (
+            ("sm_80", _FLASH_2),
+            ("sm_86", _FLASH_2),
+            ("gfx942", "PyTorch's build carries AMD's own kernels"),
+        )
+        for shape in ("long", "square")
+    },
+    **{(arch, "half", "long"): _suggested("sdpa", _FLASH_3) for arch in ("sm_90", "sm_100")},
+    **{(arch, "half", "square"): _suggested("flash", _PLANS) for arch in ("sm_90", "sm_100")},
+    **{
+        (arch, "float", shape): _suggested(implementation, source)
+        for arch, implementation, source in (
+            ("gfx942", "own", "AMD's matrix cores multiply float32"),
+            (ANY, "sdpa", _TENSOR_CORES),
+        )
+        for shape in ("long", "square")
+    },
     (ANY, ANY, "repeatable"): _suggested("own", _BITS),
     (ANY, ANY, "other"): _suggested("own", _NO_SDPA),
 }
 
-# The shape of a product is "few" (16 rows or less), "gelu" (a bias and GELU behind it) or "plain".
+# The shape of a product is "few" (16 rows or less), "gelu" (a bias and GELU behind it, and rows
+# enough for a tile on each multiprocessor) or "plain".
 PRODUCTS: dict[tuple[str, str, str], Choice] = {
     (ANY, ANY, "few"): _suggested("own", _FEW_ROWS),
     (ANY, "half", "gelu"): _suggested("own", _EPILOGUE),
@@ -64,13 +79,18 @@ PRODUCTS: dict[tuple[str, str, str], Choice] = {
 }
 
 FEW_ROWS = 16
+# 12 tiles of 128 x 256 abreast, as in GPT-2 124M, give each of an H200's 132 multiprocessors one.
+MANY_ROWS = 11 * 128
+# A length that cuDNN is worth a plan for.
+LONG, MULTIPLE = 512, 128
 
 
 @functools.cache
 def attention(
     arch: str,
     itemsize: int,
-    square: bool,
+    queries: int,
+    keys: int,
     dropout: bool = False,
     repeatable: bool = False,
 ) -> Choice:
@@ -79,27 +99,33 @@ def attention(
     Args:
         arch: "sm_90", "gfx942" and so on, as ``settings.device_of`` says it.
         itemsize: of the dtype, in bytes.
-        square: whether there are as many keys as queries.
+        queries: how many there are.
+        keys: how many there are.
         dropout: whether weights are dropped.
         repeatable: whether the same call must give the same bits.
     """
-    shape = "other" if dropout or not square else "repeatable" if repeatable else "square"
+    if dropout or queries != keys:
+        shape = "other"
+    elif repeatable:
+        shape = "repeatable"
+    else:
+        shape = "long" if queries >= LONG and queries % MULTIPLE == 0 else "square"
     return _row(ATTENTION, arch, itemsize, shape)
 
 
 def product(arch: str, itemsize: int, rows: int, gelu: bool = False) -> Choice:
     """What runs act(x W^T + b) on so many rows of x. arch, itemsize: as for attention."""
-    shape = "few" if rows <= FEW_ROWS else "gelu" if gelu else "plain"
+    shape = "few" if rows <= FEW_ROWS else "gelu" if gelu and rows >= MANY_ROWS else "plain"
     return _row(PRODUCTS, arch, itemsize, shape)
 
 
 def vendor_attention(q: Tensor, k: Tensor, dropout_p: float) -> str | None:
-    """The backend of SDPA that runs causal attention of q [B, H, T, D] and k [B, H, S, D]; None for
-    our own kernels.
+    """ "sdpa" or "flash", what of PyTorch's runs causal attention of q [B, H, T, D] and k
+    [B, H, S, D]; None for our own kernels.
     """
     repeatable = torch.are_deterministic_algorithms_enabled()
-    arch, square = settings.device_of(q).arch, q.shape[2] == k.shape[2]
-    choice = attention(arch, q.element_size(), square, dropout_p > 0, repeatable)
+    sizes = q.element_size(), q.shape[2], k.shape[2]
+    choice = attention(settings.device_of(q).arch, *sizes, dropout_p > 0, repeatable)
     return None if choice.implementation == "own" else choice.implementation
 
 
