@@ -17,12 +17,18 @@ def draw_seed(*probabilities: float) -> int:
 
     Raises:
         ValueError: a probability is not in [0, 1].
+        RuntimeError: a CUDA graph is being captured, which would repeat one mask for ever.
     """
     for p in probabilities:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"dropout probability {p} must be in [0, 1]")
     if not any(probabilities):
         return 0
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a fused dropout can't be captured in a CUDA graph, its seed is drawn on the host: set "
+            'its probability to 0 or capture inside fastgpt.use_backend("reference")'
+        )
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 

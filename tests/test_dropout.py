@@ -238,3 +238,11 @@ def test_checkpointing_makes_the_same_masks_again(fused, reentrant):
         for leaf in leaves:
             leaf.grad = None
     assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
+def test_no_seed_is_drawn_into_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert draw_seed(0.0) == 0
+    with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
+        draw_seed(P)

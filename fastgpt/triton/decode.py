@@ -48,7 +48,8 @@ class Parts(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """What a graph of them depends on."""
         where = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in self.tensors())
-        return self.n_heads, *where
+        how = settings.precision(self.tok), torch.are_deterministic_algorithms_enabled()
+        return self.n_heads, how, *where
 
 
 def parts_of(model: GPTModel) -> Parts | None:
@@ -182,9 +183,11 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         run()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # The outer one, because torch.cuda.graph stays on its own stream where the capture fails.
-    # Another thread, say one that loads data, may go on using the GPU meanwhile.
-    with torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # The outer one, because torch.cuda.graph stays on its stream where the capture fails; that one
+    # named, because its own is of whichever GPU captured first. Another thread, say one that loads
+    # data, may go on using the GPU meanwhile.
+    recorded = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+    with torch.cuda.stream(current), recorded:
         result = run()
     return graph.replay, result
 
