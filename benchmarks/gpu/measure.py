@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import signal
 import statistics
@@ -24,8 +25,10 @@ PEAKS = {
 }
 
 
-class OutOfTimeError(RuntimeError):
-    """The script's time was used up before a piece of work was done."""
+class OutOfTimeError(BaseException):
+    """A section's time was used up before a piece of work was done; nothing on the way may take it
+    for a fault of its own.
+    """
 
 
 class Bench:
@@ -34,11 +37,16 @@ class Bench:
     def __init__(self, device: str, budget: float) -> None:
         self.device, self.dry = torch.device(device), device == "cpu"
         self.budget, self.started = budget, time.monotonic()
+        self.until = 1.0  # the share of the budget after which the section at work has to end
         self.bandwidth = self.rate = 0.0  # measured by `measure_bounds`
 
     def left(self) -> float:
-        """Seconds that the script still has."""
-        return self.budget - (time.monotonic() - self.started)
+        """Seconds that the section at work still has."""
+        return self.until * self.budget - self.took()
+
+    def took(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -90,16 +98,17 @@ class Bench:
     def peak_memory(self) -> Iterator[Callable[[], float | None]]:
         """Yields a function that tells the most gigabytes allocated since; None in a dry run."""
         if not self.dry:
+            gc.collect()  # what came before may be in cycles
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         yield lambda: None if self.dry else torch.cuda.max_memory_allocated() / 1e9
 
     @contextlib.contextmanager
     def within_the_time(self) -> Iterator[None]:
-        """Raises OutOfTimeError inside once the script's time is used up."""
+        """Raises OutOfTimeError inside once the section's time is used up."""
 
         def stop(*_: object) -> None:
-            raise OutOfTimeError(f"more than the {self.budget:.0f} s that the script has")
+            raise OutOfTimeError(f"more than {self.until:.0%} of the script's {self.budget:.0f} s")
 
         if self.left() <= 0:
             stop()
@@ -116,7 +125,7 @@ class Bench:
         try:
             with self.within_the_time():
                 return row | work()
-        except Exception as error:
+        except (Exception, OutOfTimeError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             return row | {"failed": f"{type(error).__name__}: {reason}"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -189,7 +189,8 @@ def _decoders(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Calla
 def decoding(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
     """A row for each peer and batch: greedy tokens a second behind a prompt."""
     prompt_tokens, new = (3, 4) if bench.dry else (32, 256)
-    for name, build in _decoders(bench, cfg).items():
+    for name, make in _decoders(bench, cfg).items():
+        build = cache(make)  # once for all batches
         for batch in (1, 2) if bench.dry else (1, 8, 64):
             row = {"decode": name, "batch": batch, "prompt": prompt_tokens, "new": new}
 

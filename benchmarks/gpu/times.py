@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ def operations(bench: Bench) -> Iterator[Row]:
         else:
             yield failed
         if not bench.dry:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # where the GPU has failed, each row says so
+                torch.cuda.empty_cache()
 
 
 def _passes(bench: Bench, row: Row, work: Work) -> Iterator[Row]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.checks import compare
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,6 +31,15 @@ def test_from_end_to_end_without_a_gpu(tmp_path):
         assert all(row["seconds"] > 0 for row in timed)
         assert len({row[key] for row in results[section]}) > 3, section
     assert {row["dtype"] for row in results["checks"]} == {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_nan_is_a_failed_check_wherever_it_stands(at):
+    exact = (torch.ones(2, dtype=torch.float64),) * 2
+    ours = [torch.ones(2), torch.ones(2)]
+    assert compare(tuple(ours), exact, exact)["ok"]
+    ours[at] = torch.tensor([1.0, float("nan")])
+    assert not compare(tuple(ours), exact, exact)["ok"]
 
 
 def test_no_time_left_is_said(tmp_path):
