@@ -317,6 +317,24 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs):
     assert "try a smaller lr; there is no checkpoint yet" in run.said()
 
 
+def test_gradients_that_are_no_numbers_are_not_saved(inputs, capsys, monkeypatch):
+    gradients = trainer.Trainer._gradients
+
+    def spoilt(self):
+        loss = gradients(self)
+        if self.step == 3:
+            next(self.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", spoilt)
+    out = inputs / "run"
+    arguments = train_arguments(inputs, out, "--steps", "4", "--checkpoint-every", "2")
+    assert cli.main(arguments) == 1
+    assert "norm is inf at step 4: try a smaller lr; step-00000002" in capsys.readouterr().err
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000002"]
+    assert all(p.isfinite().all() for p in model_files.load_model(out).parameters())
+
+
 def test_the_model_learns_and_loads_again(inputs, encoding):
     text = "".join(chr(97 + number % 8) + "\n" for number in range(2000))
     (inputs / "text.txt").write_text(text)

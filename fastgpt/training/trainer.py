@@ -27,7 +27,7 @@ from fastgpt.training.speed import flops_per_token, matmul_peak, memory_used
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or the gradients are no longer numbers."""
 
 
 class Step(NamedTuple):
@@ -106,7 +106,7 @@ class Trainer:
         ends it at once.
 
         Raises:
-            Diverged: the loss became NaN or infinite. The last checkpoint stands.
+            Diverged: the loss or the gradients became NaN or infinite. The last checkpoint stands.
             PeersLost: another process of the run was lost (raised by ``join``).
         """
         self.peak = self.group.sum(matmul_peak(self.group.device, self.autocast))[0]
@@ -149,12 +149,16 @@ class Trainer:
             raise Diverged(f"the loss is {value} at step {self.step + 1}: try a smaller lr")
         limit = self.settings.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = float(whole(norm))
+        if not math.isfinite(grad_norm):  # the weights would be no numbers, and be saved
+            raise Diverged(
+                f"the gradients' norm is {grad_norm} at step {self.step + 1}: try a smaller lr"
+            )
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
-        grad_norm = float(whole(norm))  # waits for the device
         seconds = time.perf_counter() - start
         validation = None
         if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
