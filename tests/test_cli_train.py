@@ -11,7 +11,7 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, model_files, report
+from fastgpt.training import checkpoint, model_files, report, start, trainer
 from fastgpt.training.trainer import Step
 
 
@@ -127,6 +127,30 @@ def test_nothing_to_resume(inputs, capsys):
     assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
     assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
     assert not (inputs / "gone").exists()
+
+
+def test_a_run_without_a_checkpoint_resumes_as_it_was_asked_for(inputs, capsys, monkeypatch):
+    first, out = inputs / "first", inputs / "run"
+    assert cli.main(train_arguments(inputs, first, "--steps", "1")) == 0
+    arguments = ["train", str(inputs / "text.txt"), "--out", str(out), "--from", str(first)]
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "run", lambda self: False)  # ends as if killed
+        assert cli.main([*arguments, "--steps", "2", "--batch", "2", "--lr", "0"]) == 130
+    before = json.loads((out / "run.json").read_text())
+    assert before["start"] == str(first)
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert json.loads((out / "run.json").read_text()) == before
+    begun, went_on = (model_files.load_model(folder).parameters() for folder in (first, out))
+    assert all(map(torch.equal, begun, went_on))
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(out), "--resume", "--from", str(out)]) == 2
+    assert "holds a run with another --from" in capsys.readouterr().err
+
+
+def test_what_can_be_refused_before_the_text_is_read(inputs, capsys, monkeypatch):
+    monkeypatch.setattr(start, "tokenise", None)
+    assert cli.main(train_arguments(inputs, inputs / "run", "--validation", "0")) == 2
+    assert "validation 0 is not between 0 and 1" in capsys.readouterr().err
 
 
 def test_what_a_resumed_run_keeps(inputs, capsys):
