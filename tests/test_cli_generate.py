@@ -32,7 +32,7 @@ def encoding():
 def model(tmp_path_factory, encoding):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    model_files.save_model(fastgpt.GPTModel(CONFIG), folder)
+    fastgpt.GPTModel(CONFIG).save_pretrained(folder)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_what_cannot_be(capsys, model, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     small = tmp_path / "small"
     small.mkdir()
-    model_files.save_model(fastgpt.GPTModel(CONFIG | {"vocab_size": 256}), small)
+    fastgpt.GPTModel(CONFIG | {"vocab_size": 256}).save_pretrained(small)
     for arguments, message in (
         ([], "give either a prompt or --prompts FILE"),
         (["x", "--prompts", "y"], "give either a prompt or --prompts FILE"),

@@ -186,7 +186,7 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
 def test_no_run_over_a_model_of_another_making(inputs, capsys):
     out = inputs / "model"
     out.mkdir()
-    model_files.save_model(fastgpt.GPTModel(CONFIG), out)
+    fastgpt.GPTModel(CONFIG).save_pretrained(out)
     assert cli.main(train_arguments(inputs, out)) == 2
     assert "holds a model of another making" in capsys.readouterr().err
 

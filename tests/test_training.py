@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -298,6 +299,39 @@ def test_killed_runs_resume_exactly(inputs):
         assert (out / name).read_bytes() == (inputs / "right" / name).read_bytes()
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="maps are listed on Linux")
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(inputs, monkeypatch):
+    out = inputs / "run"
+    assert cli.main(train_arguments(inputs, out, "--steps", "1")) == 0
+    mapped = []
+
+    def run(self):
+        with open("/proc/self/maps") as maps:
+            mapped.extend(line for line in maps if "optimizer.pt" in line)
+        return True
+
+    monkeypatch.setattr(trainer.Trainer, "run", run)
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
+    assert mapped == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(inputs, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if "unfinished-step" in path.name:
+            raise PermissionError(f"{path} is open")
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    out, more = inputs / "run", ("--steps", "4", "--checkpoint-every", "1", "--keep", "1")
+    assert cli.main(train_arguments(inputs, out, *more)) == 0
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000004"]
+    monkeypatch.undo()
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_an_interrupt_saves_and_stops(inputs):
     out = inputs / "run"
     run = Run(inputs, train_arguments(inputs, out, "--steps", "5000", "--checkpoint-every", "5000"))
@@ -350,7 +384,7 @@ def test_the_model_learns_and_loads_again(inputs, encoding):
 def test_a_tied_head_stays_tied(tmp_path):
     model = fastgpt.GPTModel(CONFIG)
     model.out_head.weight = model.tok_emb.weight
-    model_files.save_model(model, tmp_path)
+    model.save_pretrained(tmp_path)
     again = model_files.load_model(tmp_path)
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))
