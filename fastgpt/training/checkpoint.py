@@ -10,6 +10,7 @@ A checkpoint holds whole tensors under the parameters' names, so it fits any num
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import pickle
 import shutil
@@ -118,8 +119,9 @@ def load_optimizer(
         SettingsError: the file is missing, broken, or another model's.
     """
     try:
-        # Read, not mapped: the optimiser would hold the file, and keep it from being removed.
-        state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        # The optimiser would hold the mapped file, and keep it from being removed.
+        state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
