@@ -102,6 +102,8 @@ def test_bad_texts(inputs, capsys, text, message):
         (["--precision", "float16"], "precision 'float16' is not auto, float32 or bfloat16"),
         (["--device", "cuda"], "device 'cuda' is not to be had here"),
         (["--fsdp"], "start them with torchrun"),
+        (["--sample", "Hello"], "the sample has token 15496, the model a vocabulary of 256"),
+        (["--sample", ""], "the sample has token 50256, the model a vocabulary of 256"),
         (["--from", "nowhere"], "--from brings its own --config"),
     ],
 )
@@ -121,6 +123,18 @@ def test_one_run_at_a_time_in_a_folder(inputs, capsys):
         assert cli.main(arguments) == 2
     assert "another process is training in " in capsys.readouterr().err
     assert cli.main(arguments) == 0
+
+
+def test_a_sample_with_a_token_that_no_text_has(inputs, capsys, monkeypatch):
+    def padding(model, idx, new, context):
+        return torch.cat([idx, torch.full((1, new), 50300)], dim=1)
+
+    monkeypatch.setattr(trainer, "generate_text_simple", padding)
+    cfg = json.dumps(CONFIG | {"vocab_size": 50304, "emb_dim": 8})
+    (inputs / "config.json").write_text(cfg)
+    more = ("--steps", "1", "--sample", "Hello", "--sample-tokens", "2")
+    assert cli.main(train_arguments(inputs, inputs / "run", *more)) == 0
+    assert "Hello\ufffd\ufffd" in capsys.readouterr().err
 
 
 def test_nothing_to_resume(inputs, capsys):

@@ -21,7 +21,7 @@ from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
-from fastgpt.training.trainer import Trainer
+from fastgpt.training.trainer import Trainer, sample_ids
 from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
@@ -95,6 +95,9 @@ def _prepared(
             f"a batch of {draft.batch} can't be shared evenly among {group.size} processes"
         )
     run: dict[str, Any] = {"start": _start(args, before), "config": _config(args, before)}
+    if draft.sample is not None:
+        largest = max(sample_ids(draft.sample, gpt2_encoding()))
+        _check_token("sample", largest, run["config"])
     tokens = _read_text(args, before, run["config"], report)
     run |= {"tokens": str(tokens.path.resolve()), "digest": tokens.digest}
     # Raises where the text is too short, before anything is written.
@@ -154,11 +157,15 @@ def _read_text(
         tokens = _tokens(made, args.out / TOKENS / made.name)  # the folder may have been moved
     if before is not None and tokens.digest != before["digest"]:
         raise SettingsError(f"{args.out} holds a run on another text")
-    if tokens.largest >= config["vocab_size"]:
-        raise SettingsError(
-            f"the text has token {tokens.largest}, the model a vocabulary of {config['vocab_size']}"
-        )
+    _check_token("text", tokens.largest, config)
     return tokens
+
+
+def _check_token(what: str, largest: int, config: dict[str, Any]) -> None:
+    if largest >= config["vocab_size"]:
+        raise SettingsError(
+            f"the {what} has token {largest}, the model a vocabulary of {config['vocab_size']}"
+        )
 
 
 def _tokens(*places: Path) -> TokenFile:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
+from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows, mix
@@ -205,7 +206,7 @@ class Trainer:
         text = self.settings.sample
         if text is None or self.encoding is None or not (self.group.sharded or self.report.shown):
             return
-        idx = torch.tensor([self.encoding.encode(text or END_OF_TEXT, allowed_special="all")])
+        idx = torch.tensor([sample_ids(text, self.encoding)])
         self.model.eval()
         # Sharded, every process takes part.
         with self.autocast:
@@ -217,13 +218,20 @@ class Trainer:
             )
         self.group.reshard(self.model)
         self.model.train()
-        self.report.sample(self.encoding.decode(ids[0].tolist()))
+        stream = TextStream(self.encoding)  # a vocabulary may hold more ids than the encoding
+        self.report.sample("".join(map(stream.add, ids[0].tolist())) + stream.end())
 
     def _save(self) -> None:
         checkpoint.save(
             self.out, self.step, self.model, self.optimizer, self.group, self.settings.keep
         )
         self.report.saved(self.step)
+
+
+def sample_ids(text: str, encoding: Any) -> list[int]:
+    """The ids that a sample goes on from; an empty text starts a new one."""
+    ids: list[int] = encoding.encode(text or END_OF_TEXT, allowed_special="all")
+    return ids
 
 
 def lr_factor(settings: Settings, step: int) -> float:
@@ -251,7 +259,7 @@ def _optimizer(model: GPTModel, settings: Settings, group: Group) -> torch.optim
 
 def _bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bfloat16"
 
 
