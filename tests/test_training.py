@@ -145,9 +145,16 @@ def test_token_files_are_made_once(encoding, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     found = tokens.text_files([tmp_path / "b.txt", tmp_path / "sub"])
     assert [path.name for path in found] == ["b.txt", "a.txt"]
-    seen = []
-    monkeypatch.setattr(tokens, "PIECE", 50)
+    seen, cut, pieces = [], [], tokens.pieces
+
+    def small(text, path):
+        for piece in pieces(text, path, 50):
+            cut.append(piece)
+            yield piece
+
+    monkeypatch.setattr(tokens, "pieces", small)
     made = tokens.tokenise(found, tmp_path / "t", encoding, lambda *at: seen.append(at))
+    assert len(cut) > 10
     text = f"{TEXT}<|endoftext|>second\n"
     assert made.ids().tolist() == encoding.encode(text, allowed_special="all")
     assert made.ids().dtype == torch.uint16
