@@ -58,8 +58,9 @@ def machine(document: dict[str, Any]) -> str:
     """What the figures were measured on, and when."""
     m = document["machine"]
     isa = f" ({m['isa']})" if m["isa"] else ""
+    threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
     return (
-        f"{m['cpu']}, {m['threads']} threads, backend {m['backend']}{isa}, torch {m['torch']}, "
+        f"{m['cpu']}, {threads}, backend {m['backend']}{isa}, torch {m['torch']}, "
         f"{document['date']}."
     )
 

@@ -70,9 +70,9 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def clear_unfinished(folder: Path, prefix: str = UNFINISHED) -> None:
-    """Removes what killed processes left."""
+    """Removes what killed processes left, as far as the system lets it."""
     for path in folder.glob(f"{prefix}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -137,6 +137,27 @@ def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
     assert "CTranslate2 (ctranslate2 not installed)" in out.read_text()
 
 
+def refuses(*arguments):
+    raise ImportError("no GPT2LMHeadModel in\nthis version")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_library_that_fails_is_left_out_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(works.libraries, "missing", lambda *packages: None)
+    monkeypatch.setattr(works.libraries, "hugging_face", refuses)
+    code, out = bench(tmp_path, "--peers", "fastgpt,hf")
+    assert code == 0
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert document["left_out"] == {"hf": "ImportError: no GPT2LMHeadModel in"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_fastgpt_is_never_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(works._models("toy").fused, "forward", refuses)
+    with pytest.raises(ImportError, match="no GPT2LMHeadModel"):
+        bench(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

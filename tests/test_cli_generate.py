@@ -1,6 +1,8 @@
 """`fastgpt generate`, and the stream of text behind it."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def encoding():
 def model(tmp_path_factory, encoding):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    model_files.save_model(fastgpt.GPTModel(CONFIG), folder)
+    fastgpt.GPTModel(CONFIG).save_pretrained(folder)
     return folder
 
 
@@ -53,6 +55,14 @@ def test_characters_come_whole(encoding):
         ids = torch.randint(0, 256, (30,), generator=generator).tolist()
         assert "".join(streamed(encoding, ids)[0]) == encoding.decode(ids)
     assert streamed(encoding, [10**6])[0] == ["\ufffd", ""]
+
+
+def test_what_is_not_shown_but_written_is_utf_8(model, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert cli.main(["generate", "--model", str(model), "猫", "--max-new-tokens", "2"]) == 0
+    sys.stdout.flush()
+    assert written.getvalue().decode("utf-8").startswith("猫")
 
 
 def test_stop_strings_never_show(encoding):
@@ -121,7 +131,7 @@ def test_what_cannot_be(capsys, model, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     small = tmp_path / "small"
     small.mkdir()
-    model_files.save_model(fastgpt.GPTModel(CONFIG | {"vocab_size": 256}), small)
+    fastgpt.GPTModel(CONFIG | {"vocab_size": 256}).save_pretrained(small)
     for arguments, message in (
         ([], "give either a prompt or --prompts FILE"),
         (["x", "--prompts", "y"], "give either a prompt or --prompts FILE"),

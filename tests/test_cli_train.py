@@ -11,7 +11,7 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, model_files, report
+from fastgpt.training import checkpoint, model_files, report, start, trainer
 from fastgpt.training.trainer import Step
 
 
@@ -102,6 +102,8 @@ def test_bad_texts(inputs, capsys, text, message):
         (["--precision", "float16"], "precision 'float16' is not auto, float32 or bfloat16"),
         (["--device", "cuda"], "device 'cuda' is not to be had here"),
         (["--fsdp"], "start them with torchrun"),
+        (["--sample", "Hello"], "the sample has token 15496, the model a vocabulary of 256"),
+        (["--sample", ""], "the sample has token 50256, the model a vocabulary of 256"),
         (["--from", "nowhere"], "--from brings its own --config"),
     ],
 )
@@ -123,10 +125,46 @@ def test_one_run_at_a_time_in_a_folder(inputs, capsys):
     assert cli.main(arguments) == 0
 
 
+def test_a_sample_with_a_token_that_no_text_has(inputs, capsys, monkeypatch):
+    def padding(model, idx, new, context):
+        return torch.cat([idx, torch.full((1, new), 50300)], dim=1)
+
+    monkeypatch.setattr(trainer, "generate_text_simple", padding)
+    cfg = json.dumps(CONFIG | {"vocab_size": 50304, "emb_dim": 8})
+    (inputs / "config.json").write_text(cfg)
+    more = ("--steps", "1", "--sample", "Hello", "--sample-tokens", "2")
+    assert cli.main(train_arguments(inputs, inputs / "run", *more)) == 0
+    assert "Hello\ufffd\ufffd" in capsys.readouterr().err
+
+
 def test_nothing_to_resume(inputs, capsys):
     assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
     assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
     assert not (inputs / "gone").exists()
+
+
+def test_a_run_without_a_checkpoint_resumes_as_it_was_asked_for(inputs, capsys, monkeypatch):
+    first, out = inputs / "first", inputs / "run"
+    assert cli.main(train_arguments(inputs, first, "--steps", "1")) == 0
+    arguments = ["train", str(inputs / "text.txt"), "--out", str(out), "--from", str(first)]
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "run", lambda self: False)  # ends as if killed
+        assert cli.main([*arguments, "--steps", "2", "--batch", "2", "--lr", "0"]) == 130
+    before = json.loads((out / "run.json").read_text())
+    assert before["start"] == str(first)
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert json.loads((out / "run.json").read_text()) == before
+    begun, went_on = (model_files.load_model(folder).parameters() for folder in (first, out))
+    assert all(map(torch.equal, begun, went_on))
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(out), "--resume", "--from", str(out)]) == 2
+    assert "holds a run with another --from" in capsys.readouterr().err
+
+
+def test_what_can_be_refused_before_the_text_is_read(inputs, capsys, monkeypatch):
+    monkeypatch.setattr(start, "tokenise", None)
+    assert cli.main(train_arguments(inputs, inputs / "run", "--validation", "0")) == 2
+    assert "validation 0 is not between 0 and 1" in capsys.readouterr().err
 
 
 def test_what_a_resumed_run_keeps(inputs, capsys):
@@ -162,7 +200,7 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
 def test_no_run_over_a_model_of_another_making(inputs, capsys):
     out = inputs / "model"
     out.mkdir()
-    model_files.save_model(fastgpt.GPTModel(CONFIG), out)
+    fastgpt.GPTModel(CONFIG).save_pretrained(out)
     assert cli.main(train_arguments(inputs, out)) == 2
     assert "holds a model of another making" in capsys.readouterr().err
 

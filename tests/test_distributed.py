@@ -1,5 +1,6 @@
 """Several processes against one with the same global batch, on gloo; and processes that die."""
 
+import json
 import os
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from runs import Run, losses, needs_table, steps_done, train_arguments, trained, write_inputs
 
+import fastgpt
 from fastgpt.training import model_files
 
 pytestmark = pytest.mark.skipif(
@@ -74,6 +76,25 @@ def test_checkpoints_move_between_numbers_of_processes(quiet):
     assert_same(losses(out), losses(quiet / "alone"))
 
 
+def test_shards_are_saved_as_the_model_they_are_of(quiet):
+    model = fastgpt.GPTModel(json.loads((quiet / "config.json").read_text()))
+    model.out_head.weight = model.tok_emb.weight
+    model.drop_emb.p = 0.25
+    for norm in (model.final_norm, *(n for b in model.trf_blocks for n in (b.norm1, b.norm2))):
+        norm.eps = 1e-3
+    model.save_pretrained(quiet / "special")
+    out = quiet / "from-special"
+    arguments = ["train", quiet / "text.txt", "--out", out, "--from", quiet / "special"]
+    more = ["--fsdp", "--steps", "2", "--batch", "2", "--lr", "0"]
+    run = Run(quiet, list(map(str, arguments + more)), 2)
+    assert run.codes() == [0, 0], run.said()
+    again = model_files.load_model(out)
+    assert again.out_head.weight is again.tok_emb.weight
+    assert again.trf_blocks[1].norm2.eps == again.final_norm.eps == 1e-3
+    assert (again.drop_emb.p, again.trf_blocks[0].drop_shortcut.p) == (0.25, 0.0)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
 def _stops_after(last):
     from fastgpt.training.trainer import Trainer
 
@@ -127,3 +148,21 @@ def test_what_is_wrong_is_said_once(folder, tmp_path, text, more, message):
     assert run.said().count("fastgpt train: ") == 1, run.said()
     assert message in run.said()
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def breaks_the_second_process():
+    from fastgpt.training import start
+
+    def broken(*args):
+        raise start.SettingsError("the model is broken here")
+
+    if os.environ["RANK"] == "1":
+        start._model = broken
+
+
+def test_what_is_wrong_with_another_process_is_said_by_it(folder):
+    out = folder / "broken"
+    arguments = train_arguments(folder, out, "--steps", "1", "--timeout", "5")
+    run = Run(folder, arguments, 2, before=breaks_the_second_process)
+    assert run.codes() == [1, 2]
+    assert run.said().count("fastgpt train: the model is broken here") == 1, run.said()

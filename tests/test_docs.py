@@ -161,6 +161,9 @@ def test_figures_are_written_between_their_marks():
     assert "| train GPT-2 124M [2, 256] | 1.00 s (1.0e-06) |" in new
     assert "forward" not in new
     assert filled(new, full_document()) == new
-    assert "64 threads" in filled(page.replace("train", "machine"), full_document())
+    for count, said in ((64, " 64 threads,"), (1, " 1 thread,")):
+        document = full_document()
+        document["machine"]["threads"] = count
+        assert said in filled(page.replace("train", "machine"), document)
     with pytest.raises(AssertionError, match="no figures of 'speed'"):
         filled(page.replace("train", "speed"), full_document())

@@ -13,7 +13,6 @@ from test_docs import ROOT
 
 from fastgpt import GPT_CONFIG_124M, GPTModel
 from fastgpt.reference import GPTModel as Book
-from fastgpt.training.model_files import save_model
 
 EXAMPLES = ROOT / "examples"
 SMALL = GPT_CONFIG_124M | {key: CONFIG[key] for key in ("emb_dim", "n_heads", "n_layers")}
@@ -53,7 +52,7 @@ def test_classify(script, capsys):
 
 def test_classify_goes_on_from_a_trained_model(script, tmp_path):
     cfg = SMALL | {"context_length": 64}
-    save_model(GPTModel(cfg), tmp_path)
+    GPTModel(cfg).save_pretrained(tmp_path)
     assert len(script("classify", "--epochs", 1, "--model", tmp_path)) == 1
 
 

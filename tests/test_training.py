@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -144,9 +145,16 @@ def test_token_files_are_made_once(encoding, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     found = tokens.text_files([tmp_path / "b.txt", tmp_path / "sub"])
     assert [path.name for path in found] == ["b.txt", "a.txt"]
-    seen = []
-    monkeypatch.setattr(tokens, "PIECE", 50)
+    seen, cut, pieces = [], [], tokens.pieces
+
+    def small(text, path):
+        for piece in pieces(text, path, 50):
+            cut.append(piece)
+            yield piece
+
+    monkeypatch.setattr(tokens, "pieces", small)
     made = tokens.tokenise(found, tmp_path / "t", encoding, lambda *at: seen.append(at))
+    assert len(cut) > 10
     text = f"{TEXT}<|endoftext|>second\n"
     assert made.ids().tolist() == encoding.encode(text, allowed_special="all")
     assert made.ids().dtype == torch.uint16
@@ -298,6 +306,39 @@ def test_killed_runs_resume_exactly(inputs):
         assert (out / name).read_bytes() == (inputs / "right" / name).read_bytes()
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="maps are listed on Linux")
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(inputs, monkeypatch):
+    out = inputs / "run"
+    assert cli.main(train_arguments(inputs, out, "--steps", "1")) == 0
+    mapped = []
+
+    def run(self):
+        with open("/proc/self/maps") as maps:
+            mapped.extend(line for line in maps if "optimizer.pt" in line)
+        return True
+
+    monkeypatch.setattr(trainer.Trainer, "run", run)
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
+    assert mapped == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(inputs, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if "unfinished-step" in path.name:
+            raise PermissionError(f"{path} is open")
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    out, more = inputs / "run", ("--steps", "4", "--checkpoint-every", "1", "--keep", "1")
+    assert cli.main(train_arguments(inputs, out, *more)) == 0
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000004"]
+    monkeypatch.undo()
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_an_interrupt_saves_and_stops(inputs):
     out = inputs / "run"
     run = Run(inputs, train_arguments(inputs, out, "--steps", "5000", "--checkpoint-every", "5000"))
@@ -317,6 +358,24 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs):
     assert "try a smaller lr; there is no checkpoint yet" in run.said()
 
 
+def test_gradients_that_are_no_numbers_are_not_saved(inputs, capsys, monkeypatch):
+    gradients = trainer.Trainer._gradients
+
+    def spoilt(self):
+        loss = gradients(self)
+        if self.step == 3:
+            next(self.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", spoilt)
+    out = inputs / "run"
+    arguments = train_arguments(inputs, out, "--steps", "4", "--checkpoint-every", "2")
+    assert cli.main(arguments) == 1
+    assert "norm is inf at step 4: try a smaller lr; step-00000002" in capsys.readouterr().err
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000002"]
+    assert all(p.isfinite().all() for p in model_files.load_model(out).parameters())
+
+
 def test_the_model_learns_and_loads_again(inputs, encoding):
     text = "".join(chr(97 + number % 8) + "\n" for number in range(2000))
     (inputs / "text.txt").write_text(text)
@@ -332,7 +391,7 @@ def test_the_model_learns_and_loads_again(inputs, encoding):
 def test_a_tied_head_stays_tied(tmp_path):
     model = fastgpt.GPTModel(CONFIG)
     model.out_head.weight = model.tok_emb.weight
-    model_files.save_model(model, tmp_path)
+    model.save_pretrained(tmp_path)
     again = model_files.load_model(tmp_path)
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))

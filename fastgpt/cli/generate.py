@@ -63,6 +63,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UsageError("--top-k and --top-p say what to draw from: give a --temperature above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # Windows' own code page lacks most characters
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)
     try:
         model = load_model(args.model).eval().to(pick_device(args.device))

@@ -101,15 +101,13 @@ def run_train(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
     names = ("out", "text", "config", "context", "start", "resume", "epochs", "tokens")
     request = start.Request(**{name: getattr(args, name) for name in names}, settings=given)
-    first = True
     try:
         with parallel.join(args.device, args.fsdp, args.timeout) as group:
-            first = group.rank == 0
             finished = start.train(request, group)
         return 0 if finished else 130
+    except parallel.SaidElsewhere:
+        return 2
     except (TextError, SettingsError, EncodingError) as error:
-        if not first:  # which says it for all
-            return 2
         raise UsageError(error) from None
     except (trainer.Diverged, OSError, torch.OutOfMemoryError) as error:
         raise Failure(_with_way_on(checkpoint.checkpoints(args.out), error)) from None

@@ -10,6 +10,7 @@ A checkpoint holds whole tensors under the parameters' names, so it fits any num
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import pickle
 import shutil
@@ -35,7 +36,6 @@ from fastgpt.files import (
     whole_folder,
 )
 from fastgpt.model import GPTModel
-from fastgpt.training.model_files import filled, save_model
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.settings import SettingsError
 
@@ -61,25 +61,32 @@ def save(
     Raises:
         OSError: it can't be written; the checkpoints before it stand.
     """
-    plain = _gathered(model, group)
+    tensors = _gathered(model, group)
     optimizer_state = get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=group.sharded)
     )
     path = out / CHECKPOINTS / f"step-{step:08d}"
     if group.rank == 0 and not path.exists():
-        assert plain is not None
-        _write(path, plain, optimizer_state, {"step": step, "processes": group.size})
+        _write(path, model, tensors, optimizer_state, {"step": step, "processes": group.size})
         _publish(path, out)
         for old in checkpoints(out)[:-keep]:
-            # Renamed first: a removal cut short leaves nothing that looks whole.
-            shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
+            # Renamed first: a removal cut short leaves nothing that looks whole. What the system
+            # keeps from removal now, the next save or start removes.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
 
 
-def _write(path: Path, model: GPTModel, optimizer_state: Any, state: dict[str, int]) -> None:
+def _write(
+    path: Path,
+    model: GPTModel,
+    tensors: dict[str, Tensor] | None,
+    optimizer_state: Any,
+    state: dict[str, int],
+) -> None:
     """Writes a checkpoint's folder."""
     try:
         with whole_folder(path) as folder:
-            save_model(model, folder)
+            model.save_pretrained(folder, tensors)
             torch.save(optimizer_state, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
     except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
@@ -113,6 +120,8 @@ def load_optimizer(
     """
     try:
         state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        # The optimiser would hold the mapped file, and keep it from being removed.
+        state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
@@ -158,15 +167,13 @@ def write_run(out: Path, run: dict[str, Any]) -> None:
         file.write(json.dumps(run, indent=1).encode())
 
 
-def _gathered(model: GPTModel, group: Group) -> GPTModel | None:
-    """The model with whole tensors, for the first process."""
+def _gathered(model: GPTModel, group: Group) -> dict[str, Tensor] | None:
+    """A sharded model's tensors, whole, for the first process; None of one that is whole."""
     if not group.sharded:
-        return model
+        return None
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = whole(parameter.detach())  # every process takes part
         if group.rank == 0:
             tensors[name] = tensor.cpu()
-    if group.rank != 0:
-        return None
-    return filled(model.cfg, tensors)
+    return tensors

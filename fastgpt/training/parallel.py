@@ -27,6 +27,10 @@ class PeersLost(RuntimeError):
     """Another process of the run died or answers no more."""
 
 
+class SaidElsewhere(SettingsError):
+    """The first process has failed, and says so."""
+
+
 class LossOf(nn.Module):
     """A model whose call is its loss: what DDP can wrap."""
 
@@ -91,7 +95,7 @@ class Group:
 
     def first(self, work: Callable[[], Any]) -> Any:
         """What work, done by the first process alone, returns, as JSON has it; the others wait
-        for as long as it takes, and fail with a SettingsError if it fails.
+        for as long as it takes, and fail with SaidElsewhere if it fails.
         """
         if self.size == 1:
             return work()
@@ -111,7 +115,7 @@ class Group:
         said = json.loads(self.store.get(key))
         if "error" in said:
             self.store.add(f"{key} heard", 1)
-            raise SettingsError(said["error"])
+            raise SaidElsewhere(said["error"])
         return said["answer"]
 
     def _heard(self, key: str, limit: float = 10.0) -> None:

@@ -21,7 +21,7 @@ from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
-from fastgpt.training.trainer import Trainer
+from fastgpt.training.trainer import Trainer, sample_ids
 from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
@@ -86,25 +86,42 @@ def _prepared(
             f"{args.out} holds a run at step {checkpoint.load_step(last)}: go on with it by "
             "--resume, or start another in another --out"
         )
-    if last is None:
-        before = None
-    run: dict[str, Any] = {"config": _config(args, before)}
+    if not args.resume:
+        before = None  # a run that ended before its first checkpoint starts anew
+    settings = _settings(args, before)
+    draft = Settings(**{"steps": 1} | settings)
+    if draft.batch % group.size:
+        raise SettingsError(
+            f"a batch of {draft.batch} can't be shared evenly among {group.size} processes"
+        )
+    run: dict[str, Any] = {"start": _start(args, before), "config": _config(args, before)}
+    if draft.sample is not None:
+        largest = max(sample_ids(draft.sample, gpt2_encoding()))
+        _check_token("sample", largest, run["config"])
     tokens = _read_text(args, before, run["config"], report)
     run |= {"tokens": str(tokens.path.resolve()), "digest": tokens.digest}
-    run["start"] = None
-    if args.start is not None and before is None:  # a path, or a name on the hub
-        run["start"] = os.path.abspath(args.start) if os.path.exists(args.start) else args.start
-    settings = _settings(args, before, tokens, run["config"]["context_length"])
-    if settings.batch % group.size:
-        raise SettingsError(
-            f"a batch of {settings.batch} can't be shared evenly among {group.size} processes"
-        )
     # Raises where the text is too short, before anything is written.
-    Windows(tokens.ids(), run["config"]["context_length"], settings.validation, settings.seed)
-    run["settings"] = dataclasses.asdict(settings)
+    windows = Windows(tokens.ids(), run["config"]["context_length"], draft.validation, draft.seed)
+    if "steps" not in settings or (args.epochs is not None and "steps" not in args.settings):
+        epochs = 1 if args.epochs is None else args.epochs
+        settings["steps"] = max(1, math.ceil(windows.train_size * epochs / draft.batch))
+    run["settings"] = dataclasses.asdict(Settings(**settings))
     held.enter_context(checkpoint.claimed(args.out))
     checkpoint.write_run(args.out, run)
     return run | {"resume": None if last is None else str(last)}
+
+
+def _start(args: Request, before: dict[str, Any] | None) -> str | None:
+    """The model whose weights the run started from: a path, or a name on the hub."""
+    start = args.start
+    if start is not None and os.path.exists(start):
+        start = os.path.abspath(start)
+    if before is None:
+        return start
+    if start is not None and start != before["start"]:
+        raise SettingsError(f"{args.out} holds a run with another --from")
+    began: str | None = before["start"]
+    return began
 
 
 def _config(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
@@ -140,11 +157,15 @@ def _read_text(
         tokens = _tokens(made, args.out / TOKENS / made.name)  # the folder may have been moved
     if before is not None and tokens.digest != before["digest"]:
         raise SettingsError(f"{args.out} holds a run on another text")
-    if tokens.largest >= config["vocab_size"]:
-        raise SettingsError(
-            f"the text has token {tokens.largest}, the model a vocabulary of {config['vocab_size']}"
-        )
+    _check_token("text", tokens.largest, config)
     return tokens
+
+
+def _check_token(what: str, largest: int, config: dict[str, Any]) -> None:
+    if largest >= config["vocab_size"]:
+        raise SettingsError(
+            f"the {what} has token {largest}, the model a vocabulary of {config['vocab_size']}"
+        )
 
 
 def _tokens(*places: Path) -> TokenFile:
@@ -155,10 +176,8 @@ def _tokens(*places: Path) -> TokenFile:
     raise SettingsError(f"the token file {places[0]} is gone: give the texts again")
 
 
-def _settings(
-    args: Request, before: dict[str, Any] | None, tokens: TokenFile, context: int
-) -> Settings:
-    """What is given, else the run's own, else the defaults."""
+def _settings(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What is given, else the run's own."""
     given = args.settings
     settings: dict[str, Any] = {} if before is None else dict(before["settings"])
     for name in FIXED:
@@ -169,12 +188,7 @@ def _settings(
     settings |= given
     if "lr" in given and "min_lr" not in given:
         settings["min_lr"] = given["lr"] / 10
-    if ("steps" not in settings) or (args.epochs is not None and "steps" not in given):
-        draft = Settings(**{**settings, "steps": 1})
-        windows = Windows(tokens.ids(), context, draft.validation, draft.seed)
-        epochs = 1 if args.epochs is None else args.epochs
-        settings["steps"] = max(1, math.ceil(windows.train_size * epochs / draft.batch))
-    return Settings(**settings)
+    return settings
 
 
 def _model(run: dict[str, Any], last: Path | None, seed: int) -> GPTModel:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
+from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows, mix
@@ -27,7 +28,7 @@ from fastgpt.training.speed import flops_per_token, matmul_peak, memory_used
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or the gradients are no longer numbers."""
 
 
 class Step(NamedTuple):
@@ -106,7 +107,7 @@ class Trainer:
         ends it at once.
 
         Raises:
-            Diverged: the loss became NaN or infinite. The last checkpoint stands.
+            Diverged: the loss or the gradients became NaN or infinite. The last checkpoint stands.
             PeersLost: another process of the run was lost (raised by ``join``).
         """
         self.peak = self.group.sum(matmul_peak(self.group.device, self.autocast))[0]
@@ -149,12 +150,16 @@ class Trainer:
             raise Diverged(f"the loss is {value} at step {self.step + 1}: try a smaller lr")
         limit = self.settings.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = float(whole(norm))
+        if not math.isfinite(grad_norm):  # the weights would be no numbers, and be saved
+            raise Diverged(
+                f"the gradients' norm is {grad_norm} at step {self.step + 1}: try a smaller lr"
+            )
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
-        grad_norm = float(whole(norm))  # waits for the device
         seconds = time.perf_counter() - start
         validation = None
         if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
@@ -201,7 +206,7 @@ class Trainer:
         text = self.settings.sample
         if text is None or self.encoding is None or not (self.group.sharded or self.report.shown):
             return
-        idx = torch.tensor([self.encoding.encode(text or END_OF_TEXT, allowed_special="all")])
+        idx = torch.tensor([sample_ids(text, self.encoding)])
         self.model.eval()
         # Sharded, every process takes part.
         with self.autocast:
@@ -213,13 +218,20 @@ class Trainer:
             )
         self.group.reshard(self.model)
         self.model.train()
-        self.report.sample(self.encoding.decode(ids[0].tolist()))
+        stream = TextStream(self.encoding)  # a vocabulary may hold more ids than the encoding
+        self.report.sample("".join(map(stream.add, ids[0].tolist())) + stream.end())
 
     def _save(self) -> None:
         checkpoint.save(
             self.out, self.step, self.model, self.optimizer, self.group, self.settings.keep
         )
         self.report.saved(self.step)
+
+
+def sample_ids(text: str, encoding: Any) -> list[int]:
+    """The ids that a sample goes on from; an empty text starts a new one."""
+    ids: list[int] = encoding.encode(text or END_OF_TEXT, allowed_special="all")
+    return ids
 
 
 def lr_factor(settings: Settings, step: int) -> float:
@@ -247,7 +259,7 @@ def _optimizer(model: GPTModel, settings: Settings, group: Group) -> torch.optim
 
 def _bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bfloat16"
 
 
