@@ -18,7 +18,7 @@ from fastgpt.cpu.transformer_block import record as block_record
 from fastgpt.kv_cache import Slot, Staged
 from fastgpt.model import GPTModel
 from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
-from fastgpt.plain import drop_probability, drops_nothing, plain
+from fastgpt.plain import drop_probability, drops_nothing, plain, plain_linear
 
 Memo = dict[Any, Any]
 
@@ -132,8 +132,7 @@ def taken_apart(block: Any) -> Block | None:
     linears = (*(inner.get(name) for name in names), layers._modules["0"], layers._modules["2"])
     held: list[Any] = []
     for module in linears:
-        # Without the key somebody has put another tensor in the parameter's place.
-        if not plain(module, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
+        if not plain_linear(module):
             return None
         held += (module._parameters["weight"], module._parameters["bias"])
     scales = [norm._parameters.get(name) for norm in norms for name in ("scale", "shift")]
@@ -187,11 +186,9 @@ def _slot(run: Run, cache: Staged | None, layer: int) -> tuple[int, int]:
 def _end(model: GPTModel, run: Run) -> tuple[tuple[int, int], tuple[int, ...]] | None:
     """The records of the final norm and the head."""
     head: Any = model.out_head
-    if not plain(head, nn.Linear):
+    if not plain_linear(head):
         return None
     norm = _norm(model.final_norm, run.width)
-    if "bias" not in head._parameters:  # somebody has put another tensor in its place
-        return None
-    weight, bias = head._parameters.get("weight"), head._parameters["bias"]
+    weight, bias = head._parameters["weight"], head._parameters["bias"]
     record = linear(weight, bias, run.width, head.out_features)
     return None if norm is None or record is None else (norm, record)

@@ -75,5 +75,5 @@ READERS = "torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), idx.flatt
     ids=["readers loop", "model.loss", "model.loss, batch 8"],
 )
 def test_a_training_step_fits(batch, loss, gigabytes):
-    """The whole process; the book's model takes 6.4 GB for the first."""
+    """The whole process."""
     assert _bytes(STEP.format(batch=batch, loss=loss)) < gigabytes * 1e9

@@ -44,7 +44,7 @@ def main() -> int:
     with _interpreted() if asked.dry_run else contextlib.nullcontext():
         bench = Bench("cpu" if asked.dry_run else "cuda", asked.budget)
         for _ in run(bench, asked.section or SECTIONS, results):
-            # After each section: what a crash or a kill leaves is all that was measured.
+            # After each row: what a crash or a kill leaves is all that was measured.
             (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             (asked.out / "table.md").write_text(table.render(results))
     print(table.render(results))
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(bench: Bench, sections: Collection[str], results: dict[str, Any]) -> Iterator[None]:
-    """Puts the machine and the rows of each section into the results; a step for each section."""
+    """Puts the machine and the rows of each section into the results; a step for each row."""
     from benchmarks.gpu import checks, models, times  # which import triton
 
     cfg = GPT_CONFIG_124M | {"drop_rate": 0.0}
@@ -80,9 +80,9 @@ def run(bench: Bench, sections: Collection[str], results: dict[str, Any]) -> Ite
         bench.until = UNTIL[name] if len(sections) > 1 else 1.0
         for row in rows[name]():
             results[name].append(row)
+            results["machine"]["took"] = bench.took()
             print(json.dumps(row), file=sys.stderr, flush=True)
-        results["machine"]["took"] = bench.took()
-        yield
+            yield
     if "checks" in sections:
         bench.until = 1.0
         results["checks"].append(checks.bad_ids(bench, cfg))
