@@ -76,7 +76,9 @@ def _mend_builder():
         return TensorHandle(_bfloat16(op(_widened(value).data)), tl.bfloat16)
 
     def create_dot(self, a, b, accumulator, *rest):
-        return dot(self, _widened(a), _widened(b), accumulator, *rest)
+        if a.data.dtype != np.float32 or _is_bfloat16(a):
+            return dot(self, _widened(a), _widened(b), accumulator, *rest)
+        return TensorHandle(_product(a.data, b.data, accumulator.data), accumulator.dtype.scalar)
 
     def create_splat(self, kind, value):
         filled = np.full(kind.shape, value.data.reshape(-1)[0], dtype=value.data.dtype)
@@ -86,6 +88,16 @@ def _mend_builder():
         setattr(InterpreterBuilder, mended.__name__, mended)
     if not hasattr(InterpreterBuilder, "get_bf16"):
         InterpreterBuilder.get_bf16 = lambda self, x: TensorHandle(_bfloat16(x), tl.bfloat16)
+
+
+def _product(a, b, total):
+    """a @ b + total by fused multiply-adds along the inner dimension, as a GPU without tensor cores
+    takes them; numpy's own order depends on the shape and on this machine's processor.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(a.shape[-1]):
+        total = (a[..., :, k, None] * b[..., None, k, :] + total).astype(np.float32)
+    return total
 
 
 def _mend_reductions():
