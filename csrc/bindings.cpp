@@ -106,14 +106,14 @@ T record(const Fields& fields) {
 }
 
 void layer_norm(uintptr_t x, uintptr_t branch, uintptr_t weight, uintptr_t bias, uintptr_t total, uintptr_t y,
-                uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, float eps, int64_t seed, int64_t threshold,
+                uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, float eps, int64_t seed, double dropout_p,
                 int threads) {
     kernels().layer_norm(at(x), at(branch), at(weight), at(bias), at(total), at(y), at(mean), at(rstd), rows, cols, eps,
-                         seed, threshold, usable(threads));
+                         seed, dropout_p, usable(threads));
 }
 
-void layer_norm_backward(const Fields& fields, uintptr_t dbranch, int64_t seed, int64_t threshold, int threads) {
-    kernels().layer_norm_backward(record<NormBackward>(fields), at(dbranch), seed, threshold, usable(threads));
+void layer_norm_backward(const Fields& fields, uintptr_t dbranch, int64_t seed, double dropout_p, int threads) {
+    kernels().layer_norm_backward(record<NormBackward>(fields), at(dbranch), seed, dropout_p, usable(threads));
 }
 
 void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int64_t cols, int threads) {
@@ -126,18 +126,22 @@ void bias_gelu_backward(uintptr_t dy, uintptr_t x, uintptr_t bias, uintptr_t dx,
 }
 
 void causal_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t softmax, float scale,
-                      const Fields& shape, int64_t seed, int64_t threshold, int threads) {
+                      const Fields& shape, int64_t seed, double dropout_p, int threads) {
     if (!kernels().causal_attention(at(q), at(k), at(v), at(out), at(softmax), scale, record<AttentionShape>(shape),
-                                    seed, threshold, usable(threads)))
+                                    seed, dropout_p, usable(threads)))
         throw std::bad_alloc();
 }
 
 void causal_attention_backward(const std::array<uintptr_t, 9>& t, float scale, const Fields& shape,
-                               const Fields& gradients, int64_t seed, int64_t threshold, int threads) {
+                               const Fields& gradients, int64_t seed, double dropout_p, int threads) {
     if (!kernels().causal_attention_backward(at(t[0]), at(t[1]), at(t[2]), at(t[3]), at(t[4]), at(t[5]), at(t[6]),
                                              at(t[7]), at(t[8]), scale, record<AttentionShape>(shape),
-                                             record<AttentionShape>(gradients), seed, threshold, usable(threads)))
+                                             record<AttentionShape>(gradients), seed, dropout_p, usable(threads)))
         throw std::bad_alloc();
+}
+
+void dropout(uintptr_t x, int64_t rows, int64_t cols, int64_t seed, double p, int threads) {
+    kernels().dropout(at(x), rows, cols, seed, p, usable(threads));
 }
 
 void embedding(const Fields& fields, uintptr_t y, int threads) {
@@ -230,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("bias_gelu_backward", &bias_gelu_backward, unlocked);
     m.def("causal_attention", &causal_attention, unlocked);
     m.def("causal_attention_backward", &causal_attention_backward, unlocked);
+    m.def("dropout", &dropout, unlocked);
     m.def("embedding", &embedding, unlocked);
     m.def("embedding_backward", &embedding_backward, unlocked);
     m.def("linear", &linear, unlocked);

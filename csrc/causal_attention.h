@@ -127,8 +127,8 @@ inline void attention_share(const float* q, const float* k, const float* v, floa
 // q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
 // softmax: [batch, heads, queries, 2] contiguous or null, each row's greatest score and its sum of exponentials.
 inline bool causal_attention(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
-                             const AttentionShape& s, int64_t seed, int64_t threshold, int threads) {
-    const Dropout drop{static_cast<uint64_t>(seed), threshold, kAttentionSite};
+                             const AttentionShape& s, int64_t seed, double dropout_p, int threads) {
+    const Dropout drop(seed, dropout_p, s.keys);
     const int64_t rows = s.batch * s.heads * s.queries;
     if (rows == 0) return true;
     const bool small = static_cast<double>(rows) * static_cast<double>(s.keys * s.head_dim) < 5e5;

@@ -138,8 +138,8 @@ inline void attention_backward(const Team& team, const AttentionBackward& a, flo
 inline bool causal_attention_backward(const float* q, const float* k, const float* v, const float* out,
                                       const float* dout, const float* softmax, float* dq, float* dk, float* dv,
                                       float scale, const AttentionShape& s, const AttentionShape& g, int64_t seed,
-                                      int64_t threshold, int threads) {
-    const Dropout drop{static_cast<uint64_t>(seed), threshold, kAttentionSite};
+                                      double dropout_p, int threads) {
+    const Dropout drop(seed, dropout_p, s.keys);
     const AttentionBackward a{q, k, v, out, dout, softmax, dq, dk, dv, scale, s, g, drop};
     const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.head_dim);
     const int64_t parts = work < 2e5 ? 1 : threads, own = up(AttentionBackward::scratch(s.head_dim), 16) * 16;

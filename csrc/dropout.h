@@ -1,19 +1,20 @@
 // Dropout whose mask is a function of a seed and a place, so that the backward pass makes it again and nobody keeps it:
-// Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+// Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011). The mask is the same on every
+// instruction set, for any number of threads, and in the Triton kernels (fastgpt/triton/dropout.py).
 //
-// One call of the generator's sixteen counters gives the 64 numbers of one row's columns [64 g, 64 g + 64), the same on
-// every instruction set and for any number of threads.
+// One call of the generator serves four neighbours of a row; call c is counter c of the key `seed`, and a row of n
+// columns takes ceil(n / 4) calls behind those of the rows before it.
 #pragma once
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-constexpr int64_t kDropoutGroup = 64;
-enum Site : uint32_t { kBranchSite, kAttentionSite, kShortcut1Site, kShortcut2Site };  // the dropouts of one seed
+constexpr int64_t kDropoutGroup = 64;  // columns whose numbers are drawn together
 
 #if defined(__AVX512F__)
 struct Words {
@@ -30,6 +31,14 @@ FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
     low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
 }
+FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Words d) {
+    const __m512i ab0 = _mm512_unpacklo_epi32(a.v, b.v), cd0 = _mm512_unpacklo_epi32(c.v, d.v);
+    const __m512i ab1 = _mm512_unpackhi_epi32(a.v, b.v), cd1 = _mm512_unpackhi_epi32(c.v, d.v);
+    _mm512_storeu_si512(p, _mm512_unpacklo_epi64(ab0, cd0)),
+        _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(ab0, cd0));
+    _mm512_storeu_si512(p + 32, _mm512_unpacklo_epi64(ab1, cd1));
+    _mm512_storeu_si512(p + 48, _mm512_unpackhi_epi64(ab1, cd1));
+}
 #elif defined(__AVX2__)
 struct Words {
     static constexpr int lanes = 8;
@@ -44,6 +53,12 @@ FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
     low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 }
+FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Words d) {
+    const __m256i ab0 = _mm256_unpacklo_epi32(a.v, b.v), cd0 = _mm256_unpacklo_epi32(c.v, d.v);
+    const __m256i ab1 = _mm256_unpackhi_epi32(a.v, b.v), cd1 = _mm256_unpackhi_epi32(c.v, d.v);
+    store(p, {_mm256_unpacklo_epi64(ab0, cd0)}), store(p + 8, {_mm256_unpackhi_epi64(ab0, cd0)});
+    store(p + 16, {_mm256_unpacklo_epi64(ab1, cd1)}), store(p + 24, {_mm256_unpackhi_epi64(ab1, cd1)});
+}
 #else
 struct Words {
     static constexpr int lanes = 1;
@@ -57,17 +72,23 @@ FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     const uint64_t product = uint64_t{a.v} * m.v;
     high.v = static_cast<uint32_t>(product >> 32), low.v = static_cast<uint32_t>(product);
 }
+FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Words d) {
+    p[0] = a.v, p[1] = b.v, p[2] = c.v, p[3] = d.v;
+}
 #endif
 
-// Philox4x32-10 under the key `seed` for the counters (first + l, row's two halves, site), l < 16:
-// word w of counter l into out[16 w + l].
-inline void philox16(uint64_t seed, uint32_t first, uint64_t row, uint32_t site, uint32_t (&out)[kDropoutGroup]) {
+// Philox4x32-10 under the key `seed` for the counters first + l, l < 16: its four words into out[4 l] .. out[4 l + 3].
+inline void philox16(uint64_t seed, uint64_t first, uint32_t (&out)[kDropoutGroup]) {
     constexpr int L = Words::lanes;
-    uint32_t counters[16];
-    for (int l = 0; l < 16; ++l) counters[l] = first + static_cast<uint32_t>(l);
+    uint32_t low[16], high[16];
+    for (int l = 0; l < 16; ++l) {
+        // The order in which the lanes of store_interleaved's registers come to lie side by side.
+        const int at = l % L, lane = L > 1 ? at % 4 * (L / 4) + at / 4 : 0;
+        const uint64_t counter = first + static_cast<uint64_t>(l - at + lane);
+        low[l] = static_cast<uint32_t>(counter), high[l] = static_cast<uint32_t>(counter >> 32);
+    }
     for (int l = 0; l < 16; l += L) {
-        Words c0 = load_words(counters + l), c1 = words(static_cast<uint32_t>(row));
-        Words c2 = words(static_cast<uint32_t>(row >> 32)), c3 = words(site);
+        Words c0 = load_words(low + l), c1 = load_words(high + l), c2 = words(0), c3 = words(0);
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < 10; ++round) {
             Words high0, low0, high2, low2;
@@ -77,30 +98,50 @@ inline void philox16(uint64_t seed, uint32_t first, uint64_t row, uint32_t site,
             c2 = high0 ^ c3 ^ words(k1), c3 = low0;
             k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
-        store(out + l, c0), store(out + 16 + l, c1), store(out + 32 + l, c2), store(out + 48 + l, c3);
+        store_interleaved(out + 4 * l, c0, c1, c2, c3);
     }
 }
 
-// One dropout of one call: what stands at `site` of it is dropped where its number is under the threshold of 2^32.
+// One dropout of one call, on rows of `cols` columns.
 struct Dropout {
-    uint64_t seed;
-    int64_t threshold;  // 0: drops nothing
-    uint32_t site;
+    uint64_t seed = 0, calls = 0;  // of the generator, for a row
+    uint32_t threshold = 0;        // a number of 31 bits below it drops its element; 0: nothing is dropped
+    float scale = 1.0f;            // of what stays
+
+    Dropout() = default;
+    Dropout(int64_t seed_, double p, int64_t cols)
+        : seed(static_cast<uint64_t>(seed_)),
+          calls(static_cast<uint64_t>((cols + 3) / 4)),
+          threshold(least_kept(p)),
+          scale(p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f) {}
 
     bool on() const { return threshold > 0; }
 
+    // The least number that is kept. The generator's 31 bits are compared with p as the GPU does it, in float32.
+    static uint32_t least_kept(double p) {
+        uint32_t low = 0, high = uint32_t{1} << 31;
+        while (low < high) {
+            const uint32_t middle = low + (high - low) / 2;
+            if (static_cast<float>(middle) * 4.6566127342e-10f >= static_cast<float>(p))
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        return low;
+    }
+
     // The factors, 0 or 1 / (1 - p), of columns [64 group, 64 group + 64) of a row.
-    void factors(uint64_t row, int64_t group, float (&keep)[kDropoutGroup]) const {
+    void factors(int64_t row, int64_t group, float (&keep)[kDropoutGroup]) const {
         uint32_t number[kDropoutGroup];
-        philox16(seed, static_cast<uint32_t>(16 * group), row, site, number);
-        const float p = static_cast<float>(threshold) / 4294967296.0f, scale = p < 1.0f ? 1.0f / (1.0f - p) : 0.0f;
-        const uint32_t under = static_cast<uint32_t>(threshold > 0xffffffff ? 0xffffffff : threshold);
-        for (int i = 0; i < kDropoutGroup; ++i) keep[i] = number[i] >= under ? scale : 0.0f;
-        if (scale == 0.0f) std::memset(keep, 0, sizeof keep);
+        philox16(seed, static_cast<uint64_t>(row) * calls + static_cast<uint64_t>(16 * group), number);
+        for (int i = 0; i < kDropoutGroup; ++i) {
+            const uint32_t bits = number[i] ^ (number[i] >> 31 ? 0xffffffffu : 0u);
+            keep[i] = bits >= threshold ? scale : 0.0f;
+        }
     }
 
     // Multiplies the first n <= 64 of group `group` of a row, at x, by their factors.
-    void group(uint64_t row, int64_t group, float* x, int64_t n) const {
+    void group(int64_t row, int64_t group, float* x, int64_t n) const {
         float keep[kDropoutGroup];
         factors(row, group, keep);
         for_each_vec(
@@ -108,7 +149,7 @@ struct Dropout {
     }
 
     // y = residual + factors * x for a row of n columns; residual may be null, y any of the others.
-    void row(uint64_t row, const float* x, const float* residual, float* y, int64_t n) const {
+    void row(int64_t row, const float* x, const float* residual, float* y, int64_t n) const {
         float keep[kDropoutGroup];
         for (int64_t c0 = 0; c0 < n; c0 += kDropoutGroup) {
             factors(row, c0 / kDropoutGroup, keep);
@@ -119,6 +160,14 @@ struct Dropout {
         }
     }
 };
+
+// x *= the factors of [rows, cols].
+inline void dropout(float* x, int64_t rows, int64_t cols, int64_t seed, double p, int threads) {
+    const Dropout drop(seed, p, cols);
+    parallel_for(rows, max(1, 16384 / max(1, cols)), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end && drop.on(); ++r) drop.row(r, x + r * cols, nullptr, x + r * cols, cols);
+    });
+}
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

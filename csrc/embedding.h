@@ -12,23 +12,23 @@ inline int64_t id_of(const Embedding& e, int64_t row) {
     return e.wide_ids ? static_cast<const int64_t*>(e.ids)[row] : static_cast<const int32_t*>(e.ids)[row];
 }
 
-inline Dropout dropout_of(const Embedding& e) { return {static_cast<uint64_t>(e.seed), e.threshold, kBranchSite}; }
+inline Dropout dropout_of(const Embedding& e) { return {e.seed, e.dropout_p, e.width}; }
 
 // y: [batch * tokens, width]; ids in range.
-inline void embed_row(const Embedding& e, int64_t row, float* y) {
+inline void embed_row(const Embedding& e, const Dropout& drop, int64_t row, float* y) {
     const float *token = e.tok_emb + id_of(e, row) * e.width,
                 *position = e.pos_emb + (e.past + row % e.tokens) * e.width;
     y += row * e.width;
     for_each_vec(e.width, [&](int64_t c, int64_t n) {
         store_part(y + c, load_part(token + c, n) + load_part(position + c, n), n);
     });
-    const Dropout drop = dropout_of(e);
-    if (drop.on()) drop.row(static_cast<uint64_t>(row), y, nullptr, y, e.width);
+    if (drop.on()) drop.row(row, y, nullptr, y, e.width);
 }
 
 inline void embedding(const Embedding& e, float* y, int threads) {
+    const Dropout drop = dropout_of(e);
     parallel_for(e.batch * e.tokens, max(1, 65536 / max(1, e.width)), threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) embed_row(e, r, y);
+        for (int64_t r = begin; r < end; ++r) embed_row(e, drop, r, y);
     });
 }
 
@@ -52,7 +52,7 @@ inline void embedding_backward(const Embedding& e, const float* dy, float* dtok,
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t g = groups * part / parts; g < groups * (part + 1) / parts; ++g) {
                 float keep[kDropoutGroup];
-                if (drop.on()) drop.factors(static_cast<uint64_t>(row), g, keep);
+                if (drop.on()) drop.factors(row, g, keep);
                 const int64_t at = g * kDropoutGroup;
                 float* token = dtok ? dtok + id_of(e, row) * D + at : nullptr;
                 float* position = dpos ? dpos + (e.past + row % e.tokens) * D + at : nullptr;

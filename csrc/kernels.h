@@ -60,14 +60,15 @@ struct BlockGradients {
     LinearGradient up, down;
 };
 
-// A block in a training step: rows are batch * tokens. A dropout's threshold is its probability times 2^32.
+// A block in a training step: rows are batch * tokens.
 struct BlockStep {
     int64_t batch, tokens, width, heads, head_dim, hidden;
     const float* x;  // [rows, width]
     float* y;        // [rows, width]; null in backward
     float* kept;     // from forward to backward: block_kept floats
-    int64_t seed, drop_attention, drop_shortcut;
-    float* workspace;  // block_step_workspace floats
+    int64_t attention_seed, shortcut1_seed, shortcut2_seed;
+    double attention_p, shortcut_p;  // of the dropouts
+    float* workspace;                // block_step_workspace floats
 };
 
 // The embeddings of token ids: y = dropout(tok_emb[id] + pos_emb[past + t]).
@@ -76,7 +77,8 @@ struct Embedding {
     const void* ids;                 // [batch, tokens]
     int64_t wide_ids;                // whether they are int64 rather than int32
     const float *tok_emb, *pos_emb;  // [vocab, width], [context, width]; null in backward
-    int64_t seed, threshold;
+    int64_t seed;
+    double dropout_p;
 };
 
 struct NormBackward {
@@ -92,19 +94,20 @@ struct Kernels {
     const char* isa;
     void (*layer_norm)(const float* x, const float* branch, const float* weight, const float* bias, float* total,
                        float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed,
-                       int64_t threshold, int threads);
+                       double dropout_p, int threads);
     int64_t (*norm_partials)(int64_t rows, int64_t cols);
-    void (*layer_norm_backward)(const NormBackward& b, float* dbranch, int64_t seed, int64_t threshold, int threads);
+    void (*layer_norm_backward)(const NormBackward& b, float* dbranch, int64_t seed, double dropout_p, int threads);
     void (*bias_gelu)(const float* x, const float* bias, float* y, int64_t rows, int64_t cols, int threads);
     void (*bias_gelu_backward)(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
                                int64_t rows, int64_t cols, int threads);
     // False where the workspace could not be had; nothing is written then.
     bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
-                             const AttentionShape& shape, int64_t seed, int64_t threshold, int threads);
+                             const AttentionShape& shape, int64_t seed, double dropout_p, int threads);
     bool (*causal_attention_backward)(const float* q, const float* k, const float* v, const float* out,
                                       const float* dout, const float* softmax, float* dq, float* dk, float* dv,
                                       float scale, const AttentionShape& shape, const AttentionShape& gradients,
-                                      int64_t seed, int64_t threshold, int threads);
+                                      int64_t seed, double dropout_p, int threads);
+    void (*dropout)(float* x, int64_t rows, int64_t cols, int64_t seed, double p, int threads);
     void (*embedding)(const Embedding& e, float* y, int threads);
     void (*embedding_backward)(const Embedding& e, const float* dy, float* dtok, int64_t vocab, float* dpos,
                                int64_t context, int threads);

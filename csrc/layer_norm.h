@@ -63,8 +63,8 @@ inline void norm_row(const float* x, const float* scale, const float* shift, flo
 // branch and total go together and may be null, mean and rstd likewise; total may be x.
 inline void layer_norm(const float* x, const float* branch, const float* weight, const float* bias, float* total,
                        float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed,
-                       int64_t threshold, int threads) {
-    const Dropout drop{static_cast<uint64_t>(seed), threshold, kBranchSite};
+                       double dropout_p, int threads) {
+    const Dropout drop(seed, dropout_p, cols);
     const int64_t grain = max(1, 16384 / max(1, cols));
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
@@ -72,7 +72,7 @@ inline void layer_norm(const float* x, const float* branch, const float* weight,
             if (branch) {
                 float* out = total + r * cols;
                 if (drop.on())
-                    drop.row(static_cast<uint64_t>(r), branch + r * cols, row, out, cols);
+                    drop.row(r, branch + r * cols, row, out, cols);
                 else
                     for_each_vec(cols, [&](int64_t c, int64_t n) {
                         store_part(out + c, load_part(row + c, n) + load_part(branch + r * cols + c, n), n);
@@ -135,16 +135,15 @@ inline void norm_backward(const Team& team, const NormBackward& b) {
 }
 
 // dbranch = the dropout's factors * dx, where there is a dropout.
-inline void layer_norm_backward(const NormBackward& b, float* dbranch, int64_t seed, int64_t threshold, int threads) {
-    const Dropout drop{static_cast<uint64_t>(seed), threshold, kBranchSite};
+inline void layer_norm_backward(const NormBackward& b, float* dbranch, int64_t seed, double dropout_p, int threads) {
+    const Dropout drop(seed, dropout_p, b.cols);
     Barrier meeting;
     parallel_region(b.rows * b.cols < 16384 ? 1 : threads, [&](int64_t part, int64_t parts) {
         const Team team{part, parts, meeting, nullptr};
         norm_backward(team, b);
         if (dbranch)
-            team.share_rows(b.rows, [&](int64_t r) {
-                drop.row(static_cast<uint64_t>(r), b.dx + r * b.cols, nullptr, dbranch + r * b.cols, b.cols);
-            });
+            team.share_rows(b.rows,
+                            [&](int64_t r) { drop.row(r, b.dx + r * b.cols, nullptr, dbranch + r * b.cols, b.cols); });
     });
 }
 

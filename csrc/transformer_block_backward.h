@@ -99,10 +99,9 @@ inline BlockRun run_of(const BlockStep& s) {
     r.middle = s.kept + 2 * M * s.heads, r.qkv = r.middle + M * D, r.context = r.qkv + M * 3 * D,
     r.pre = r.context + M * D;
     r.mean1 = r.pre + M * s.hidden, r.rstd1 = r.mean1 + M, r.mean2 = r.rstd1 + M, r.rstd2 = r.mean2 + M;
-    const uint64_t seed = static_cast<uint64_t>(s.seed);
-    r.drop_attention = {seed, s.drop_attention, kAttentionSite};
-    r.drop_shortcut1 = {seed, s.drop_shortcut, kShortcut1Site};
-    r.drop_shortcut2 = {seed, s.drop_shortcut, kShortcut2Site};
+    r.drop_attention = {s.attention_seed, s.attention_p, s.tokens};
+    r.drop_shortcut1 = {s.shortcut1_seed, s.shortcut_p, D};
+    r.drop_shortcut2 = {s.shortcut2_seed, s.shortcut_p, D};
     return r;
 }
 

@@ -18,13 +18,13 @@ def layer_norm(
     cols: int,
     eps: float,
     seed: int,
-    threshold: int,
+    dropout_p: float,
     threads: int,
     /,
 ) -> None: ...
 def norm_partials(rows: int, cols: int, /) -> int: ...
 def layer_norm_backward(
-    fields: list[int], dbranch: int, seed: int, threshold: int, threads: int, /
+    fields: list[int], dbranch: int, seed: int, dropout_p: float, threads: int, /
 ) -> None: ...
 def bias_gelu(x: int, bias: int, y: int, rows: int, cols: int, threads: int, /) -> None: ...
 def bias_gelu_backward(
@@ -39,7 +39,7 @@ def causal_attention(
     scale: float,
     shape: list[int],
     seed: int,
-    threshold: int,
+    dropout_p: float,
     threads: int,
     /,
 ) -> None: ...
@@ -49,10 +49,11 @@ def causal_attention_backward(
     shape: list[int],
     gradients: list[int],
     seed: int,
-    threshold: int,
+    dropout_p: float,
     threads: int,
     /,
 ) -> None: ...
+def dropout(x: int, rows: int, cols: int, seed: int, p: float, threads: int, /) -> None: ...
 def embedding(fields: list[int], y: int, threads: int, /) -> None: ...
 def embedding_backward(
     fields: list[int],

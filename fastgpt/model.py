@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch, ops
 from fastgpt.config import Config, check_config, check_ids
 from fastgpt.kv_cache import KVCache, Staged, cached_tokens, idle
-from fastgpt.modules import LayerNorm, TransformerBlock, add_norm, linear
+from fastgpt.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
 from fastgpt.plain import drop_probability, known, plain
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class GPTModel(nn.Module):
         self.cfg = dict(cfg)
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
-        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.drop_emb = Dropout(cfg["drop_rate"])
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)

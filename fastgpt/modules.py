@@ -47,6 +47,17 @@ class GELU(nn.Module):
 
 
 @known
+class Dropout(nn.Dropout):
+    """nn.Dropout that draws the same mask whether it runs by itself or fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        if not self.training or self.inplace:
+            return super().forward(x)
+        return ops.dropout(x, self.p)
+
+
+@known
 class FeedForward(nn.Module):
     """Linear, GELU, Linear: emb_dim -> 4 emb_dim -> emb_dim.
 
@@ -116,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # A key of the state dict; held only once somebody reads or sets it.
         self._buffers["mask"] = None
         ops.pack_on_gpu(self._projections(), {})
@@ -261,7 +272,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(cfg)
         self.norm1 = LayerNorm(cfg["emb_dim"])
         self.norm2 = LayerNorm(cfg["emb_dim"])
-        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
+        self.drop_shortcut = Dropout(cfg["drop_rate"])
 
     @property
     def drop_resid(self) -> nn.Module:

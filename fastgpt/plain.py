@@ -53,7 +53,9 @@ def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
     None where it is not plainly one.
     """
-    if plain(dropout, nn.Dropout):
+    if isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN:
+        if not plain(dropout, type(dropout)):
+            return None
         return dropout.p if dropout.training else 0.0
     return 0.0 if plain(dropout, nn.Identity) else None
 

@@ -154,12 +154,13 @@ def _block(block: Any, run: Run) -> tuple[tuple[int, ...], int] | None:
 def block_step(
     block: TransformerBlock, x: Tensor, branch: Tensor | None, owner: nn.Module
 ) -> Tensor | None:
-    """The block on x + branch as one operation of a training step; None where it can't be one.
+    """The block on x + branch as one operation, with gradients or without; None where it can't be
+    one.
 
     Raises:
         ValueError: the tokens are more than the block's context length.
     """
-    if not torch.is_grad_enabled() or not dispatch.runs_whole(x):
+    if not dispatch.runs_whole(x):
         return None
     b = taken_apart(block)
     if b is None or x.dim() != 3 or x.shape[2] != b.width:

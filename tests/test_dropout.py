@@ -1,5 +1,7 @@
 """The fused dropouts: their masks bit for bit, in forward and in backward, and what they draw."""
 
+import copy
+
 import philox
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.dropout import draw_seed
+from fastgpt.dropout import draw_seed, draw_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 P = 0.3
@@ -24,11 +26,11 @@ def fused(request):
         yield request.param
 
 
-def seed_after(manual_seed):
+def seeds_after(manual_seed, n=1):
     torch.manual_seed(manual_seed)
-    seed = draw_seed(P)
+    seeds = draw_seeds(*[P] * n)
     torch.manual_seed(manual_seed)
-    return seed
+    return seeds
 
 
 def test_numpy_philox_gives_the_published_numbers():
@@ -51,7 +53,7 @@ def test_numpy_philox_gives_the_published_numbers():
 @pytest.mark.parametrize("cols", [1, 16, 48, 64, 65, 200])
 def test_the_mask_of_a_branch(fused, cols):
     x, branch = torch.randn(5, cols), torch.randn(5, cols, requires_grad=True)
-    mask = philox.factors(seed_after(3), P, philox.BRANCH, 5, cols).float()
+    mask = philox.keep(*seeds_after(3), (5, cols), P).float()
     _, total = ops.add_layer_norm(x, branch, torch.ones(cols), torch.zeros(cols), dropout_p=P)
     torch.testing.assert_close(total, x + mask * branch)
     assert torch.equal(total == x, mask == 0)
@@ -62,7 +64,7 @@ def test_the_mask_of_a_branch(fused, cols):
 def test_the_mask_of_the_embeddings(fused):
     tok, pos = torch.randn(7, 80, requires_grad=True), torch.randn(9, 80, requires_grad=True)
     idx = torch.randint(0, 7, (2, 5))
-    mask = philox.factors(seed_after(3), P, philox.BRANCH, 10, 80).float().view(2, 5, 80)
+    mask = philox.keep(*seeds_after(3), (2, 5, 80), P).float()
     x = ops.embedding(idx, tok, pos, past=2, dropout_p=P)
     theirs = mask * (tok[idx] + pos[2:7])
     torch.testing.assert_close(x, theirs)
@@ -81,7 +83,7 @@ def attention_with(mask, q, k, v):
 @pytest.mark.parametrize(("T", "S", "D"), [(1, 1, 16), (7, 9, 24), (50, 130, 64), (129, 129, 16)])
 def test_the_mask_of_the_attention(fused, T, S, D):
     q, k, v = (torch.randn(2, 3, n, D, requires_grad=True) for n in (T, S, S))
-    mask = philox.factors(seed_after(5), P, philox.ATTENTION, 2 * 3 * T, S).view(2, 3, T, S)
+    mask = philox.keep(*seeds_after(5), (2, 3, T, S), P)
     ours, theirs = ops.causal_attention(q, k, v, dropout_p=P), attention_with(mask, q, k, v)
     assert_same(ours, theirs)
     assert_same(*(torch.autograd.grad(weigh(y), (q, k, v)) for y in (ours, theirs)))
@@ -92,25 +94,22 @@ def test_the_masks_of_a_block(fused):
     model = pair(drop_rate=P)[0]
     block, B, T, D, H = model.trf_blocks[0], 2, 9, CONFIG["emb_dim"], CONFIG["n_heads"]
     x = torch.randn(B, T, D, requires_grad=True)
-    seed = seed_after(8)
+    shapes = [(B, H, T, T), (B, T, D), (B, T, D)]
+    masks = [philox.keep(s, shape, P) for s, shape in zip(seeds_after(8, 3), shapes, strict=True)]
     ours = block(x)
-
-    def mask(site, cols, *shape):
-        return philox.factors(seed, P, site, B * T if site > 1 else B * H * T, cols).view(shape)
-
     att = block.att
     h = F.layer_norm(x, (D,), block.norm1.scale, block.norm1.shift)
     q, k, v = (
         linear(h).unflatten(-1, (H, -1)).transpose(1, 2)
         for linear in (att.W_query, att.W_key, att.W_value)
     )
-    context = attention_with(mask(philox.ATTENTION, T, B, H, T, T), q, k, v)
+    context = attention_with(masks[0], q, k, v)
     branch = att.out_proj(context.transpose(1, 2).flatten(2))
-    m = x + mask(philox.SHORTCUT1, D, B, T, D).float() * branch
+    m = x + masks[1].float() * branch
     h = F.layer_norm(m, (D,), block.norm2.scale, block.norm2.shift)
     up, _, down = block.ff.layers
     branch = down(F.gelu(up(h), approximate="tanh"))
-    theirs = m + mask(philox.SHORTCUT2, D, B, T, D).float() * branch
+    theirs = m + masks[2].float() * branch
     assert_same(ours, theirs)
     leaves = [x, *block.parameters()]
     assert_same(*(torch.autograd.grad(weigh(y), leaves) for y in (ours, theirs)))
@@ -225,19 +224,150 @@ def test_a_second_derivative_is_refused(fused):
         )
 
 
+def no_grad(model, ids):
+    with torch.no_grad():
+        return model(ids)
+
+
+def inference_mode(model, ids):
+    with torch.inference_mode():
+        return model(ids).clone()
+
+
+def hooked(*names):
+    """With a hook on the modules of these names, so that they run as modules."""
+
+    def run(model, ids):
+        modules = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
+        assert modules
+        handles = [m.register_forward_hook(lambda *args: None) for m in modules]
+        try:
+            return model(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+class OwnLinear(nn.Linear):
+    """A subclass, which no fused code knows."""
+
+
+def replaced(*names):
+    """With another class of linear layer, which takes a block apart."""
+
+    def run(model, ids):
+        model = copy.deepcopy(model)
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in names:
+                module.__class__ = OwnLinear
+        return model(ids)
+
+    return run
+
+
+def cached(model, ids):
+    with torch.no_grad():
+        return model(ids, cache=fastgpt.KVCache(len(model.trf_blocks)))
+
+
+def edited_mask(model, ids):
+    """The mask is the causal one for every token there is, so the output is the same."""
+    model = copy.deepcopy(model)
+    for block in model.trf_blocks:
+        block.att.mask[-1, -1] = 1
+    return model(ids)
+
+
+def checkpointed(reentrant):
+    def run(model, ids):
+        x = model.drop_emb(model.tok_emb(ids) + model.pos_emb(torch.arange(ids.shape[1])))
+        for block in model.trf_blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        return model.out_head(model.final_norm(x))
+
+    return run
+
+
+def wide(model, ids):
+    """In float64, where no fused code runs."""
+    return copy.deepcopy(model).double()(ids).float()
+
+
+WAYS = {
+    "no_grad": no_grad,
+    "inference_mode": inference_mode,
+    "a hook on the blocks": hooked("0", "1"),
+    "a hook on the attention": hooked("att"),
+    "a hook on the norms": hooked("norm1", "norm2", "final_norm"),
+    "a hook on the dropouts": hooked("drop_emb", "dropout", "drop_shortcut"),
+    "another query": replaced("W_query"),
+    "another projection": replaced("out_proj"),
+    "with a cache": cached,
+    "an edited mask": edited_mask,
+    "checkpointed": checkpointed(False),
+    "checkpointed, reentrant": checkpointed(True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_one_seed_gives_one_mask_whichever_path_computes(fused, way):
+    assert_one_mask(way)
+
+
+def test_one_seed_gives_one_mask_in_float64():
+    assert_one_mask(wide)
+
+
+def assert_one_mask(way):
+    model, ids, outputs = pair(drop_rate=P)[0], some_ids(), []
+    for run in (lambda model, ids: model(ids), way):
+        torch.manual_seed(9)
+        outputs.append(run(model, ids))
+        outputs[-1] = [outputs[-1].detach(), torch.rand(())]  # and the next draw is the same
+    assert_same(*outputs)
+
+
+def test_one_seed_gives_one_mask_under_autocast():
+    model, ids, outputs = pair(drop_rate=P)[0], some_ids(), []
+    for narrow in (False, True):
+        torch.manual_seed(9)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            outputs.append(model(ids).float())
+    off = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+    assert off < 0.05  # bfloat16's rounding; other masks make it 1
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_makes_the_same_masks_again(fused, reentrant):
+def test_checkpointing_gives_the_gradients_of_its_loss(fused, reentrant):
+    """A loss that is not linear: where the second forward pass drew other masks, the gradients
+    would belong to another loss.
+    """
+    model, ids, found = pair(drop_rate=P)[0], some_ids(), []
+    for run in (lambda model, ids: model(ids), checkpointed(reentrant)):
+        torch.manual_seed(9)
+        loss = F.cross_entropy(run(model, ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_block_repeats_its_bits(fused, reentrant):
     block = pair(drop_rate=P)[0].trf_blocks[0]
     x = torch.randn(2, 9, CONFIG["emb_dim"], requires_grad=True)
-    grads = []
+    found = []
     for call in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
         torch.manual_seed(9)
-        weigh(call(x)).backward()
+        y = call(x)
+        y.square().sum().backward()
         leaves = [x, *block.parameters()]
-        grads.append([leaf.grad.clone() for leaf in leaves])
+        found.append([y.detach(), *(leaf.grad.clone() for leaf in leaves)])
         for leaf in leaves:
             leaf.grad = None
-    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_no_seed_is_drawn_into_a_cuda_graph(monkeypatch):

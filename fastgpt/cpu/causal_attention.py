@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data, threshold
+from fastgpt.cpu.records import data
 
 
 def causal_attention(
@@ -36,7 +36,7 @@ def causal_attention(
         scale,
         _shape(q, k, v, out),
         seed,
-        threshold(dropout_p),
+        dropout_p,
         torch.get_num_threads(),
     )
 
@@ -68,7 +68,7 @@ def causal_attention_backward(
         _shape(q, k, v, out),
         _shape(dq, dk, dv, dout),
         seed,
-        threshold(dropout_p),
+        dropout_p,
         torch.get_num_threads(),
     )
 

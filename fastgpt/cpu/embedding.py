@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data, threshold
+from fastgpt.cpu.records import data, double
 
 
 def embedding(
@@ -59,4 +59,4 @@ def _step(
     """struct Embedding."""
     wide = int(idx.dtype is torch.int64)
     tables = (data(tok), data(pos))
-    return [*idx.shape, past, width, idx.data_ptr(), wide, *tables, seed, threshold(dropout_p)]
+    return [*idx.shape, past, width, idx.data_ptr(), wide, *tables, seed, double(dropout_p)]

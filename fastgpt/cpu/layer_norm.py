@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data, threshold
+from fastgpt.cpu.records import data
 
 
 def layer_norm(
@@ -43,7 +43,7 @@ def layer_norm(
         cols,
         eps,
         seed,
-        threshold(dropout_p),
+        dropout_p,
         torch.get_num_threads(),
     )
 
@@ -82,6 +82,6 @@ def layer_norm_backward(
         [*map(data, tensors), rows, cols],
         data(dbranch),
         seed,
-        threshold(dropout_p),
+        dropout_p,
         torch.get_num_threads(),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import struct
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +72,8 @@ def threads_for(multiplications: int) -> int:
     return torch.get_num_threads() if multiplications > GRAIN else 1
 
 
-def threshold(p: float) -> int:
-    """A dropout's probability as C++ compares with it: times 2^32."""
-    return round(p * 2**32)
+@functools.lru_cache
+def double(number: float) -> int:
+    """The 64 bits of a float, for a record's field of that type."""
+    bits: int = struct.unpack("=q", struct.pack("=d", number))[0]
+    return bits

@@ -12,11 +12,11 @@ from fastgpt.cpu import _C
 from fastgpt.cpu.records import (
     address,
     data,
+    double,
     gradient_like,
     linear,
     linear_gradient,
     threads_for,
-    threshold,
 )
 from fastgpt.cpu.workspace import workspace
 
@@ -47,11 +47,13 @@ class BlockParameters(NamedTuple):
 
 
 class Dropouts(NamedTuple):
-    """Of one call: the probabilities on the attention's weights and on the two shortcuts."""
+    """Of one call: the probabilities on the attention's weights and on the two shortcuts, and the
+    seeds of the three.
+    """
 
-    attention_p: float = 0.0
-    shortcut_p: float = 0.0
-    seed: int = 0
+    attention_p: float
+    shortcut_p: float
+    seeds: tuple[int, ...]
 
 
 def record(p: BlockParameters, width: int) -> tuple[int, ...] | None:
@@ -79,8 +81,8 @@ def _step(
     """struct BlockStep but for its workspace."""
     B, T, D = x.shape
     sizes = (B, T, D, n_heads, D // n_heads, p.up_weight.shape[0])
-    thresholds = (threshold(drops.attention_p), threshold(drops.shortcut_p))
-    return [*sizes, x.data_ptr(), data(y), data(kept), drops.seed, *thresholds]
+    probabilities = (double(drops.attention_p), double(drops.shortcut_p))
+    return [*sizes, x.data_ptr(), data(y), data(kept), *drops.seeds, *probabilities]
 
 
 def _threads(x: Tensor, p: BlockParameters) -> int:

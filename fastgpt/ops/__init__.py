@@ -3,6 +3,7 @@ backend.
 """
 
 from fastgpt.ops.causal_attention import causal_attention
+from fastgpt.ops.dropout import dropout
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.layer_norm import add_layer_norm, layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "causal_attention",
     "check_targets",
     "checked_linear_cross_entropy",
+    "dropout",
     "embedding",
     "gelu",
     "layer_norm",

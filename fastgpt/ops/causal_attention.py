@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.ops.dropout import dropout
 from fastgpt.triton import choices
 
 
@@ -63,8 +64,9 @@ def _torch(
 ) -> Tensor:
     """By PyTorch's operation; vendor: as ``choices.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
-    if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
-        return F.dropout(weights(q, k, scale), dropout_p) @ v
+    # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own.
+    if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda):
+        return dropout(weights(q, k, scale), dropout_p) @ v
     if T == S:
         with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
             return F.scaled_dot_product_attention(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch
 from fastgpt.config import check_ids
 from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.ops.dropout import dropout
 
 
 def embedding(
@@ -63,7 +64,7 @@ def embedding(
 
 def _torch(idx: Tensor, tok: Tensor, pos: Tensor, past: int, dropout_p: float) -> Tensor:
     x = F.embedding(idx, tok) + pos[past : past + idx.shape[1]]
-    return F.dropout(x, dropout_p) if dropout_p > 0 else x
+    return dropout(x, dropout_p)
 
 
 def _forward(kernels, idx, tok, pos, past, dropout_p, seed):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch, reference
 from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.ops.dropout import dropout
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -104,7 +105,7 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def _torch_add(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    total = x + (F.dropout(branch, dropout_p) if dropout_p > 0 else branch)
+    total = x + dropout(branch, dropout_p)
     return _torch(total, weight, bias, eps), total
 
 

@@ -17,7 +17,7 @@ from fastgpt.cpu.transformer_block import (
     transformer_block_backward,
 )
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
-from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.dropout import draw_seeds, refuse_double_backward
 from fastgpt.ops.causal_attention import weights as attention_weights
 
 
@@ -41,7 +41,7 @@ def transformer_block(
 
     Returns:
         [B, T, D]; None where no kernel takes these tensors and the operations inside must run one
-        by one. Draws one number from torch's CPU generator if something is dropped.
+        by one. Draws one number from torch's CPU generator for each dropout that drops something.
 
     Raises:
         ValueError: D is not a multiple of n_heads, or a probability is not one.
@@ -53,7 +53,8 @@ def transformer_block(
     fields = record(parameters, x.shape[2])
     if fields is None:
         return None
-    drops = Dropouts(attention_p, shortcut_p, draw_seed(attention_p, shortcut_p))
+    seeds = draw_seeds(attention_p, shortcut_p, shortcut_p)
+    drops = Dropouts(attention_p, shortcut_p, seeds)
     return _TransformerBlock.apply(x, n_heads, drops, owner, fields, *parameters)
 
 

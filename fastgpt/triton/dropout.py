@@ -1,12 +1,15 @@
 """Dropout's mask, drawn where it is used and drawn again in the backward pass: never stored.
 
-Philox 4x32, one call for four neighbouring elements.
+Philox 4x32, one call for four neighbouring elements; bit for bit the mask of csrc/dropout.h.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.triton import settings
 
 
 @triton.jit
@@ -30,3 +33,37 @@ def keep_scale(seed, rows, first_col, n_cols, p, BLOCK: tl.constexpr):
     calls = rows.to(tl.int64)[:, None] * tl.cdiv(n_cols, 4) + first_col // 4
     calls += tl.arange(0, BLOCK // 4)[None, :]
     return tl.where(kept(seed, calls, p), 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows", "seed"])
+def dropout_kernel(
+    x_ptr,  # [n_rows, n_cols]
+    n_rows,
+    n_cols,
+    p,
+    seed,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program owns ROWS rows of BLOCK columns.
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * BLOCK
+    cols = first + tl.arange(0, BLOCK)
+    ptrs = x_ptr + rows[:, None].to(tl.int64) * n_cols + cols[None, :]
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    tl.store(ptrs, x * keep_scale(seed, rows, first, n_cols, p, BLOCK), mask=mask)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> None:
+    """Drops elements of x in place and scales the others by 1 / (1 - p).
+
+    x: [..., D] contiguous, any floating dtype.
+    """
+    if x.numel() == 0:
+        return
+    n_cols = x.shape[-1] if x.ndim else 1
+    n_rows = x.numel() // n_cols
+    launch = settings.launch("dropout", x)
+    grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"]))
+    dropout_kernel[grid](x, n_rows, n_cols, p, seed, **launch)

@@ -95,6 +95,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     "sum_rows": {(ANY, ANY, ANY): _row(4, BLOCK_M=64, BLOCK_N=32)},
     "bias_gelu_fwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
     "bias_gelu_bwd": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=512)},
+    "dropout": {(ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=256)},
     "embedding_fwd": {
         (ANY, ANY, ANY): _row(4, ROWS=4, BLOCK=256),
         ("gfx942", ANY, ANY): _row(2, ROWS=4, BLOCK=256),

@@ -1,3 +1,4 @@
+import philox
 import pytest
 import torch
 from helpers import forward_backward
@@ -5,7 +6,7 @@ from torch.nn import functional as F
 
 from fastgpt.triton import settings
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
-from on_triton.support import gpu, philox
+from on_triton.support import gpu
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
 from on_triton.support.compare import check
 

@@ -1,8 +1,8 @@
+import philox
 import pytest
 import torch
 
 from fastgpt.triton.embedding import embedding, embedding_backward
-from on_triton.support import philox
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
 from on_triton.support.compare import check
 

@@ -1,9 +1,9 @@
+import philox
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastgpt.triton.layer_norm import MAX_WIDTH, layer_norm, layer_norm_backward
-from on_triton.support import philox
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
 from on_triton.support.compare import check
 

@@ -1,12 +1,13 @@
 """The tests' own machinery: mended interpreter, fake GPU, padding, random numbers."""
 
 import numpy as np
+import philox
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from on_triton.support import gpu, philox
+from on_triton.support import gpu
 from on_triton.support.padding import Padding
 
 
