@@ -1,6 +1,9 @@
 """The GPT of "Build a Large Language Model (From Scratch)", chapter 4, made fast."""
 
+import warnings as _warnings
+
 from fastgpt import cpu, ops
+from fastgpt._distribution import stranger as _stranger
 from fastgpt._version import __version__
 from fastgpt.accelerate import accelerate
 from fastgpt.config import GPT_CONFIG_124M
@@ -10,6 +13,9 @@ from fastgpt.kv_cache import KVCache
 from fastgpt.model import GPTModel
 from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
+
+if _said := _stranger():
+    _warnings.warn(_said, stacklevel=2)
 
 __all__ = [
     "GELU",

@@ -71,7 +71,7 @@ class GPTModel(nn.Module):
             WeightsError: a file cannot be read, or tensors are missing, left over or misshapen; all
                 of them are named.
             FileNotFoundError: there is no such file, and the hub cannot be reached.
-            ImportError: safetensors or huggingface_hub is needed: the extra "hub".
+            ImportError: safetensors or huggingface_hub is missing.
         """
         from fastgpt import weights
 

@@ -219,7 +219,7 @@ def test_generation_and_saving(tmp_path):
     assert torch.equal(
         tokens, reference.generate_text_simple(lambda i: logits(theirs, i), some_ids(T=4), 8, 32)
     )
-    pytest.importorskip("safetensors", reason="needs fastgpt[hub]")
+    pytest.importorskip("safetensors", reason="needs safetensors")
     ours.save_pretrained(tmp_path)
     again = type(theirs).from_pretrained(tmp_path)
     assert_same(dict(again.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=0)

@@ -191,7 +191,7 @@ def test_bad_usage(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "fastgpt.bench.page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["bench"]) == 2
-    assert "pip install 'fastgpt[report]'" in capsys.readouterr().err
+    assert "pip install jinja2 matplotlib rich" in capsys.readouterr().err
 
 
 def test_quartiles_lie_within_what_was_measured(tiny, monkeypatch):

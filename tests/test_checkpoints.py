@@ -11,7 +11,7 @@ import fastgpt
 from fastgpt import GPTModel, WeightsError, reference, weights
 from fastgpt.weights import files
 
-safetensors = pytest.importorskip("safetensors.torch", reason="needs fastgpt[hub]")
+safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 
 SMALL = CONFIG | {"qkv_bias": False}

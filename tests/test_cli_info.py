@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 import fastgpt
@@ -41,7 +44,7 @@ def test_what_is_missing(capsys, monkeypatch):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "no compiler" in out
-    assert "pip install 'fastgpt[cli]'" in out
+    assert "pip install rich" in out
     assert "FASTGPT_CPU_ISA" in out
 
 
@@ -64,5 +67,25 @@ def test_the_core_install_is_enough():
     assert done.returncode == 2
     assert "backend reference" in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "fastgpt train: training needs safetensors: pip install 'fastgpt[train]'"
+        "fastgpt train: training needs safetensors: pip install matplotlib numpy rich safetensors"
     )
+
+
+@pytest.mark.parametrize("over_ours", [True, False])
+def test_a_stranger_s_library_of_the_same_name_is_named(tmp_path, over_ours):
+    """pip leaves a RECORD of what it has put where; a distribution elsewhere does no harm."""
+    info = tmp_path / "fastgpt-0.0.8.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastgpt\nVersion: 0.0.8\n")
+    (info / "RECORD").write_text("fastgpt/__init__.py,,\n")
+    here = Path(fastgpt.__file__).parent
+    if over_ours:
+        (tmp_path / "fastgpt").symlink_to(here)
+    path = os.pathsep.join([str(tmp_path), str(here.parent)])
+    command = [sys.executable, "-W", "default", "-m", "fastgpt", "info"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    said = "another library, the distribution fastgpt 0.0.8, is installed into the same folder"
+    assert (said in done.stdout) == (said in done.stderr) == over_ours

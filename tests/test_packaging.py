@@ -93,6 +93,7 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         headers = HeaderParser().parsestr(archive.read(metadata).decode())
     info = metadata.partition("/")[0]
+    assert headers["Name"] == "fastgpt-kernels"
     assert {name.partition("/")[0] for name in names} == {"fastgpt", info}
     files = {name for name in names if name.startswith("fastgpt/")}
     package = sources("fastgpt/**/*.py", "fastgpt/**/*.html", "fastgpt/*.pyi")

@@ -60,7 +60,7 @@ def run_bench(args: argparse.Namespace) -> int:
         from fastgpt.bench.charts import charts
         from fastgpt.bench.page import page
     except ModuleNotFoundError as error:
-        message = f"the report needs {error.name}: pip install 'fastgpt[report]'"
+        message = f"the report needs {error.name}: pip install jinja2 matplotlib rich"
         raise UsageError(message) from None
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {args.out} does not end in .html")
@@ -81,7 +81,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastgpt.bench.measure import measure
     from fastgpt.bench.works import FULL, QUICK
 
-    need_rich("the progress bar needs rich: pip install 'fastgpt[report]'")
+    need_rich("the progress bar needs rich: pip install rich")
     folder = args.out.parent
     try:  # now rather than after minutes
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def add_to(commands: Commands) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     if not args.json:
-        need_rich("the table needs rich: pip install 'fastgpt[cli]', or take --json")
+        need_rich("the table needs rich: pip install rich, or take --json")
     notes = sys.stderr if args.json else sys.stdout
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from fastgpt import cpu
+from fastgpt._distribution import stranger
 from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.dispatch import BackendWarning, backends, requested
 from fastgpt.machine import machine
 
-# Beside the core: what each is for, and the extra that brings it.
+# Beside the core: what each is for.
 OPTIONAL = {
-    "triton": ("GPU kernels", "triton"),
-    "rich": ("tables and progress bars", "cli"),
-    "safetensors": ("training, and loading models", "train"),
-    "huggingface_hub": ("loading models by their names on the hub", "hub"),
-    "matplotlib": ("the picture of a run's losses, and the charts of bench", "train"),
-    "jinja2": ("the page of bench", "report"),
+    "triton": "GPU kernels",
+    "rich": "tables and progress bars",
+    "safetensors": "training, and loading models",
+    "huggingface_hub": "loading models by their names on the hub",
+    "matplotlib": "the picture of a run's losses, and the charts of bench",
+    "jinja2": "the page of bench",
 }
 
 
@@ -60,10 +61,12 @@ def collect() -> dict[str, dict[str, Any]]:
     """Everything that is printed, by headings."""
     versions = {name: _version(name) for name in ("tiktoken", "numpy", *OPTIONAL)}
     missing = {
-        name: f"{use}: pip install 'fastgpt[{extra}]'"
-        for name, (use, extra) in OPTIONAL.items()
+        name: f"{use}: pip install {name}"
+        for name, use in OPTIONAL.items()
         if versions[name] is None
     }
+    if said := stranger():
+        missing["a folder of its own"] = said
     for row in backends().values():
         if not row.available:
             missing[f"backend {row.name}"] = row.reason or "not available"

@@ -95,7 +95,9 @@ def run_train(args: argparse.Namespace) -> int:
     try:
         from fastgpt.training import checkpoint, parallel, start, trainer
     except ModuleNotFoundError as error:
-        raise UsageError(f"training needs {error.name}: pip install 'fastgpt[train]'") from None
+        raise UsageError(
+            f"training needs {error.name}: pip install matplotlib numpy rich safetensors"
+        ) from None
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}

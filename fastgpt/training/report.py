@@ -97,7 +97,7 @@ class Console(Report):
         if not finished:
             self._say(f"stopped at step {step}; --resume goes on from there")
         if not draw(self.out / LOG, self.out / PICTURE):
-            self._say(f"no {PICTURE}: that takes matplotlib, pip install 'fastgpt[train]'")
+            self._say(f"no {PICTURE}: that takes matplotlib, pip install matplotlib")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -18,7 +18,7 @@ def _missing() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"triton runs on Linux, this is {sys.platform}"
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'fastgpt[triton]')"
+        return "triton is not installed (pip install triton)"
     return None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
-NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install 'fastgpt[hub]'"
+NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install safetensors huggingface_hub"
 
 # What a safetensors header calls the dtypes that weights and masks come in.
 _DTYPES = {

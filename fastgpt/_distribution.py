@@ -1,0 +1,31 @@
+"""Whether another distribution writes into this package's folder.
+
+On the package index the name "fastgpt" belongs to another library; this one is "fastgpt-kernels".
+Where both are installed, whichever came last has overwritten files of the other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+NAME = "fastgpt-kernels"
+
+
+def stranger() -> str | None:
+    """A sentence about the other library where it is installed over this one, else None."""
+    try:
+        other = importlib.metadata.distribution("fastgpt")
+        record = other.read_text("RECORD") or ""  # what pip has put there; a checkout has none
+        ours = Path(__file__).parent / "__init__.py"
+        if f"{ours.parent.name}/{ours.name}," not in record:
+            return None
+        there = Path(str(other.locate_file("fastgpt"))) / ours.name
+        if not there.exists() or not there.samefile(ours):
+            return None
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
+    return (
+        f"another library, the distribution fastgpt {other.version}, is installed into the same "
+        f"folder: pip uninstall fastgpt, then pip install --force-reinstall --no-deps {NAME}"
+    )
