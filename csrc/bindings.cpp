@@ -217,7 +217,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("openmp") = false;
 #endif
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
-    m.def("linear_scratch", [](bool backward) { return kernels().linear_scratch(backward); });
+    m.def("product_scratch", [](bool backward) { return kernels().product_scratch(backward); });
     m.def("linear_cross_entropy_workspace", [](int64_t rows, int64_t vocab, int threads) {
         return kernels().linear_cross_entropy_workspace(rows, vocab, threads);
     });

@@ -9,9 +9,9 @@
 
 #include <cstdlib>
 
+#include "attention_product.h"
 #include "dropout.h"
 #include "parallel.h"
-#include "tile_product.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
@@ -85,8 +85,9 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
         const int64_t n = min(kKeyTile, visible - key);
         for (int64_t j = 0; j < n; j += kGroupCols)
             for (int64_t i = skip; i < rows; i += kGroupRows)
-                tile_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, kGroupCols,
-                                    w.scores + i * kKeyTile + j, kKeyTile, min(kGroupRows, rows - i), kGroupCols, D);
+                attention_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, kGroupCols,
+                                         w.scores + i * kKeyTile + j, kKeyTile, min(kGroupRows, rows - i), kGroupCols,
+                                         D);
         for (int64_t i = skip; i < rows; ++i)
             online_softmax(w.scores + i * kKeyTile, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
                            w.out + i * D, D);
@@ -96,8 +97,8 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
                        min(n, past + first + i + 1 - key));
         for (int64_t i = skip; i < rows; i += kGroupRows) {
             const int64_t group = min(kGroupRows, rows - i), seen = min(n, past + first + i + group - key);
-            tile_product<true>(w.scores + i * kKeyTile, kKeyTile, v + key * s.v_token, s.v_token, w.out + i * D, D,
-                               group, D, seen);
+            attention_product<true>(w.scores + i * kKeyTile, kKeyTile, v + key * s.v_token, s.v_token, w.out + i * D, D,
+                                    group, D, seen);
         }
     }
     for (int64_t i = 0; i < rows; ++i) {

@@ -75,10 +75,10 @@ inline void attend_tile_backward(const AttentionBackward& a, int64_t batch, int6
     for (int64_t i0 = max(0, first - past); i0 < s.queries; i0 += kQueryTile) {
         const int64_t rows = min(kQueryTile, s.queries - i0);
         for (int64_t j = 0; j < n_keys; j += kGroupCols) {
-            tile_product<false>(q + i0 * s.q_token, s.q_token, keys + j * D, kGroupCols, scores + j, kKeyTile, rows,
-                                kGroupCols, D);
-            tile_product<false>(dout + i0 * d.o_token, d.o_token, values + j * D, kGroupCols, dweights + j, kKeyTile,
-                                rows, kGroupCols, D);
+            attention_product<false>(q + i0 * s.q_token, s.q_token, keys + j * D, kGroupCols, scores + j, kKeyTile,
+                                     rows, kGroupCols, D);
+            attention_product<false>(dout + i0 * d.o_token, d.o_token, values + j * D, kGroupCols, dweights + j,
+                                     kKeyTile, rows, kGroupCols, D);
         }
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t row = head * s.queries + i0 + i;
@@ -88,9 +88,9 @@ inline void attend_tile_backward(const AttentionBackward& a, int64_t batch, int6
                                  a.scale, a.softmax + 2 * row, delta[i0 + i], a.drop.on() ? keep : nullptr,
                                  past + i0 + i < kKeyTile);
         }
-        tile_product<true, true>(scores, kKeyTile, dout + i0 * d.o_token, d.o_token, dv, D, n_keys, D, rows);
-        tile_product<true, true>(dweights, kKeyTile, q + i0 * s.q_token, s.q_token, dk, D, n_keys, D, rows);
-        tile_product<true>(dweights, kKeyTile, k, s.k_token, dq + i0 * D, D, rows, D, n_keys);
+        attention_product<true, true>(scores, kKeyTile, dout + i0 * d.o_token, d.o_token, dv, D, n_keys, D, rows);
+        attention_product<true, true>(dweights, kKeyTile, q + i0 * s.q_token, s.q_token, dk, D, n_keys, D, rows);
+        attention_product<true>(dweights, kKeyTile, k, s.k_token, dq + i0 * D, D, rows, D, n_keys);
     }
     const size_t bytes = sizeof(float) * static_cast<size_t>(D);
     for (int64_t j = 0; j < n_keys; ++j) {

@@ -52,7 +52,7 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
         team.share_rows(rows, [&](int64_t r) {
             norm_row(f.x + ((r + 1) * step - 1) * D, f.final_scale, f.final_shift, last + r * D, D, eps);
         });
-        if (f.head.weight) share_linear(team, f.head, h, D, rows, f.out, f.head.out);
+        if (f.head.weight) share(team, forward_product(f.head, h, D, rows, f.out, f.head.out));
     });
 }
 

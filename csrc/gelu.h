@@ -3,7 +3,7 @@
 // for negative x, and the limits come out of the arithmetic (e^(-2u) reaches infinity, the quotient 0).
 #pragma once
 
-#include "layer_norm.h"
+#include "column_sums.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {

@@ -16,28 +16,8 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTGPT_STRING(FASTGPT_ISA),
-                         layer_norm,
-                         norm_partials,
-                         layer_norm_backward,
-                         bias_gelu,
-                         bias_gelu_backward,
-                         causal_attention,
-                         causal_attention_backward,
-                         dropout,
-                         embedding,
-                         embedding_backward,
-                         linear_scratch,
-                         linear,
-                         linear_backward,
-                         linear_cross_entropy_workspace,
-                         linear_cross_entropy,
-                         block_kept,
-                         block_step_workspace,
-                         block_step,
-                         block_step_backward,
-                         forward_workspace,
-                         forward};
+#define FASTGPT_ENTRY(result, name, parameters) name,
+const Kernels kernels = {FASTGPT_STRING(FASTGPT_ISA), FASTGPT_KERNELS(FASTGPT_ENTRY)};
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

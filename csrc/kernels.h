@@ -90,42 +90,54 @@ struct NormBackward {
     int64_t rows, cols;
 };
 
+// Every kernel: its result, name and parameters. Attention, forward and backward, returns false where its workspace
+// cannot be allocated, and writes nothing then; product_scratch counts the floats of one thread.
+#define FASTGPT_KERNELS(KERNEL)                                                                                        \
+    KERNEL(void, layer_norm,                                                                                           \
+           (const float* x, const float* branch, const float* weight, const float* bias, float* total, float* y,       \
+            float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed, double dropout_p,           \
+            int threads))                                                                                              \
+    KERNEL(int64_t, norm_partials, (int64_t rows, int64_t cols))                                                       \
+    KERNEL(void, layer_norm_backward,                                                                                  \
+           (const NormBackward& b, float* dbranch, int64_t seed, double dropout_p, int threads))                       \
+    KERNEL(void, bias_gelu, (const float* x, const float* bias, float* y, int64_t rows, int64_t cols, int threads))    \
+    KERNEL(void, bias_gelu_backward,                                                                                   \
+           (const float* dy, const float* x, const float* bias, float* dx, float* dbias, int64_t rows, int64_t cols,   \
+            int threads))                                                                                              \
+    KERNEL(bool, causal_attention,                                                                                     \
+           (const float* q, const float* k, const float* v, float* out, float* softmax, float scale,                   \
+            const AttentionShape& shape, int64_t seed, double dropout_p, int threads))                                 \
+    KERNEL(bool, causal_attention_backward,                                                                            \
+           (const float* q, const float* k, const float* v, const float* out, const float* dout, const float* softmax, \
+            float* dq, float* dk, float* dv, float scale, const AttentionShape& shape,                                 \
+            const AttentionShape& gradients, int64_t seed, double dropout_p, int threads))                             \
+    KERNEL(void, dropout, (float* x, int64_t rows, int64_t cols, int64_t seed, double p, int threads))                 \
+    KERNEL(void, embedding, (const Embedding& e, float* y, int threads))                                               \
+    KERNEL(                                                                                                            \
+        void, embedding_backward,                                                                                      \
+        (const Embedding& e, const float* dy, float* dtok, int64_t vocab, float* dpos, int64_t context, int threads))  \
+    KERNEL(int64_t, product_scratch, (bool backward))                                                                  \
+    KERNEL(void, linear, (const Linear& w, const float* x, float* y, int64_t rows, float* workspace, int threads))     \
+    KERNEL(void, linear_backward,                                                                                      \
+           (const Linear& w, const float* dy, const float* x, float* dx, const LinearGradient& to, int64_t rows,       \
+            float* workspace, int threads))                                                                            \
+    KERNEL(int64_t, linear_cross_entropy_workspace, (int64_t rows, int64_t vocab, int threads))                        \
+    KERNEL(void, linear_cross_entropy,                                                                                 \
+           (const Linear& w, const float* x, const int64_t* targets, int64_t ignore, float* loss,                      \
+            const float* upstream, float* dx, const LinearGradient& to, int64_t rows, float* workspace, int threads))  \
+    KERNEL(int64_t, block_kept, (const BlockStep& s))                                                                  \
+    KERNEL(int64_t, block_step_workspace, (const BlockStep& s, bool backward, int threads))                            \
+    KERNEL(void, block_step, (const BlockStep& s, const Block& b, float eps, int threads))                             \
+    KERNEL(void, block_step_backward,                                                                                  \
+           (const BlockStep& s, const Block& b, const float* dy, float* dx, const BlockGradients& to, int threads))    \
+    KERNEL(int64_t, forward_workspace, (const Forward& f, int threads))                                                \
+    KERNEL(void, forward, (const Forward& f, const Block* blocks, float eps, int threads))
+
 struct Kernels {
     const char* isa;
-    void (*layer_norm)(const float* x, const float* branch, const float* weight, const float* bias, float* total,
-                       float* y, float* mean, float* rstd, int64_t rows, int64_t cols, float eps, int64_t seed,
-                       double dropout_p, int threads);
-    int64_t (*norm_partials)(int64_t rows, int64_t cols);
-    void (*layer_norm_backward)(const NormBackward& b, float* dbranch, int64_t seed, double dropout_p, int threads);
-    void (*bias_gelu)(const float* x, const float* bias, float* y, int64_t rows, int64_t cols, int threads);
-    void (*bias_gelu_backward)(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
-                               int64_t rows, int64_t cols, int threads);
-    // False where the workspace could not be had; nothing is written then.
-    bool (*causal_attention)(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
-                             const AttentionShape& shape, int64_t seed, double dropout_p, int threads);
-    bool (*causal_attention_backward)(const float* q, const float* k, const float* v, const float* out,
-                                      const float* dout, const float* softmax, float* dq, float* dk, float* dv,
-                                      float scale, const AttentionShape& shape, const AttentionShape& gradients,
-                                      int64_t seed, double dropout_p, int threads);
-    void (*dropout)(float* x, int64_t rows, int64_t cols, int64_t seed, double p, int threads);
-    void (*embedding)(const Embedding& e, float* y, int threads);
-    void (*embedding_backward)(const Embedding& e, const float* dy, float* dtok, int64_t vocab, float* dpos,
-                               int64_t context, int threads);
-    int64_t (*linear_scratch)(bool backward);  // floats a thread
-    void (*linear)(const Linear& w, const float* x, float* y, int64_t rows, float* workspace, int threads);
-    void (*linear_backward)(const Linear& w, const float* dy, const float* x, float* dx, const LinearGradient& to,
-                            int64_t rows, float* workspace, int threads);
-    int64_t (*linear_cross_entropy_workspace)(int64_t rows, int64_t vocab, int threads);
-    void (*linear_cross_entropy)(const Linear& w, const float* x, const int64_t* targets, int64_t ignore, float* loss,
-                                 const float* upstream, float* dx, const LinearGradient& to, int64_t rows,
-                                 float* workspace, int threads);
-    int64_t (*block_kept)(const BlockStep& s);
-    int64_t (*block_step_workspace)(const BlockStep& s, bool backward, int threads);
-    void (*block_step)(const BlockStep& s, const Block& b, float eps, int threads);
-    void (*block_step_backward)(const BlockStep& s, const Block& b, const float* dy, float* dx,
-                                const BlockGradients& to, int threads);
-    int64_t (*forward_workspace)(const Forward& f, int threads);
-    void (*forward)(const Forward& f, const Block* blocks, float eps, int threads);
+#define FASTGPT_FIELD(result, name, parameters) result(*name) parameters;
+    FASTGPT_KERNELS(FASTGPT_FIELD)
+#undef FASTGPT_FIELD
 };
 
 }  // namespace fastgpt

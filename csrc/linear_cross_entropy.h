@@ -2,7 +2,7 @@
 // where wanted, the gradients of the rows and of the weight out of the same chunk, for a known gradient of the losses.
 #pragma once
 
-#include "linear_backward.h"
+#include "linear.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
@@ -43,7 +43,7 @@ inline float cross_entropy_row(float* logits, int64_t n, int64_t target, int64_t
 constexpr int64_t kLossChunk = 512;  // rows whose logits exist at a time
 
 inline int64_t linear_cross_entropy_workspace(int64_t rows, int64_t vocab, int threads) {
-    return min(rows, kLossChunk) * vocab + threads * linear_scratch(true) + 32;
+    return min(rows, kLossChunk) * vocab + threads * product_scratch(true) + 32;
 }
 
 // loss: [rows]. upstream: [rows], each loss's gradient, or null where nothing is wanted but the losses; dx may be null.
@@ -54,21 +54,19 @@ inline void linear_cross_entropy(const Linear& w, const float* x, const int64_t*
     float* scratches = aligned(logits + min(rows, kLossChunk) * w.out);
     Barrier meeting;
     parallel_region(threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, scratches + part * linear_scratch(true)};
+        const Team team{part, parts, meeting, scratches + part * product_scratch(true)};
         // Equal chunks, so that the last is no sliver: W is rearranged once a chunk.
         const int64_t chunks = up(rows, kLossChunk);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t r0 = rows * chunk / chunks, n = rows * (chunk + 1) / chunks - r0;
-            const LinearCall call{x + r0 * w.in, w.in,  1, w.weight, w.row, w.col,  w.bias,  nullptr, 0,
-                                  logits,        w.out, n, w.out,    w.in,  kPlain, nullptr, nullptr};
-            product(call, part, parts, team.scratch);
+            share(team, forward_product(w, x + r0 * w.in, w.in, n, logits, w.out));
             team.barrier();
             team.share_rows(n, [&](int64_t i) {
                 loss[r0 + i] = cross_entropy_row(logits + i * w.out, w.out, targets[r0 + i], ignore,
                                                  upstream != nullptr, upstream ? upstream[r0 + i] : 0.0f);
             });
             if (!upstream) continue;
-            if (dx) share_input_gradient(team, w, logits, w.out, n, dx + r0 * w.in, w.in);
+            if (dx) share(team, input_gradient(w, logits, w.out, n, dx + r0 * w.in, w.in));
             LinearGradient chunk_to = to;
             chunk_to.bias = nullptr;
             share_parameter_gradients(team, chunk_to, logits, w.out, w.out, x + r0 * w.in, w.in, w.in, n, chunk > 0);

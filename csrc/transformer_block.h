@@ -7,6 +7,7 @@
 #include "causal_attention.h"
 #include "dropout.h"
 #include "kernels.h"
+#include "layer_norm.h"
 #include "linear.h"
 
 namespace fastgpt {
@@ -35,17 +36,9 @@ struct BlockRun {
     float scale() const { return 1.0f / sqrtf(static_cast<float>(head_dim)); }
     // Floats of each thread's scratch: the largest of what the phases need.
     static int64_t scratch(int64_t keys, int64_t head_dim) {
-        return up(max(kLinearScratch, max(keys + 16, AttentionWorkspace::floats(keys, head_dim))), 16) * 16;
+        return up(max(kProductScratch, max(keys + 16, AttentionWorkspace::floats(keys, head_dim))), 16) * 16;
     }
 };
-
-inline void share_linear(const Team& team, const Linear& w, const float* x, int64_t x_row, int64_t rows, float* y,
-                         int64_t y_row, const float* residual = nullptr, Epilogue epilogue = kPlain,
-                         float* pre = nullptr) {
-    const LinearCall call{x, x_row, 1,    w.weight, w.row, w.col,    w.bias, residual, y_row,
-                          y, y_row, rows, w.out,    w.in,  epilogue, pre,    nullptr};
-    product(call, team.part, team.parts, team.scratch);
-}
 
 // Appends the tokens' keys and values to the cache, [batch, heads, capacity, head_dim] each.
 inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
@@ -91,21 +84,25 @@ inline void block_forward(const Team& team, const BlockRun& r, const Block& b, f
     // y = residual + dropout(x W^T + bias); the branch goes through h where something is dropped.
     const auto shortcut = [&](const Linear& w, const float* x, int64_t x_row, const float* residual, float* y,
                               const Dropout& drop) {
-        share_linear(team, w, x, x_row, M, drop.on() ? r.h : y, D, drop.on() ? nullptr : residual);
+        Product p = forward_product(w, x, x_row, M, drop.on() ? r.h : y, D);
+        if (!drop.on()) p.residual = residual, p.residual_row = D;
+        share(team, p);
         team.barrier();
         if (drop.on()) team.share_rows(M, [&](int64_t i) { drop.row(i, r.h + i * D, residual + i * D, y + i * D, D); });
     };
     norm(r.x, b.scale1, b.shift1, r.mean1, r.rstd1);
-    share_linear(team, b.query, r.h, D, M, r.qkv, r.qkv_row);
-    share_linear(team, b.key, r.h, D, M, r.qkv + D, r.qkv_row);
-    share_linear(team, b.value, r.h, D, M, r.qkv + 2 * D, r.qkv_row);
+    share(team, forward_product(b.query, r.h, D, M, r.qkv, r.qkv_row));
+    share(team, forward_product(b.key, r.h, D, M, r.qkv + D, r.qkv_row));
+    share(team, forward_product(b.value, r.h, D, M, r.qkv + 2 * D, r.qkv_row));
     team.barrier();
     if (b.key_cache) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
     attend(team, r, b);
     team.barrier();
     shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);
     norm(r.middle, b.scale2, b.shift2, r.mean2, r.rstd2);
-    share_linear(team, b.up, r.h, D, M, r.act, r.act_row, nullptr, kGelu, r.pre);
+    Product up = forward_product(b.up, r.h, D, M, r.act, r.act_row);
+    up.epilogue = kGelu, up.pre = r.pre;
+    share(team, up);
     team.barrier();
     shortcut(b.down, r.act, r.act_row, r.middle, r.y, r.drop_shortcut2);
 }

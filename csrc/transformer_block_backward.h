@@ -3,7 +3,7 @@
 #pragma once
 
 #include "causal_attention_backward.h"
-#include "linear_backward.h"
+#include "linear.h"
 #include "transformer_block.h"
 
 namespace fastgpt {
@@ -22,7 +22,7 @@ struct BlockBackward {
     float* attention;  // AttentionBackward::shared
 
     static int64_t scratch(int64_t head_dim) {
-        return up(max(kLinearScratch + kTransposedScratch, AttentionBackward::scratch(head_dim)), 16) * 16;
+        return up(max(kProductScratch + kTransposedScratch, AttentionBackward::scratch(head_dim)), 16) * 16;
     }
 };
 
@@ -52,13 +52,15 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     };
 
     const float* dy = dropped(r.drop_shortcut2, back.dy);
-    share_input_gradient(team, b.down, dy, D, M, back.wide, F, false, r.pre, back.act);
+    Product through_gelu = input_gradient(b.down, dy, D, M, back.wide, F);
+    through_gelu.epilogue = kGeluBackward, through_gelu.pre = r.pre, through_gelu.act = back.act;
+    share(team, through_gelu);
     norm_again(r.middle, r.mean2, r.rstd2, b.scale2, b.shift2);
     share_parameter_gradients(team, to.down, dy, D, D, back.act, F, F, M);
     if (!through_middle) return;
     share_parameter_gradients(team, to.up, back.wide, F, F, back.h, D, D, M);
     if (!through_attention && !to.scale2) return;
-    share_input_gradient(team, b.up, back.wide, F, M, back.dh, D);
+    share(team, input_gradient(b.up, back.wide, F, M, back.dh, D));
     team.barrier();
     norm_backward(team, {back.dh, r.middle, b.scale2, r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2, to.shift2,
                          back.partials, M, D});
@@ -67,7 +69,7 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     const float* dmiddle = dropped(r.drop_shortcut1, back.dmiddle);
     share_parameter_gradients(team, to.out_proj, dmiddle, D, D, r.context, D, D, M);
     if (!through_qkv) return;
-    share_input_gradient(team, b.out_proj, dmiddle, D, M, back.act, D);
+    share(team, input_gradient(b.out_proj, dmiddle, D, M, back.act, D));
     norm_again(r.x, r.mean1, r.rstd1, b.scale1, b.shift1);
     attention_backward(team, attention_of(r, back.act, back.wide), back.attention);
     const Linear* projections[] = {&b.query, &b.key, &b.value};
@@ -75,8 +77,11 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     for (int64_t i = 0; i < 3; ++i)
         share_parameter_gradients(team, *gradients[i], back.wide + i * D, 3 * D, D, back.h, D, D, M);
     if (!back.dx && !to.scale1) return;
-    for (int64_t i = 0; i < 3; ++i)
-        share_input_gradient(team, *projections[i], back.wide + i * D, 3 * D, M, back.dh, D, i > 0);
+    for (int64_t i = 0; i < 3; ++i) {
+        Product p = input_gradient(*projections[i], back.wide + i * D, 3 * D, M, back.dh, D);
+        if (i > 0) add_to_result(p);
+        share(team, p);
+    }
     team.barrier();
     norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1, to.shift1,
                          back.partials, M, D});

@@ -30,7 +30,7 @@ def linear(
     record, rows = linear_record(weight, bias, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
-    with workspace(owner, threads * _C.linear_scratch(False) + 32) as scratch:
+    with workspace(owner, threads * _C.product_scratch(False) + 32) as scratch:
         _C.linear(record, x.data_ptr(), y.data_ptr(), rows, scratch, threads)
 
 
@@ -56,7 +56,7 @@ def linear_backward(
     record, rows = linear_record(weight, None, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
-    with workspace(owner, threads * _C.linear_scratch(True) + 32) as scratch:
+    with workspace(owner, threads * _C.product_scratch(True) + 32) as scratch:
         _C.linear_backward(
             record,
             dy.data_ptr(),

@@ -1,4 +1,4 @@
-// The inner kernel of every product here: C (+)= A B for a tile of C that stays in registers.
+// Attention's own small product: C (+)= A B for a tile of C that stays in registers.
 #pragma once
 
 #include "vec.h"
@@ -15,8 +15,8 @@ constexpr int kGroupCols = kGroupVecs * Vec::width;
 // C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART). TURNED: A
 // lies as [k, ROWS], lda from one k to the next.
 template <int ROWS, int VECS, bool ADD, bool TURNED, bool PART>
-inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                               int64_t k, int64_t last) {
+inline void attention_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                    int64_t k, int64_t last) {
     const auto column = [last](const float* p, int j) {
         return PART && j == VECS - 1 ? load(p + j * Vec::width, last) : load(p + j * Vec::width);
     };
@@ -39,33 +39,33 @@ inline void tile_product_fixed(const float* a, int64_t lda, const float* b, int6
 }
 
 template <int ROWS, bool ADD, bool TURNED, int VECS = kGroupVecs>
-inline void tile_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                              int64_t k, int64_t cols) {
+inline void attention_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                   int64_t k, int64_t cols) {
     if (cols > (VECS - 1) * Vec::width) {
         const int64_t last = cols - (VECS - 1) * Vec::width;
         if (last == Vec::width)
-            tile_product_fixed<ROWS, VECS, ADD, TURNED, false>(a, lda, b, ldb, c, ldc, k, last);
+            attention_product_fixed<ROWS, VECS, ADD, TURNED, false>(a, lda, b, ldb, c, ldc, k, last);
         else
-            tile_product_fixed<ROWS, VECS, ADD, TURNED, true>(a, lda, b, ldb, c, ldc, k, last);
+            attention_product_fixed<ROWS, VECS, ADD, TURNED, true>(a, lda, b, ldb, c, ldc, k, last);
     } else if constexpr (VECS > 1) {
-        tile_product_cols<ROWS, ADD, TURNED, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
+        attention_product_cols<ROWS, ADD, TURNED, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
     }
 }
 
 // C[rows, cols] (+)= A[rows, k] B[k, cols] for any number of rows and columns.
 template <bool ADD, bool TURNED = false>
-inline void tile_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                         int64_t cols, int64_t k) {
+inline void attention_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                              int64_t rows, int64_t cols, int64_t k) {
     const int64_t step = TURNED ? 1 : lda;  // from one row of A to the next
     for (int64_t j = 0; j < cols; j += kGroupCols) {
         const int64_t n = min(kGroupCols, cols - j);
         int64_t i = 0;
         for (; i + kGroupRows <= rows; i += kGroupRows)
-            tile_product_cols<kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i + 2 <= rows; i += 2)
-            tile_product_cols<2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i < rows; ++i)
-            tile_product_cols<1, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<1, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
     }
 }
 
