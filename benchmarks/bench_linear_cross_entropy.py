@@ -1,5 +1,8 @@
-"""The loss of GPT-2's head, [rows, 768] by [50257, 768], with its gradients."""
+"""The loss of GPT-2's head, [rows, 768] by [50257, 768], alone as in evaluation, and with its
+gradients.
+"""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,24 +18,36 @@ ROWS = (64, 1024)
 PEERS = ("reference", "compile", "fastgpt")
 
 
-def linear_cross_entropy_backward(rows: int) -> Case:
+def _forms(rows: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     targets, owner = torch.randint(VOCABULARY, (rows,)), torch.nn.Module()
 
     def book(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), targets)
 
-    return both_ways(
-        {
-            "reference": book,
-            "compile": torch.compile(book, dynamic=False),
-            "fastgpt": lambda x, w: ops.linear_cross_entropy(x, w, targets, owner=owner),
-        },
-        [torch.randn(rows, WIDTH), torch.randn(VOCABULARY, WIDTH) * 0.02],
-    )
+    return {
+        "reference": book,
+        "compile": torch.compile(book, dynamic=False),
+        "fastgpt": lambda x, w: ops.linear_cross_entropy(x, w, targets, owner=owner),
+    }
+
+
+def _inputs(rows: int) -> list[Tensor]:
+    return [torch.randn(rows, WIDTH), torch.randn(VOCABULARY, WIDTH) * 0.02]
+
+
+def linear_cross_entropy(rows: int) -> Case:
+    forms, inputs = _forms(rows), _inputs(rows)
+    exact = forms["reference"](*(t.double() for t in inputs))
+    return Case({name: partial(form, *inputs) for name, form in forms.items()}, exact)
+
+
+def linear_cross_entropy_backward(rows: int) -> Case:
+    return both_ways(_forms(rows), _inputs(rows))
 
 
 CASES = {
-    f"linear_cross_entropy_backward [{rows}, {WIDTH}]": partial(linear_cross_entropy_backward, rows)
+    f"{build.__name__} [{rows}, {WIDTH}]": partial(build, rows)
+    for build in (linear_cross_entropy, linear_cross_entropy_backward)
     for rows in ROWS
 }
 

@@ -147,7 +147,7 @@ def choose(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor
     """
     name = requested()
     given = [t for t in tensors if t is not None]
-    if name == "reference" or not _direct((*given, *beside)):
+    if name == "reference" or not direct((*given, *beside)):
         return "reference"
     backend = _BY_DEVICE.get(given[0].device.type) if name == "auto" else name
     if backend is None:
@@ -165,7 +165,7 @@ def on_triton(like: torch.Tensor) -> bool:
     """Whether tensors such as this one may run on the Triton backend; says and raises nothing."""
     name = requested()
     backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
-    return backend == "triton" and _direct((like,)) and _obstacle(backend, "", [like], ()) is None
+    return backend == "triton" and direct((like,)) and _obstacle(backend, "", [like], ()) is None
 
 
 def kernels(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> Any:
@@ -224,7 +224,7 @@ def once(*gradients: torch.Tensor) -> bool:
     """Whether a backward pass may run kernels on these gradients: no second derivative is wanted,
     and nothing watches or transforms.
     """
-    return not torch.is_grad_enabled() and _direct(gradients)
+    return not torch.is_grad_enabled() and direct(gradients)
 
 
 def transformed() -> bool:
@@ -235,7 +235,7 @@ def transformed() -> bool:
     )
 
 
-def _direct(tensors: Iterable[torch.Tensor]) -> bool:
+def direct(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a kernel may read these tensors' memory with nothing watching or transforming.
 
     Not so under a dispatch mode (fake tensors, FLOP counters), a transform, tracing, or for a
@@ -272,7 +272,7 @@ def runs_whole(x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and cpu.missing_reason() is None
         and not autocasts(x)
-        and _direct((x,))
+        and direct((x,))
     )
 
 
@@ -324,7 +324,7 @@ def readable(t: torch.Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while something watches, transforms or
     captures a CUDA graph.
     """
-    if torch.compiler.is_compiling() or not _direct((t,)):
+    if torch.compiler.is_compiling() or not direct((t,)):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -121,11 +121,11 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """The cross entropy of the model's predictions, without the block of logits that
         ``cross_entropy(model(idx).flatten(0, 1), targets.flatten())`` holds, where the head is a
-        plain linear layer without a bias; with it otherwise.
+        plain linear layer without a bias and its weight a plain tensor; with it otherwise.
 
         Args:
             idx: [B, T] token ids, any integer dtype.
-            targets: [B, T], the ids that should follow.
+            targets: [B, T], the ids that should follow, any integer dtype.
             ignore_index: targets of this value cost nothing and do not count.
             reduction: "mean" over the targets that count, "sum" or "none".
 
@@ -150,8 +150,12 @@ class GPTModel(nn.Module):
             and head._parameters.get("weight") is not None
             and head.bias is None
         ):
+            from fastgpt import stack  # which knows the classes above
+
             ops.check_targets(targets, head.weight.shape[0], ignore_index)
-            h = self._features(idx, 0, None, last_only=False)
+            h = stack.features(self, idx)
+            if h is None:
+                h = self._features(idx, 0, None, last_only=False)
             return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)

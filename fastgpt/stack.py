@@ -36,13 +36,35 @@ def forward(
     Each piece that is plainly ours joins the next call; any other runs as the module it is. The
     memo spares looking at the pieces again, and is only for calls between which nothing can change.
     """
+    memo = {} if memo is None else memo
+    run = _run(model, idx, past, cache, memo)
+    if run is None:
+        return None
+    end = _remembered(memo, "end", _end, model, run)
+    if end is not None and run.fits():
+        norm, head = end
+        return run.finish(norm, head, last_only)
+    x = run.x[:, -1:] if last_only else run.x
+    return model.out_head(model.final_norm(x))
+
+
+def features(model: GPTModel, idx: Tensor) -> Tensor | None:
+    """What the head gets, [B, T, emb_dim]; None where nothing here can run."""
+    run = _run(model, idx, 0, None, {})
+    if run is None:
+        return None
+    norm = _norm(model.final_norm, run.width)
+    return run.finish(norm) if norm is not None and run.fits() else model.final_norm(run.x)
+
+
+def _run(model: GPTModel, idx: Tensor, past: int, cache: Staged | None, memo: Memo) -> Run | None:
+    """A pass that has taken everything up to the final norm."""
     if not dispatch.takes_whole_pass(idx) or not plain(model.trf_blocks, nn.Sequential):
         return None
     attentions = [b.att for b in model.trf_blocks if type(b) is TransformerBlock]
     att: Any = next((a for a in attentions if type(a) is MultiHeadAttention), None)
     if att is None or idx.numel() == 0:
         return None
-    memo = {} if memo is None else memo
     run = Run(model, idx, att.d_out, att.num_heads, att.head_dim)
     run.past, run.limit = past, model._context()
     tables = _remembered(memo, "tables", _embeddings, model, run)
@@ -60,12 +82,7 @@ def forward(
             run.add(fields, hidden, _slot(run, cache, layer))
         else:
             run.x = block(run.x) if cache is None else block(run.x, cache, layer)
-    end = _remembered(memo, "end", _end, model, run)
-    if end is not None and run.fits():
-        norm, head = end
-        return run.finish(norm, head, last_only)
-    x = run.x[:, -1:] if last_only else run.x
-    return model.out_head(model.final_norm(x))
+    return run
 
 
 def _remembered(memo: Memo, key: Any, look: Any, *pieces: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import fastgpt
 from fastgpt import reference
@@ -70,6 +72,35 @@ def assert_same_model(ours, book, ids=None, **tolerance):
     with torch.no_grad():
         assert_same(ours(ids), book(ids), **tolerance)
     assert_same(outputs_and_grads(ours, ids), outputs_and_grads(book, ids), **tolerance)
+
+
+class Wrapped(torch.Tensor):
+    """A weight that looks up, multiplies and detaches, and nothing else, as quantised ones do."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.inner = weight.detach()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (F.linear, F.embedding):
+            args = [t.inner if isinstance(t, cls) else t for t in args]
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            raise NotImplementedError(str(func))
+        return cls(args[0].inner)
+
+
+def wrap_weight(module):
+    module.weight = nn.Parameter(Wrapped(module.weight), requires_grad=False)
+    return module
 
 
 def hugging_face(**changes):

@@ -94,11 +94,13 @@ def test_only_a_tensor_in_place_of_a_parameter_learns(name):
     assert_same(*results, atol=1e-4)
 
 
-def test_a_weight_changed_between_forward_and_backward_is_an_error():
-    for model in pair():
-        loss = model(some_ids()).sum()
+@pytest.mark.parametrize("name", ["trf_blocks.0.norm2.scale", "out_head.weight"])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_weight_changed_between_forward_and_backward_is_an_error(name, own_loss):
+    for model in pair()[: 1 if own_loss else 2]:
+        loss = model.loss(some_ids(), some_ids()) if own_loss else model(some_ids()).sum()
         with torch.no_grad():
-            model.trf_blocks[0].norm2.scale.mul_(2)
+            model.get_parameter(name).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

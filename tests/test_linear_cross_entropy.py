@@ -1,11 +1,18 @@
+import contextlib
+import sys
+
 import pytest
 import torch
 from helpers import check_operation
-from pairs import CONFIG, assert_same, pair, some_ids
+from pairs import CONFIG, Wrapped, assert_same, pair, some_ids, wrap_weight
 from torch import nn
 from torch.nn import functional as F
 
+from fastgpt import GPTModel, cpu
 from fastgpt.ops import linear_cross_entropy
+
+NARROW = (torch.bfloat16, torch.float16)
+INTEGERS = (torch.int8, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _targets(n, vocab):
@@ -143,6 +150,85 @@ def test_other_dtypes(dtype):
         torch.testing.assert_close(ours, right, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_the_weights_gradient_is_as_exact_over_many_chunks(dtype):
+    targets = _targets(12_000, 7)
+    check_operation(
+        lambda x, w: linear_cross_entropy(x, w, targets),
+        lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets),
+        [torch.randn(12_000, 8).to(dtype) + 1, torch.randn(7, 8).to(dtype)],
+        [torch.ones(())],
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "gap", "reduction", "scale"),
+    [(2000, 100, 0, "mean", 16), (2000, 100, 0, "sum", 2**-10), (4, 1, 18, "mean", 2**16)],
+    ids=["large, mean", "large, sum", "small"],
+)
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_float16_gradients_are_made_at_the_scale_of_the_loss(rows, size, gap, reduction, scale):
+    """Where they are finite and not zero; for a loss of scale 1 they would not be."""
+    x = torch.full((rows, 1), size, dtype=torch.float16, requires_grad=True)
+    w = torch.tensor([[0.0], [-gap / size]], dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    ours = linear_cross_entropy(x, w, targets, reduction=reduction)
+    theirs = F.cross_entropy(F.linear(x, w).float(), targets, reduction=reduction)
+    grads = [torch.autograd.grad(loss * scale, (x, w)) for loss in (ours, theirs)]
+    assert grads[1][1].isfinite().all()
+    assert grads[1][1].any()
+    torch.testing.assert_close(*grads, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@pytest.mark.parametrize("changed", ["x", "weight", "targets"])
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_what_changes_before_backward_is_refused(changed, dtype, reduction):
+    x, weight = (torch.randn(n, 16, dtype=dtype, requires_grad=True) for n in (9, 33))
+    tensors = {"x": x, "weight": weight, "targets": _targets(9, 33)}
+    loss = linear_cross_entropy(*tensors.values(), reduction=reduction).sum()
+    with torch.no_grad():
+        tensors[changed].mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_targets_of_any_integer_dtype(path, dtype):
+    x, w, labels = torch.randn(5, 6), torch.randn(7, 6), torch.tensor([0, 3, 6, 3, 1])
+    right = F.cross_entropy(F.linear(x, w), labels, ignore_index=3)
+    assert_same(linear_cross_entropy(x, w, labels.to(dtype), ignore_index=3), right)
+    with pytest.raises(IndexError, match="target 6 is outside the vocabulary of 5"):
+        linear_cross_entropy(x, w[:5], labels.to(dtype))
+
+
+WITHOUT_GRADIENTS = [torch.no_grad, torch.inference_mode, contextlib.nullcontext]
+
+
+@pytest.mark.parametrize("without", WITHOUT_GRADIENTS, ids=["no_grad", "inference", "frozen"])
+def test_no_gradient_is_made_where_none_is_recorded(path, monkeypatch, without):
+    learns = without is not contextlib.nullcontext
+    x, w = (torch.randn(n, 6, requires_grad=learns) for n in (4, 5))
+    op = sys.modules[linear_cross_entropy.__module__]
+    monkeypatch.setattr(op, "_gradients", None)
+    targets = torch.tensor([0, 4, 2, 2])
+    with without():
+        loss = linear_cross_entropy(x, w, targets)
+        assert not loss.requires_grad
+        assert_same(loss, F.cross_entropy(F.linear(x, w), targets))
+
+
+def test_a_wrapped_weight_multiplies_itself(path):
+    x, w, targets = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6), torch.arange(3)
+    found = [
+        torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)
+        for weight in (Wrapped(w), w)
+    ]
+    assert_same(*found)
+
+
 # The model's own
 
 
@@ -170,7 +256,22 @@ def wrapped_head(model):
     model.out_head = nn.Sequential(model.out_head)
 
 
-@pytest.mark.parametrize("change", [change_nothing, tie, two_classes, hook, wrapped_head])
+def wrapped_weight(model):
+    wrap_weight(model.out_head)
+
+
+def another_norm(model):
+    model.final_norm = nn.LayerNorm(CONFIG["emb_dim"])
+
+
+def hooked_norm(model):
+    model.final_norm.register_forward_hook(lambda module, args, h: h * 0.5)
+
+
+CHANGES = [change_nothing, tie, two_classes, hook, wrapped_head, wrapped_weight]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_models_loss(path, change):
     ours, book = pair()
     for model in (ours, book):
@@ -184,7 +285,8 @@ def test_the_models_loss(path, change):
         (readers_loss(book, ids, targets), book),
     ):
         loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        learning = [p for p in model.parameters() if p.requires_grad]
+        results.append([loss.detach(), *(p.grad for p in learning)])
     assert_same(*results)
 
 
@@ -216,6 +318,25 @@ def test_what_the_models_loss_refuses():
         model.loss(ids, ids.float())
     with pytest.raises(TypeError, match="token ids must be a tensor"):
         model.loss([[1, 2]], [[2, 3]])
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_the_models_loss_of_any_integer_dtype(path, dtype):
+    model, ids = pair()[0], some_ids()
+    assert_same(model.loss(ids.to(dtype), ids.to(dtype)), readers_loss(model, ids, ids))
+
+
+@pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+@pytest.mark.parametrize("change", [change_nothing, tie, another_norm, hooked_norm])
+def test_without_gradients_all_below_the_head_is_one_pass(monkeypatch, change):
+    models = pair()
+    for model in models:
+        torch.manual_seed(1)
+        change(model)
+    monkeypatch.setattr(GPTModel, "_features", None)
+    ids = some_ids()
+    with torch.no_grad():
+        assert_same(models[0].loss(ids, ids), readers_loss(models[1], ids, ids))
 
 
 def test_a_head_replaced_after_the_loss_is_seen():

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from pairs import CONFIG, assert_same, assert_same_model, outputs_and_grads, pair, some_ids
+from pairs import (
+    CONFIG,
+    assert_same,
+    assert_same_model,
+    outputs_and_grads,
+    pair,
+    some_ids,
+    wrap_weight,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -108,6 +116,7 @@ EVERY_LINEAR = {
     "weight_norm": parametrizations.weight_norm,
     "pruned": pruned,
     "no_bias": without_bias,
+    "wrapped_weight": wrap_weight,
     "identity_behind": lambda linear: nn.Sequential(linear, nn.Identity()),
 }
 EVERY_NORM = {
@@ -491,3 +500,16 @@ def test_the_shortcuts_dropout_has_the_packages_name_too():
     block.drop_resid = nn.Identity()
     assert isinstance(block.drop_shortcut, nn.Identity)
     assert "drop_resid" not in dict(block.named_modules())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_weight_wrapped(autocast):
+    """Also where autocast would narrow it."""
+    ours, book = pair()
+    for model in (ours, book):
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                wrap_weight(module)
+    rounding = {"rtol": 0.02, "atol": 0.02} if autocast else {}
+    with torch.autocast("cpu", enabled=autocast):
+        assert_same_model(ours, book, **rounding)

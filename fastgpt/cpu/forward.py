@@ -75,10 +75,15 @@ class Run:
     def x(self, made_by_a_module: Tensor) -> None:
         self._x = made_by_a_module
 
-    def finish(self, norm: tuple[int, int], head: tuple[int, ...], last_only: bool) -> Tensor:
-        """Runs what has gathered, the final norm and the head. Returns [B, T or 1, n_out]."""
+    def finish(
+        self, norm: tuple[int, int], head: tuple[int, ...] = _NO_LINEAR, last_only: bool = False
+    ) -> Tensor:
+        """Runs what has gathered, the final norm and the head, if there is one. Returns [B, T or 1,
+        n_out or width].
+        """
         B, T = self.ids.shape
-        out = torch.empty(B, 1 if last_only else T, head[4], **_FLOAT32)
+        n_out = self.width if head is _NO_LINEAR else head[4]
+        out = torch.empty(B, 1 if last_only else T, n_out, **_FLOAT32)
         self._call(out, norm, head, last_only)
         return out
 

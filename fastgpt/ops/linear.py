@@ -67,7 +67,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = 
         BackendError: a backend asked for by name cannot take these tensors.
     """
     wide, autocasts = (x, weight, bias), dispatch.autocasts(x)
-    if autocasts:
+    if autocasts and dispatch.direct(wide):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]

@@ -23,7 +23,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     owner: object | None = None,
 ) -> Tensor:
-    """cross_entropy(x W^T, targets); no [..., V] block exists.
+    """cross_entropy(x W^T, targets); no [..., V] block exists, unless the weight is a subclass of
+    Tensor, which must multiply by itself.
 
     Args:
         x: [..., D], any floating dtype.
@@ -66,9 +67,10 @@ def checked_linear_cross_entropy(
         raise ValueError(f"x [..., D], weight [V, D] and targets [...] do not fit: {shapes}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "none"')
-    rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
-    if torch.compiler.is_compiling() or dispatch.transformed():
-        loss = _differentiable(rows, weight, labels, ignore_index, reduction)
+    rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long().contiguous()
+    rest = (ignore_index, reduction)
+    if torch.compiler.is_compiling() or not dispatch.direct((rows, weight)):
+        loss = _differentiable(rows, weight, labels, *rest)
     else:
         if dispatch.autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -76,9 +78,10 @@ def checked_linear_cross_entropy(
         kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
         takes = kernels is not None and kernels.takes(weight, None)
         run = kernels.linear_cross_entropy if takes else _by_chunks
-        loss = _LinearCrossEntropy.apply(
-            run, rows, weight, labels.contiguous(), ignore_index, reduction, owner
-        )
+        if dispatch.needs_grad(rows, weight):
+            loss = _LinearCrossEntropy.apply(run, rows, weight, labels, *rest, owner)
+        else:
+            loss = _forward(run, rows, weight, labels, *rest, owner)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -92,6 +95,7 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise TypeError(f"targets must be integers, got {targets.dtype}")
     if targets.numel() == 0 or not dispatch.readable(targets):
         return
+    targets = targets.long()  # torch compares no uint16, uint32 or uint64
     outside = (targets < 0) | (targets >= vocab_size)
     outside &= targets != ignore_index
     if outside.any():
@@ -110,8 +114,12 @@ def _by_chunks(
     x, weight, targets, ignore_index, loss, upstream=None, dx=None, dweight=None, owner=None
 ):
     """What the kernels of this name do, in PyTorch's own operations."""
-    if dweight is not None:
-        dweight.zero_()
+    total = dweight
+    if dweight is not None and dweight.dtype != loss.dtype:
+        # In a narrower dtype every chunk would add a rounding of the whole sum.
+        total = torch.empty_like(dweight, dtype=loss.dtype)
+    if total is not None:
+        total.zero_()
     for at in range(0, x.shape[0], _CHUNK):
         part = slice(at, at + _CHUNK)
         logits = (x[part] @ weight.mT).to(loss.dtype)
@@ -123,16 +131,19 @@ def _by_chunks(
             continue
         scale = upstream[part].where(counts, 0)[:, None]
         dlogits = logits.sub_(lse[:, None]).exp_().mul_(scale)
-        dlogits = dlogits.where(counts[:, None], 0).scatter_add_(1, labels, -scale).to(x.dtype)
+        dlogits = dlogits.where(counts[:, None], 0).scatter_add_(1, labels, -scale)
         if dx is not None:
-            dx[part] = dlogits @ weight
-        if dweight is not None:
-            dweight.addmm_(dlogits.mT, x[part])
+            dx[part] = dlogits.to(x.dtype) @ weight
+        if total is not None:
+            total.addmm_(dlogits.mT, x[part].to(total.dtype))
+    if total is not dweight:
+        dweight.copy_(total)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """For a mean or a sum every row's gradient is known up to one factor, so forward makes the
-    gradients while it has the logits; backward multiplies. Else backward makes the logits again.
+    gradients while it has the logits; backward multiplies. Without that factor they may overflow
+    or underflow in float16: there, as for "none", backward makes the logits again.
     """
 
     @staticmethod
@@ -140,58 +151,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.run, ctx.owner = run, owner
         ctx.rest = (ignore_index, reduction)
         ctx.save_for_backward(x, weight, targets)
-        x, N = x.contiguous(), x.shape[0]
-        kept = torch.float64 if x.dtype == torch.float64 else torch.float32
-        loss = torch.empty(N, dtype=kept, device=x.device)
-        if reduction == "none":
-            run(x, weight, targets, ignore_index, loss, owner=owner)
-            return loss
-        one = torch.ones((), dtype=kept, device=x.device)
-        share = one / (targets != ignore_index).sum() if reduction == "mean" else one
-        # Rows' shares of a mean underflow in float16; there they come in with dloss.
-        ctx.factor = share if x.dtype == torch.float16 else None
-        wanted = ctx.needs_input_grad[1:3]
-        ctx.grads = _gradients(x, weight, wanted)
-        upstream = None
-        if any(wanted):
-            upstream = (share if ctx.factor is None else one).expand(N).contiguous()
-        run(x, weight, targets, ignore_index, loss, upstream, *ctx.grads, owner=owner)
-        # In float64, so that a mean of many rows is as exact as one of few.
-        total = loss.sum(dtype=torch.float64)
-        return (total * share if reduction == "mean" else total).to(kept)
+        ctx.grads = None
+        if reduction != "none" and x.dtype != torch.float16:
+            ctx.grads = _gradients(x, weight, ctx.needs_input_grad[1:3])
+        return _forward(run, x, weight, targets, ignore_index, reduction, owner, ctx.grads)
 
     @staticmethod
     def backward(ctx, dloss):
-        ignore_index, reduction = ctx.rest
+        # Looked at even where the gradients are made: it refuses what has changed in between.
+        x, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
         if not dispatch.once(dloss):
-            x, weight, targets = ctx.saved_tensors
             with torch.enable_grad():
-                loss = _differentiable(x, weight, targets, ignore_index, reduction)
+                loss = _differentiable(x, weight, targets, *ctx.rest)
                 inputs = [t for t, want in zip((x, weight), wanted, strict=True) if want]
                 found = iter(torch.autograd.grad(loss, inputs, dloss, create_graph=True))
             grads = [next(found) if want else None for want in wanted]
-        elif reduction == "none" or ctx.grads is None:
-            x, weight, targets = ctx.saved_tensors
-            if reduction == "none":
-                upstream = dloss.contiguous()
-            else:
-                share = dloss / (targets != ignore_index).sum() if reduction == "mean" else dloss
-                upstream = share.expand(x.shape[0]).contiguous()
-            grads = _gradients(x, weight, wanted)
-            loss = torch.empty_like(upstream)
-            x = x.contiguous()
+        elif ctx.grads is None:
+            grads, upstream = _gradients(x, weight, wanted), _upstream(dloss, targets, *ctx.rest)
+            loss, x, ignore_index = torch.empty_like(upstream), x.contiguous(), ctx.rest[0]
             ctx.run(x, weight, targets, ignore_index, loss, upstream, *grads, owner=ctx.owner)
         else:
             # Handed over, so that autograd keeps them without a copy; a second pass makes new ones.
             grads, ctx.grads = ctx.grads, None
-            if ctx.factor is not None:
-                dloss = dloss * ctx.factor
             if dloss.device.type != "cpu" or dloss.item() != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(dloss)
         return None, *grads, None, None, None, None
+
+
+def _forward(run, x, weight, targets, ignore_index, reduction, owner, grads=None):
+    """Returns the loss; fills the gradients, where there are some, for a gradient of 1."""
+    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss, upstream = torch.empty(x.shape[0], dtype=kept, device=x.device), None
+    if grads is not None:
+        upstream = _upstream(loss.new_ones(()), targets, ignore_index, reduction)
+    given = (upstream, *(grads or ()))
+    run(x.contiguous(), weight, targets, ignore_index, loss, *given, owner=owner)
+    if reduction == "none":
+        return loss
+    # In float64, which MPS lacks, so that a mean of many rows is as exact as one of few.
+    total = loss.sum(dtype=kept if loss.is_mps else torch.float64)
+    if reduction == "mean":
+        total = total / (targets != ignore_index).sum()
+    return total.to(kept)
+
+
+def _upstream(dloss, targets, ignore_index, reduction):
+    """The gradient of each row's loss, [N]."""
+    if reduction == "mean":
+        dloss = dloss / (targets != ignore_index).sum()
+    return dloss.expand(targets.shape).contiguous()
 
 
 def _gradients(x, weight, wanted):

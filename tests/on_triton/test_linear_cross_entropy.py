@@ -42,6 +42,21 @@ def test_linear_cross_entropy(padded, monkeypatch, dtype, chunk):
             assert ours is None or torch.equal(ours, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_weights_gradient_is_as_exact_over_many_chunks(monkeypatch, dtype):
+    monkeypatch.setattr(module, "_chunk_rows", lambda pitch, itemsize: 16)
+    x, weight, targets = _inputs(800, 7, dtype)
+    x += 1
+    loss, upstream = torch.empty(800), torch.full((800,), 1 / 800)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    linear_cross_entropy(x, weight, targets, IGNORE, loss, upstream, dx, dweight)
+
+    def torchs(x, weight):
+        return F.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE, reduction="none")
+
+    check((loss, dx, dweight), torchs, (x, weight), [upstream])
+
+
 def test_chunks_keep_to_their_size():
     for pitch, itemsize in ((50304, 2), (50304, 4), (64, 4), (10**9, 4)):
         rows = module._chunk_rows(pitch, itemsize)

@@ -209,7 +209,7 @@ def test_ids_outside_the_vocabulary():
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_a_training_step_on_a_gpu_that_is_not_there(dispatched, monkeypatch, arch):
-    monkeypatch.setattr(dispatch, "_direct", lambda tensors: True)
+    monkeypatch.setattr(dispatch, "direct", lambda tensors: True)
     monkeypatch.setattr(dispatch, "readable", lambda t: False)
     for name in ("embedding", "causal_attention", "layer_norm"):
         monkeypatch.setattr(sys.modules[f"fastgpt.ops.{name}"], "draw_seed", lambda *p: 7)
