@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -18,9 +19,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from fastgpt import cpu, triton
+from fastgpt import cpu, torch_state, triton
+from fastgpt.torch_state import transformed
 from fastgpt.triton import settings
 
 NAMES = ("auto", "triton", "cpu", "reference")
@@ -60,6 +61,10 @@ _KERNELS = {
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
 
 _asked: ContextVar[str | None] = ContextVar("fastgpt_backend", default=None)
+# The names inside whose `use_backend` some thread is now: torch.compile can't read a ContextVar, but
+# it makes a new graph when this changes.
+_entered: tuple[str, ...] = ()
+_entering = threading.Lock()
 
 
 def backends() -> dict[str, Backend]:
@@ -106,11 +111,17 @@ def use_backend(name: str) -> Iterator[None]:
     _checked(name, "use_backend")
     if name != "auto":
         _require(backends()[name])
+    global _entered
     token = _asked.set(name)
+    with _entering:
+        _entered = (*_entered, name)
     try:
         yield
     finally:
         _asked.reset(token)
+        with _entering:
+            at = len(_entered) - 1 - _entered[::-1].index(name)
+            _entered = _entered[:at] + _entered[at + 1 :]
 
 
 def requested() -> str:
@@ -227,14 +238,6 @@ def once(*gradients: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and _direct(gradients)
 
 
-def transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def _direct(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a kernel may read these tensors' memory with nothing watching or transforming.
 
@@ -242,9 +245,8 @@ def _direct(tensors: Iterable[torch.Tensor]) -> bool:
     tensor subclass: all of these want to see PyTorch's own operations.
     """
     return (
-        _len_torch_dispatch_stack() == 0
+        not torch_state.recorded()
         and not transformed()
-        and torch._C._get_tracing_state() is None
         and all(type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )
 
@@ -278,8 +280,11 @@ def runs_whole(x: torch.Tensor) -> bool:
 
 def traceable(*tensors: torch.Tensor) -> bool:
     """Whether torch.compile should put the registered operation into its graph rather than
-    PyTorch's own form.
+    PyTorch's own form. What is exported must load where fastgpt is not imported.
     """
+    asked = _entered[-1] if _entered else os.environ.get("FASTGPT_BACKEND")
+    if asked == "reference" or torch_state.exporting():
+        return False
     first = tensors[0]
     if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
         return False

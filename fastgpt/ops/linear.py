@@ -78,7 +78,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = 
             return _forward(kernels, x, weight, bias, owner, gelu=True)
         slopes = dispatch.module(backend, "gelu", x)
         return _LinearGelu.apply(kernels, slopes, x, weight, bias)
-    if autocasts:  # which rounds the sum of product and bias, not the product
+    # Autocast rounds the sum of product and bias, not the product.
+    if autocasts or backend == "reference":
         return gelu(F.linear(*wide))
     h = linear(x, weight, owner=owner)
     return bias_gelu(h, bias, out=None if dispatch.needs_grad(h, bias) else h)

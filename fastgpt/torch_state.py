@@ -1,0 +1,35 @@
+"""What PyTorch is doing around a call. The private functions of torch that fastgpt calls are here."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules import module
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is at work."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def recorded() -> bool:
+    """Whether a dispatch mode (fake tensors, FLOP counters) or torch.jit.trace sees what runs."""
+    return _len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def exporting() -> bool:
+    """Whether torch.export is recording a graph, which must load where fastgpt is not imported."""
+    return torch.compiler.is_exporting()
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook listens to the calls of every module."""
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
