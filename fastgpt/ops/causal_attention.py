@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,15 @@ def _torch(
     T, S = q.shape[2], k.shape[2]
     if dispatch.transformed():  # the fused operation has no forward mode and no batching rule
         return F.dropout(weights(q, k, scale), dropout_p) @ v
-    if T == S:
-        with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
-            )
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout_p)
+    if T == 1:  # one query sees every key
+        mask: dict[str, Any] = {}
+    elif T == S:
+        mask = {"is_causal": True}
+    else:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = {"attn_mask": seen}
+    with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:
