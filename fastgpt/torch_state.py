@@ -1,4 +1,4 @@
-"""What PyTorch is doing around a call. The private functions of torch that fastgpt calls are here."""
+"""What PyTorch is doing around a call. The private functions of torch that we call are here."""
 
 from __future__ import annotations
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.dropout import draw_seed
+from fastgpt.ops.mask_again import mask_again
 from fastgpt.triton import choices
 
 
+@dispatch.falls_back
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -139,15 +141,21 @@ def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)
 
 
-def _formulas(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _formulas(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v by operations that are differentiable themselves, with a block of
-    queries x keys. dout: [B, T, H, D].
+    queries x keys. dout: [B, T, H, D]; keep: what dropout multiplied the weights by.
     """
     p = weights(q, k, scale)
     dout = dout.transpose(1, 2)
     dp = dout @ v.mT
+    kept = p
+    if keep is not None:
+        keep = keep.to(p.dtype)
+        kept, dp = p * keep, dp * keep
     dscores = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    return dscores @ k, dscores.mT @ q, p.mT @ dout
+    return dscores @ k, dscores.mT @ q, kept.mT @ dout
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -159,17 +167,20 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        if dispatch.once(dout):
+        if dispatch.once(ctx.kernels, dout):
             grads = _backward(ctx.kernels, dout, q, k, v, out, lse, ctx.scale, *ctx.drop)
         else:
-            refuse_double_backward(ctx.drop[0])
-            grads = _formulas(dout, q, k, v, ctx.scale)
+            shape = (*q.shape[:3], k.shape[2])
+            keep = mask_again(ctx.kernels, ctx.drop, shape, q.device)
+            grads = _formulas(dout, q, k, v, ctx.scale, keep)
         return None, *grads, None, None, None
 
 
 @torch.library.custom_op("fastgpt::causal_attention", mutates_args=())
+@dispatch.falls_back
 def _causal_attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kernels = dispatch.kernels("causal_attention", q, k, v)
     if kernels is None:
@@ -185,6 +196,7 @@ def _(q, k, v, scale):
 
 
 @torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())
+@dispatch.falls_back
 def _causal_attention_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,7 @@ def checked_linear_cross_entropy(
             rows, weight = rows.to(dtype), weight.to(dtype)
         kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
         takes = kernels is not None and kernels.takes(weight, None)
-        run = kernels.linear_cross_entropy if takes else _by_chunks
+        run = dispatch.first(kernels.linear_cross_entropy, _by_chunks) if takes else _by_chunks
         loss = _LinearCrossEntropy.apply(
             run, rows, weight, labels.contiguous(), ignore_index, reduction, owner
         )
@@ -164,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         ignore_index, reduction = ctx.rest
         wanted = ctx.needs_input_grad[1:3]
-        if not dispatch.once(dloss):
+        if not dispatch.once(None, dloss):
             x, weight, targets = ctx.saved_tensors
             with torch.enable_grad():
                 loss = _differentiable(x, weight, targets, ignore_index, reduction)
