@@ -6,6 +6,8 @@ import torch
 from torch.nn.modules import module
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
+_TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")
+
 
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode differentiation is at work."""
@@ -21,8 +23,13 @@ def recorded() -> bool:
 
 
 def exporting() -> bool:
-    """Whether torch.export is recording a graph, which must load where fastgpt is not imported."""
-    return torch.compiler.is_exporting()
+    """Whether torch.export is recording a graph, which must load where fastgpt is not imported.
+
+    Before torch 2.7 a strict export can't be told from torch.compile.
+    """
+    if _TELLS_EXPORT:
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def has_global_hooks() -> bool:
