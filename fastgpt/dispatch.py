@@ -11,19 +11,23 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch import Tensor
 
-from fastgpt import cpu, triton
+from fastgpt import cpu, torch_state, triton
+from fastgpt.torch_state import transformed
 from fastgpt.triton import settings
 
 NAMES = ("auto", "triton", "cpu", "reference")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class BackendError(RuntimeError):
@@ -60,29 +64,32 @@ _KERNELS = {
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
 
 _asked: ContextVar[str | None] = ContextVar("fastgpt_backend", default=None)
+# The names inside whose `use_backend` some thread is now. torch.compile can't read a ContextVar,
+# but it makes a new graph when this changes.
+_entered: tuple[str, ...] = ()
+_entering = threading.Lock()
 
 
 def backends() -> dict[str, Backend]:
     """Each backend by name, whether it can run here, why not, and what it takes."""
-    no_gpu, reason = _KERNELS["triton"].reason(None), cpu.missing_reason()
-    isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
-    rows = (
-        Backend(
-            "triton",
-            no_gpu is None,
-            no_gpu,
+    return {name: _backend(name) for name in NAMES if name != "auto"}
+
+
+def _backend(name: str) -> Backend:
+    if name == "triton":
+        reason = _KERNELS[name].reason(None)
+        failed = "".join(f"; {op} runs on reference: {why}" for (op, _), why in _failed.items())
+        detail = (
             "CUDA and ROCm tensors in float32, float16 and bfloat16; never run on a GPU yet; other "
-            "dtypes run on reference",
-        ),
-        Backend(
-            "cpu",
-            reason is None,
-            reason,
-            f"CPU tensors in float32, instruction set {isa}; other dtypes run on reference",
-        ),
-        Backend("reference", True, None, "PyTorch's own best form, any device and dtype"),
-    )
-    return {row.name: row for row in rows}
+            f"dtypes run on reference{failed}"
+        )
+    elif name == "cpu":
+        reason = cpu.missing_reason()
+        isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
+        detail = f"CPU tensors in float32, instruction set {isa}; other dtypes run on reference"
+    else:
+        reason, detail = None, "PyTorch's own best form, any device and dtype"
+    return Backend(name, reason is None, reason, detail)
 
 
 def _checked(name: str, where: str) -> str:
@@ -105,12 +112,18 @@ def use_backend(name: str) -> Iterator[None]:
     """
     _checked(name, "use_backend")
     if name != "auto":
-        _require(backends()[name])
+        _require(name)
+    global _entered
     token = _asked.set(name)
+    with _entering:
+        _entered = (*_entered, name)
     try:
         yield
     finally:
         _asked.reset(token)
+        with _entering:
+            at = len(_entered) - 1 - _entered[::-1].index(name)
+            _entered = _entered[:at] + _entered[at + 1 :]
 
 
 def requested() -> str:
@@ -125,16 +138,17 @@ def requested() -> str:
 
 @functools.cache
 def _require_by_environment(name: str) -> None:
-    if _checked(name, "FASTGPT_BACKEND") != "auto":
-        _require(backends()[name])
+    _require(_checked(name, "FASTGPT_BACKEND"))
 
 
-def _require(backend: Backend) -> None:
+def _require(name: str) -> None:
+    """Asks that backend alone: to look at the others might set a GPU up."""
+    backend = _backend(name)
     if not backend.available:
-        raise BackendError(f"backend {backend.name!r} cannot run here: {backend.reason}")
+        raise BackendError(f"backend {name!r} cannot run here: {backend.reason}")
 
 
-def choose(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> str:
+def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> str:
     """The backend for these tensors: "triton", "cpu" or "reference".
 
     Args:
@@ -161,14 +175,16 @@ def choose(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor
     return "reference"
 
 
-def on_triton(like: torch.Tensor) -> bool:
-    """Whether tensors such as this one may run on the Triton backend; says and raises nothing."""
+def on_triton(op: str, like: Tensor) -> bool:
+    """Whether the operation may run on the Triton backend for tensors such as this one; says and
+    raises nothing.
+    """
     name = requested()
     backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
-    return backend == "triton" and direct((like,)) and _obstacle(backend, "", [like], ()) is None
+    return backend == "triton" and direct((like,)) and _obstacle(backend, op, [like], ()) is None
 
 
-def kernels(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tensor] = ()) -> Any:
+def kernels(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> Any:
     """The module with the operation's kernels for these tensors; None for PyTorch's own form.
 
     Raises:
@@ -177,16 +193,15 @@ def kernels(op: str, *tensors: torch.Tensor | None, beside: Iterable[torch.Tenso
     return module(choose(op, *tensors, beside=beside), op, tensors[0])
 
 
-def module(backend: str, op: str, like: torch.Tensor | None) -> Any:
+def module(backend: str, op: str, like: Tensor | None) -> Any:
     """The module with the operation's kernels, to be launched on the tensor's device; None for
     "reference".
     """
     if backend == "reference":
         return None
-    found = _module(backend, op)
-    if like is not None and like.is_cuda and _several_gpus():
-        return _on_gpu(found, like.device.index)
-    return found
+    if backend == "triton":
+        return _launchers(op, None if like is None else like.device.index)
+    return _module(backend, op)
 
 
 @functools.cache
@@ -199,70 +214,120 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-class _OnGpu:
-    """A module whose launchers run with that GPU as the current one, where Triton launches."""
+class KernelError(RuntimeError):
+    """A Triton kernel can't be compiled or launched: its operation runs on the reference from now
+    on.
+    """
 
-    def __init__(self, module: ModuleType, index: int) -> None:
-        self._module, self._index = module, index
+
+# By operation and the GPU's index, why a kernel of it could not be launched.
+_failed: dict[tuple[str, int | None], str] = {}
+
+
+class Launchers:
+    """The launchers of an operation, with that GPU as the current one, where Triton launches.
+
+    One whose kernel can't be compiled or launched raises KernelError, or BackendError where the
+    backend was asked for by name.
+    """
+
+    def __init__(self, op: str, index: int | None) -> None:
+        self._op, self._index = op, index
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of them has."""
+        return (self._op, self._index) in _failed
 
     def __getattr__(self, name: str) -> Any:
-        launcher = getattr(self._module, name)
+        launcher = getattr(_module("triton", self._op), name)
 
         @functools.wraps(launcher)
         def launch(*args: Any, **kwargs: Any) -> Any:
-            with torch.cuda.device(self._index):
-                return launcher(*args, **kwargs)
+            try:
+                with torch.cuda.device(self._index) if _several_gpus() else _nothing:
+                    return launcher(*args, **kwargs)
+            except Exception as error:
+                if not triton.cannot_run(error):
+                    raise
+                reason = f"a kernel of {self._op} failed, {triton.described(error)}"
+                _failed[self._op, self._index] = reason
+                if requested() == "triton":
+                    raise BackendError(f"backend 'triton' cannot run here: {reason}") from error
+                _say_once("triton", reason)
+                raise KernelError(reason) from error
 
         setattr(self, name, launch)
         return launch
 
 
-_on_gpu = functools.cache(_OnGpu)
+_launchers = functools.cache(Launchers)
+_nothing = contextlib.nullcontext()
 
 
-def once(*gradients: torch.Tensor) -> bool:
-    """Whether a backward pass may run kernels on these gradients: no second derivative is wanted,
-    and nothing watches or transforms.
+def falls_back(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of what asks for kernels: runs it again where one of them turns out not to run.
+
+    Of a registered operation torch reads the annotations with this module's names.
     """
-    return not torch.is_grad_enabled() and direct(gradients)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except KernelError:
+            return function(*args, **kwargs)
+
+    return run
 
 
-def transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def first(launcher: Callable[..., None], other: Callable[..., None]) -> Callable[..., None]:
+    """A launcher that runs the other one, which writes all outputs anew, where its kernels fail."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            launcher(*args, **kwargs)
+        except KernelError:
+            other(*args, **kwargs)
+
+    return run
 
 
-def direct(tensors: Iterable[torch.Tensor]) -> bool:
+def once(kernels: Any, *gradients: Tensor) -> bool:
+    """Whether a backward pass may run these kernels on the gradients: none has failed, no second
+    derivative is wanted, and nothing watches or transforms.
+    """
+    failed = isinstance(kernels, Launchers) and kernels.failed
+    return not failed and not torch.is_grad_enabled() and direct(gradients)
+
+
+def direct(tensors: Iterable[Tensor]) -> bool:
     """Whether a kernel may read these tensors' memory with nothing watching or transforming.
 
     Not so under a dispatch mode (fake tensors, FLOP counters), a transform, tracing, or for a
     tensor subclass: all of these want to see PyTorch's own operations.
     """
     return (
-        _len_torch_dispatch_stack() == 0
+        not torch_state.recorded()
         and not transformed()
-        and torch._C._get_tracing_state() is None
-        and all(type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )
 
 
-def autocasts(x: torch.Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for this tensor's device."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def takes_whole_pass(idx: torch.Tensor) -> bool:
+def takes_whole_pass(idx: Tensor) -> bool:
     """Whether a whole forward pass over these ids may run in C++; its weights are looked at
     elsewhere.
     """
     return not torch.is_grad_enabled() and runs_whole(idx)
 
 
-def runs_whole(x: torch.Tensor) -> bool:
+def runs_whole(x: Tensor) -> bool:
     """Whether several operations in a row may run as one call into C++, as far as their input
     tells; their weights are looked at elsewhere.
     """
@@ -276,10 +341,13 @@ def runs_whole(x: torch.Tensor) -> bool:
     )
 
 
-def traceable(*tensors: torch.Tensor) -> bool:
+def traceable(*tensors: Tensor) -> bool:
     """Whether torch.compile should put the registered operation into its graph rather than
-    PyTorch's own form.
+    PyTorch's own form. What is exported must load where fastgpt is not imported.
     """
+    asked = _entered[-1] if _entered else os.environ.get("FASTGPT_BACKEND")
+    if asked == "reference" or torch_state.exporting():
+        return False
     first = tensors[0]
     if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
         return False
@@ -288,9 +356,7 @@ def traceable(*tensors: torch.Tensor) -> bool:
     return cpu.missing is None and first.device.type == "cpu" and first.dtype == torch.float32
 
 
-def _obstacle(
-    backend: str, op: str, tensors: list[torch.Tensor], beside: Iterable[torch.Tensor]
-) -> str | None:
+def _obstacle(backend: str, op: str, tensors: list[Tensor], beside: Iterable[Tensor]) -> str | None:
     """Why the backend's kernels cannot take these tensors, or None where they can."""
     device, dtypes, reason, widest = _KERNELS[backend]
     for t in (*tensors, *beside):
@@ -304,10 +370,10 @@ def _obstacle(
         return f"it takes tensors of one dtype, these are {_dtypes(tensors)}"
     if op in widest and first.dim() > 0 and first.shape[-1] > widest[op]:
         return f"it takes at most {widest[op]} wide ones in {op}, these are {first.shape[-1]} wide"
-    return reason(first.device.index)
+    return _failed.get((op, first.device.index)) or reason(first.device.index)
 
 
-def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
+def _dtypes(tensors: Iterable[Tensor]) -> str:
     return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
@@ -320,7 +386,7 @@ def _say_once(backend: str, reason: str) -> None:
     )
 
 
-def readable(t: torch.Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while something watches, transforms or
     captures a CUDA graph.
     """
@@ -329,6 +395,6 @@ def readable(t: torch.Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -189,7 +189,9 @@ def _steps(
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
     """The module that decodes by CUDA graphs; None where the Triton backend does not run."""
     tok = getattr(model.tok_emb, "weight", None)
-    if not isinstance(tok, Tensor) or tok.device != idx.device or not dispatch.on_triton(tok):
+    if not isinstance(tok, Tensor) or tok.device != idx.device:
+        return None
+    if not dispatch.on_triton("decode_attention", tok):
         return None
     return importlib.import_module("fastgpt.triton.decode")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from fastgpt.torch_state import has_global_hooks
 
 M = TypeVar("M", bound=nn.Module)
 _CALL = nn.Module.__call__
@@ -37,7 +38,7 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
         and cls.__call__ is _CALL
-        and not _has_any_global_hook()
+        and not has_global_hooks()
     )
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import assert_as_exact, check_operation
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgpt
 from fastgpt import reference
@@ -171,3 +172,23 @@ def test_double_backward(path):
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), exact))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+class _Names(TorchDispatchMode):
+    """Collects the names of PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("S", [1, 9])
+def test_one_query_on_the_reference_makes_no_mask(S):
+    q, k, v = _qkv(1, 2, 1, 16, S)
+    with fastgpt.use_backend("reference"), _Names() as names:
+        causal_attention(q, k, v)
+    assert names.seen == ["_scaled_dot_product_flash_attention_for_cpu"]

@@ -120,6 +120,41 @@ print(fastgpt.ops.gelu(x).shape, fastgpt.ops.gelu(x).shape)
     assert run.stderr.count("BackendWarning") == 1
 
 
+def test_asking_for_one_backend_looks_at_no_other(monkeypatch):
+    """To look at Triton sets a GPU up, which a process that means to fork must not."""
+    looked = dispatch._KERNELS["triton"]._replace(reason=lambda index: pytest.fail("looked at"))
+    monkeypatch.setitem(dispatch._KERNELS, "triton", looked)
+    with fastgpt.use_backend("reference"):
+        pass
+    if CPU:
+        with fastgpt.use_backend("cpu"):
+            ops.gelu(torch.ones(3))
+
+
+ELSEWHERE = """
+import importlib.util, sys, torch
+sys.platform = {platform!r}
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: {spec} if name == "triton" else found(name, *rest)
+from fastgpt.triton import missing_reason
+print(missing_reason())
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "spec", "reason"),
+    [
+        ("win32", "True", "None"),
+        ("win32", "None", "triton is not installed (pip install triton-windows)"),
+        ("linux", "None", "triton is not installed (pip install triton)"),
+        ("darwin", "None", "triton is not installed (there is none for darwin)"),
+    ],
+)
+def test_triton_is_looked_for_on_every_platform(platform, spec, reason):
+    run = _run(ELSEWHERE.format(platform=platform, spec=spec))
+    assert run.stdout.strip() == reason, run.stderr
+
+
 @pytest.mark.parametrize("name", ["triton", "torch._dynamo", "torch._inductor"])
 def test_importing_does_not_import(name):
     assert _run(f"import fastgpt, sys; print({name!r} in sys.modules)").stdout.strip() == "False"

@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import threading
 
@@ -115,19 +116,60 @@ def test_a_compiled_part_is_called(name):
     assert graphs
 
 
-def test_exported():
+def _own_operations(graph):
+    return [str(node.target) for node in graph.nodes if "fastgpt" in str(node.target)]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict, tmp_path):
+    """The file holds PyTorch's operations alone: it loads where fastgpt is not imported."""
     ours, book = pair(n_layers=1)
-    length = torch.export.Dim("length", min=2, max=31)
-    program = torch.export.export(ours.eval(), (some_ids(),), dynamic_shapes=({1: length},))
-    for T in (9, 20):
+    program = torch.export.export(
+        ours.eval(),
+        (some_ids(),),
+        dynamic_shapes=({1: torch.export.Dim("length", min=1, max=31)},),
+        strict=strict,
+    )
+    assert _own_operations(program.graph) == []
+    for T in (1, 9, 20):
         assert_same(program.module()(some_ids(T=T)), book(some_ids(T=T)))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save([some_ids(), program.module()(some_ids())], tmp_path / "right.pt")
+    code = """
+import sys, torch
+ids, right = torch.load("right.pt")
+assert torch.equal(torch.export.load("model.pt2").module()(ids), right)
+assert "fastgpt" not in sys.modules
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_inside_use_backend_reference():
+    """PyTorch's operations alone, in a graph that is not taken outside."""
+    found = []
+
+    def compiler(graph, inputs):
+        found.append(_own_operations(graph.graph))
+        return graph.forward
+
+    ours, book = pair(n_layers=1)
+    compiled = torch.compile(ours, backend=compiler, fullgraph=True)
+    for name in ("reference", "auto", "reference", "auto"):
+        with fastgpt.use_backend(name):
+            assert_same(compiled(some_ids()), book(some_ids()))
+    inside, outside = found
+    assert inside == []
+    assert bool(outside) == fastgpt.backends()["cpu"].available
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_traced():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_traced(gradients):
     ours, book = pair(n_layers=1)
-    with torch.no_grad():
-        traced = torch.jit.trace(ours.eval(), some_ids())
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(ours.eval(), some_ids())  # which checks the trace
         assert_same(traced(some_ids(seed=1)), book(some_ids(seed=1)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import cpu
+from fastgpt import cpu, triton
 from fastgpt._distribution import stranger
 from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.dispatch import BackendWarning, backends, requested
@@ -67,6 +67,8 @@ def collect() -> dict[str, dict[str, Any]]:
     }
     if said := stranger():
         missing["a folder of its own"] = said
+    if versions["triton"] is None:
+        missing["triton"] = f"{OPTIONAL['triton']}: {triton.how_to_install()}"
     for row in backends().values():
         if not row.available:
             missing[f"backend {row.name}"] = row.reason or "not available"
@@ -98,7 +100,9 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        # Brought by a distribution of another name, as triton-windows is.
+        others = importlib.metadata.packages_distributions().get(name, [])
+        return next((f"{importlib.metadata.version(n)} ({n})" for n in others if n != name), None)
 
 
 def _devices() -> dict[str, str]:

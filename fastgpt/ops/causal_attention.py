@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.dropout import draw_seed
 from fastgpt.ops.dropout import dropout
+from fastgpt.ops.mask_again import mask_again
 from fastgpt.triton import choices
 
 
+@dispatch.falls_back
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -67,13 +70,15 @@ def _torch(
     # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own.
     if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda):
         return dropout(weights(q, k, scale), dropout_p) @ v
-    if T == S:
-        with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p
-            )
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout_p)
+    if T == 1:  # one query sees every key
+        mask: dict[str, Any] = {}
+    elif T == S:
+        mask = {"is_causal": True}
+    else:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = {"attn_mask": seen}
+    with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:
@@ -138,15 +143,21 @@ def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax((q @ k.mT * scale).masked_fill(hidden, -torch.inf), dim=-1)
 
 
-def _formulas(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _formulas(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v by operations that are differentiable themselves, with a block of
-    queries x keys. dout: [B, T, H, D].
+    queries x keys. dout: [B, T, H, D]; keep: what dropout multiplied the weights by.
     """
     p = weights(q, k, scale)
     dout = dout.transpose(1, 2)
     dp = dout @ v.mT
+    kept = p
+    if keep is not None:
+        keep = keep.to(p.dtype)
+        kept, dp = p * keep, dp * keep
     dscores = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    return dscores @ k, dscores.mT @ q, p.mT @ dout
+    return dscores @ k, dscores.mT @ q, kept.mT @ dout
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -158,17 +169,20 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        if dispatch.once(dout):
+        if dispatch.once(ctx.kernels, dout):
             grads = _backward(ctx.kernels, dout, q, k, v, out, lse, ctx.scale, *ctx.drop)
         else:
-            refuse_double_backward(ctx.drop[0])
-            grads = _formulas(dout, q, k, v, ctx.scale)
+            shape = (*q.shape[:3], k.shape[2])
+            keep = mask_again(ctx.kernels, ctx.drop, shape, q.device)
+            grads = _formulas(dout, q, k, v, ctx.scale, keep)
         return None, *grads, None, None, None
 
 
 @torch.library.custom_op("fastgpt::causal_attention", mutates_args=())
+@dispatch.falls_back
 def _causal_attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kernels = dispatch.kernels("causal_attention", q, k, v)
     if kernels is None:
@@ -184,6 +198,7 @@ def _(q, k, v, scale):
 
 
 @torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())
+@dispatch.falls_back
 def _causal_attention_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

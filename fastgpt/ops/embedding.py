@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.config import check_ids
-from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.dropout import draw_seed
 from fastgpt.ops.dropout import dropout
+from fastgpt.ops.mask_again import mask_again
 
 
+@dispatch.falls_back
 def embedding(
     idx: Tensor, tok: Tensor, pos: Tensor, past: int = 0, dropout_p: float = 0.0
 ) -> Tensor:
@@ -83,17 +85,19 @@ class _Embedding(torch.autograd.Function):
         return _forward(kernels, idx, tok, pos, past, dropout_p, seed)
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dy):
         (idx,) = ctx.saved_tensors
-        wanted, (past, dropout_p, _) = ctx.needs_input_grad[2:4], ctx.step
-        if dispatch.once(dy):
+        wanted, past = ctx.needs_input_grad[2:4], ctx.step[0]
+        if dispatch.once(ctx.kernels, dy):
             grads = [
                 dy.new_empty(shape) if want else None
                 for shape, want in zip(ctx.shapes, wanted, strict=True)
             ]
             ctx.kernels.embedding_backward(dy.contiguous(), idx.contiguous(), *grads, *ctx.step)
         else:
-            refuse_double_backward(dropout_p)
+            keep = mask_again(ctx.kernels, ctx.step[1:], dy.shape, dy.device)
+            dy = dy if keep is None else dy * keep
             at = torch.arange(past, past + idx.shape[1], device=idx.device).expand_as(idx)
             grads = [
                 torch.ops.aten.embedding_dense_backward(dy, ids, shape[0], -1, False)

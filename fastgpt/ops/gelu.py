@@ -51,6 +51,7 @@ def bias_gelu(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     return _bias_gelu(x, bias, out)
 
 
+@dispatch.falls_back
 def _bias_gelu(x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     tensors = (x,) if bias is None else (x, bias)
     if torch.compiler.is_compiling():
@@ -101,15 +102,17 @@ class _BiasGelu(torch.autograd.Function):
         return _forward(kernels, x, bias)
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[1:]
         x, bias = ctx.saved_tensors
-        if dispatch.once(dy):
+        if dispatch.once(ctx.kernels, dy):
             return None, *_backward(ctx.kernels, dy, x, bias, wanted)
         return None, *_formulas(dy, x, bias, wanted)
 
 
 @torch.library.custom_op("fastgpt::bias_gelu", mutates_args=())
+@dispatch.falls_back
 def _bias_gelu_op(x: Tensor, bias: Tensor | None) -> Tensor:
     kernels = dispatch.kernels("gelu", x, bias)
     return _torch(x, bias).contiguous() if kernels is None else _forward(kernels, x, bias)

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch, reference
-from fastgpt.dropout import draw_seed, refuse_double_backward
+from fastgpt.dropout import draw_seed
 from fastgpt.ops.dropout import dropout
+from fastgpt.ops.mask_again import mask_again
 
 
+@dispatch.falls_back
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """weight * (x - mean) / sqrt(var + eps) + bias, mean and biased variance over the last
     dimension.
@@ -43,6 +45,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     return _forward(kernels, x, weight, bias, eps, stats=False)[0]
 
 
+@dispatch.falls_back
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -182,9 +185,10 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[1:4]
-        if dispatch.once(dy):
+        if dispatch.once(ctx.kernels, dy):
             dx, _, dw, db = _backward(ctx.kernels, dy, ctx.saved_tensors, wanted)
         else:
             dx, dw, db = _formulas(dy, ctx.saved_tensors, wanted)
@@ -202,26 +206,28 @@ class _AddLayerNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dy, dtotal):
         _, *wanted = ctx.needs_input_grad[:5]
         stream = (wanted[0] or wanted[1], wanted[2], wanted[3])
-        if dispatch.once(dy, dtotal):
+        if dispatch.once(ctx.kernels, dy, dtotal):
             into = (dtotal, ctx.branch, *ctx.drop)
             grads = _backward(ctx.kernels, dy, ctx.saved_tensors, stream, *into)
         else:
-            refuse_double_backward(ctx.drop[0])
-            grads = _add_formulas(dy, dtotal, ctx.saved_tensors, stream)
+            keep = mask_again(ctx.kernels, ctx.drop, dy.shape, dy.device)
+            grads = _add_formulas(dy, dtotal, ctx.saved_tensors, stream, keep)
         kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
         return None, *kept, None, None, None
 
 
-def _add_formulas(dy, dtotal, saved, wanted):
+def _add_formulas(dy, dtotal, saved, wanted, keep=None):
     dx, dw, db = _formulas(dy, saved, wanted)
     dx = dx if dx is None else dx + dtotal
-    return dx, dx, dw, db
+    return dx, dx if dx is None or keep is None else dx * keep, dw, db
 
 
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
+@dispatch.falls_back
 def _layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,6 +243,7 @@ def _(x, weight, bias, eps):
 
 
 @torch.library.custom_op("fastgpt::add_layer_norm", mutates_args=())
+@dispatch.falls_back
 def _add_layer_norm_op(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

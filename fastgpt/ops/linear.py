@@ -14,6 +14,7 @@ from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.triton import choices
 
 
+@dispatch.falls_back
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, owner: object | None = None
 ) -> Tensor:
@@ -50,6 +51,7 @@ def linear(
     return _forward(kernels, x, weight, bias, owner)
 
 
+@dispatch.falls_back
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = None) -> Tensor:
     """gelu(x W^T + bias).
 
@@ -76,9 +78,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = 
         kernels = dispatch.module(backend, "linear", x)
         if not dispatch.needs_grad(x, weight, bias):
             return _forward(kernels, x, weight, bias, owner, gelu=True)
-        slopes = dispatch.module(backend, "gelu", x)
-        return _LinearGelu.apply(kernels, slopes, x, weight, bias)
-    if autocasts:  # which rounds the sum of product and bias, not the product
+        slopes = dispatch.kernels("gelu", x)
+        if slopes is not None:
+            return _LinearGelu.apply(kernels, slopes, x, weight, bias)
+    # Autocast rounds the sum of product and bias, not the product.
+    if autocasts or backend == "reference":
         return gelu(F.linear(*wide))
     h = linear(x, weight, owner=owner)
     return bias_gelu(h, bias, out=None if dispatch.needs_grad(h, bias) else h)
@@ -105,7 +109,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         _, for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        if not dispatch.once(dy):  # differentiable itself
+        if not dispatch.once(ctx.kernels, dy):  # differentiable itself
             rows = dy.flatten(0, -2)
             dx = dy @ weight if for_x else None
             dweight = rows.mT @ x.flatten(0, -2) if for_weight else None
@@ -132,10 +136,11 @@ class _LinearGelu(torch.autograd.Function):
         return _forward(kernels, x, weight, bias, None, pre=pre, gelu=True)
 
     @staticmethod
+    @dispatch.falls_back
     def backward(ctx, dy):
         x, weight, bias, pre = ctx.saved_tensors
         _, _, for_x, for_weight, for_bias = ctx.needs_input_grad
-        if dispatch.once(dy):
+        if dispatch.once(ctx.slopes, dy):
             dpre = torch.empty_like(pre)
             dbias = weight.new_empty(weight.shape[0]) if for_bias else None
             ctx.slopes.bias_gelu_backward(dy.contiguous(), pre, None, dpre, dbias)

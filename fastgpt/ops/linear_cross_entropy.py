@@ -77,7 +77,7 @@ def checked_linear_cross_entropy(
             rows, weight = rows.to(dtype), weight.to(dtype)
         kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
         takes = kernels is not None and kernels.takes(weight, None)
-        run = kernels.linear_cross_entropy if takes else _by_chunks
+        run = dispatch.first(kernels.linear_cross_entropy, _by_chunks) if takes else _by_chunks
         if dispatch.needs_grad(rows, weight):
             loss = _LinearCrossEntropy.apply(run, rows, weight, labels, *rest, owner)
         else:
@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Looked at even where the gradients are made: it refuses what has changed in between.
         x, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
-        if not dispatch.once(dloss):
+        if not dispatch.once(None, dloss):
             with torch.enable_grad():
                 loss = _differentiable(x, weight, targets, *ctx.rest)
                 inputs = [t for t, want in zip((x, weight), wanted, strict=True) if want]

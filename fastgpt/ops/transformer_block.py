@@ -73,7 +73,7 @@ class _TransformerBlock(torch.autograd.Function):
         x, *parameters, kept = ctx.saved_tensors
         p = BlockParameters(*parameters)
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
-        if dispatch.once(dy):
+        if dispatch.once(None, dy):
             grads = transformer_block_backward(
                 dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops, wanted, ctx.owner
             )

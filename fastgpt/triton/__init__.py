@@ -2,27 +2,36 @@
 launcher that writes ready outputs.
 
 Importing this package imports no triton; its modules do, but for ``settings`` and ``choices``. They
-are to be imported where ``missing_reason()`` is None.
+are to be imported where ``reason()`` is None.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import subprocess
 import sys
+import traceback
 
 import torch
 
-
-def _missing() -> str | None:
-    if not sys.platform.startswith("linux"):
-        return f"triton runs on Linux, this is {sys.platform}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
+OLDEST = (3, 6)  # the first triton that the kernels are tested with
 
 
-missing = _missing()  # why there is no triton
+def how_to_install() -> str:
+    """What brings triton to this platform, for a message."""
+    packages = {"linux": "triton", "win32": "triton-windows"}
+    package = packages.get(sys.platform)
+    return f"pip install {package}" if package else f"there is none for {sys.platform}"
+
+
+# Why there is no triton.
+missing = (
+    None
+    if importlib.util.find_spec("triton") is not None
+    else f"triton is not installed ({how_to_install()})"
+)
 
 
 def missing_reason() -> str | None:
@@ -33,17 +42,60 @@ def missing_reason() -> str | None:
 @functools.cache
 def reason(index: int | None = None) -> str | None:
     """Why the kernels cannot run on the GPU of that index, or, without one, on any; None where they
-    can.
+    can. The first question launches a kernel.
     """
     if missing is not None:
         return missing
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     if index is None:
-        reasons = [reason(i) for i in range(torch.cuda.device_count())]
-        return None if None in reasons else reasons[0]
+        # The current one first, for a kernel on another takes memory there.
+        current = torch.cuda.current_device()
+        order = (current, *(i for i in range(torch.cuda.device_count()) if i != current))
+        return next((None for i in order if reason(i) is None), reason(current))
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         major, minor = torch.cuda.get_device_capability(index)
         name = torch.cuda.get_device_name(index)
         return f"the kernels need an sm_80 or newer, the {name} is an sm_{major}{minor}"
+    return launch_failure(torch.device("cuda", index))
+
+
+def launch_failure(device: torch.device) -> str | None:
+    """Why the smallest kernel cannot be launched there; None where it was."""
+    x = torch.empty(1, dtype=torch.int32, device=device)
+    try:
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return f"the kernels need triton {oldest} or newer, this is {version}"
+        probe = importlib.import_module("fastgpt.triton.probe")
+        with torch.cuda.device_of(x):
+            probe.write_one(x)
+    # Whatever goes wrong with so small a kernel goes wrong with every other one, and what a GPU in
+    # an error state raises, PyTorch's own operations raise again.
+    except Exception as error:
+        return f"triton cannot launch a kernel: {described(error)}"
     return None
+
+
+def cannot_run(error: Exception) -> bool:
+    """Whether an error that a launcher raised says that its kernel can't be compiled or launched.
+
+    Not so for what the GPU's driver reports, which may come from any earlier kernel.
+    """
+    from triton.errors import TritonError
+
+    if isinstance(error, (TritonError, subprocess.CalledProcessError)):
+        return True
+    if type(error) is not RuntimeError:
+        return False
+    if str(error).startswith("Triton Error ["):  # the driver's
+        return "too many resources requested for launch" in str(error)
+    *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+    return str(raised_in.f_globals.get("__name__")).startswith("triton.")
+
+
+def described(error: Exception) -> str:
+    """The error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -219,7 +219,7 @@ class Decoder:
         return (
             parts is not None
             and self.key == (self.state.ids.shape[0], *parts.key())
-            and dispatch.on_triton(parts.tok)
+            and dispatch.on_triton("decode_attention", parts.tok)
             and not dispatch.autocasts(parts.tok)
         )
 
@@ -239,6 +239,7 @@ def decoding(model: GPTModel, cache: KVCache, steps: int) -> Iterator[Decoder | 
         and parts is not None
         and not dispatch.autocasts(parts.tok)
         and dispatch.choose("layer_norm", *parts.tensors()) == "triton"
+        and all(dispatch.on_triton(op, parts.tok) for op in ("embedding", "decode_attention"))
     ):
         decoder = _decoder(model, parts, batch, steps)
     if decoder is None:

@@ -246,6 +246,8 @@ def gpu(monkeypatch):
         dispatch._say_once.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(triton, "launch_failure", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Tesla T4")
 
@@ -295,9 +297,10 @@ def test_with_several_gpus_launches_go_to_the_tensors_own(monkeypatch):
             current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(dispatch, "_several_gpus", lambda: True)
     module = types.SimpleNamespace(launcher=lambda x, y=0: (x, y, *current))
-    on_gpu = dispatch._OnGpu(module, 3)
-    assert on_gpu.launcher(1, y=2) == (1, 2, 3)
+    monkeypatch.setattr(dispatch, "_module", lambda backend, op: module)
+    assert dispatch.Launchers("op", 3).launcher(1, y=2) == (1, 2, 3)
     assert current == []
 
 
