@@ -40,6 +40,8 @@ NAMES = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
+# Where checkpoints keep the state dict: the book's, Lightning's, nanoGPT's.
+_UNDER = ("model_state_dict", "state_dict", "model")
 Read = Callable[[str], Any]
 
 
@@ -128,7 +130,8 @@ class Safetensors(_Names):
 
 
 class Pickled(_Names):
-    """Files of torch.save: a state dict, its shards, or a checkpoint that has a model_state_dict.
+    """Files of torch.save: a state dict, its shards, or a checkpoint that has one under one of the
+    names in ``_UNDER``.
 
     Files older than PyTorch 1.6 cannot be mapped, and are held whole while they are read.
     """
@@ -144,10 +147,17 @@ class Pickled(_Names):
                 self._add(name, stored, (path, name))
 
     def _state(self, path: Path) -> Mapping[str, Any]:
-        found = self._whole[path] if path in self._whole else _loaded(path)
-        state = found.get("model_state_dict", found) if isinstance(found, Mapping) else found
+        state = self._whole[path] if path in self._whole else _loaded(path)
+        if isinstance(state, Mapping):
+            state = next((v for n in _UNDER if isinstance(v := state.get(n), Mapping)), state)
         if not isinstance(state, Mapping):
             raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict")
+        inside = [f"{name!r}" for name, value in state.items() if _has_tensors(value)]
+        if inside:
+            raise WeightsError(
+                f"{path} is no state dict, but holds tensors under {' and '.join(inside)}: save "
+                "the one that has the model's weights in a file of its own"
+            )
         return state
 
     @contextmanager
@@ -231,6 +241,10 @@ def _loaded(path: Path) -> Any:
         raise WeightsError(f"{path} cannot be read: it is cut short") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
