@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
-from fastgpt.text_stream import TextStream
+from fastgpt.text_stream import decoded
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows, mix
@@ -218,8 +218,7 @@ class Trainer:
             )
         self.group.reshard(self.model)
         self.model.train()
-        stream = TextStream(self.encoding)  # a vocabulary may hold more ids than the encoding
-        self.report.sample("".join(map(stream.add, ids[0].tolist())) + stream.end())
+        self.report.sample(decoded(self.encoding, ids[0].tolist()))
 
     def _save(self) -> None:
         checkpoint.save(
