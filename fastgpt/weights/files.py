@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastgpt.files import utf_8_path
 from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
 NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install 'fastgpt[hub]'"
@@ -193,7 +194,7 @@ def open_file(path: Path) -> Source:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; WeightsError where it has none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -218,9 +219,9 @@ def _safe_open(path: str) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(f"{path}: {NEEDS_HUB}") from None
-    try:
-        with open(path, "rb"):  # which says why, where safetensors knows no file but a missing one
-            return safe_open(path, framework="pt", device="cpu")
+    try:  # opened here too, for its error says why, where safetensors calls every file missing
+        with open(path, "rb"), utf_8_path(path) as name:
+            return safe_open(name, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -228,7 +229,8 @@ def _safe_open(path: str) -> Any:
 def _loaded(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        with utf_8_path(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # What stands around it advises to run the file's code.
         lines = str(error).partition("WeightsUnpickler error:")[2].split("\n")
