@@ -46,6 +46,28 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"emb_dim {cfg['emb_dim']} must be divisible by n_heads {cfg['n_heads']}")
 
 
+def as_ids(idx: Any) -> torch.Tensor:
+    """Token ids [B, T] in a dtype that torch looks up by: int32 or int64.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: not [B, T].
+    """
+    if not isinstance(idx, torch.Tensor):
+        raise TypeError(f"token ids must be a tensor of integers, got {type(idx).__name__}")
+    if idx.dtype == torch.bool or idx.is_floating_point() or idx.is_complex():
+        raise TypeError(f"token ids must be integers, got {idx.dtype}")
+    if idx.dim() != 2:
+        way = "; idx[None] makes one sequence a batch" if idx.dim() == 1 else ""
+        raise ValueError(f"token ids must be [batch, tokens], got shape {tuple(idx.shape)}{way}")
+    return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
+
+
+def comparable(ids: torch.Tensor) -> torch.Tensor:
+    """Integers as int64 where torch has no comparisons for their dtype."""
+    return ids.long() if ids.dtype in (torch.uint16, torch.uint32, torch.uint64) else ids
+
+
 def check_ids(idx: torch.Tensor, vocab_size: int) -> None:
     """Raises IndexError naming an id that is outside the vocabulary."""
     if idx.numel() == 0:

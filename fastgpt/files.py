@@ -69,6 +69,18 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def utf_8_path(path: str | Path) -> Iterator[str]:
+    """A name of the file that is UTF-8, as torch and safetensors need it to map the file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
+
+
 def clear_unfinished(folder: Path, prefix: str = UNFINISHED) -> None:
     """Removes what killed processes left, as far as the system lets it."""
     for path in folder.glob(f"{prefix}*"):

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import dispatch
+from fastgpt.config import as_ids
 from fastgpt.kv_cache import KVCache
 from fastgpt.model import GPTModel
 from fastgpt.modules import MultiHeadAttention
 from fastgpt.plain import KNOWN, drops_nothing, plain
+
+# Divided by less, two logits that differ are never both drawn, and large ones overflow.
+GREEDY_BELOW = 1e-30
 
 
 def generate_text_simple(
@@ -33,9 +37,12 @@ def generate_text_simple(
         [B, T + max_new_tokens] token ids, the same as by a full forward pass for each token.
 
     Raises:
-        ValueError: context_size is more than the model's context and the sequence outgrows it.
+        TypeError: the ids are not integers.
+        ValueError: they are not [B, T] with T at least 1, or context_size is more than the model's
+            context and the sequence outgrows it.
         IndexError: an id is outside the vocabulary.
     """
+    idx = _start(idx)
     for new in _steps(model, idx, max_new_tokens, context_size, _likeliest):
         idx = torch.cat((idx, new), dim=1)
     return idx
@@ -58,8 +65,9 @@ def generate(
         idx: [B, T] token ids, T at least 1.
         max_new_tokens: the most tokens to append.
         context_size: how many of the last tokens the model sees.
-        temperature: 0 takes the likeliest token; above 0, logits are divided by it and a token is
-            drawn from torch's generator, so ``torch.manual_seed`` repeats it.
+        temperature: 0 takes the likeliest token, as does whatever is below 1e-30; above that,
+            logits are divided by it, in float32 at least, and a token is drawn from torch's
+            generator: under one seed, that of ``torch.multinomial``, and so the book's.
         top_k: only the k likeliest tokens stay in the draw.
         eos_id: generation ends before this token; in a batch, once every row has come to it, and
             rows that end earlier are filled up with it.
@@ -70,10 +78,11 @@ def generate(
         [B, T + n] token ids with n <= max_new_tokens.
 
     Raises:
-        ValueError: as for ``generate_text_simple``, or temperature is negative, top_k below 1 or
-            top_p outside (0, 1].
+        ValueError: as for ``generate_text_simple``, or temperature is negative or NaN, top_k below
+            1 or top_p outside (0, 1].
+        RuntimeError: a token is to be drawn on the CPU and a logit is NaN or infinite.
     """
-    choose = _sampling(temperature, top_k, top_p)
+    choose, idx = _sampling(temperature, top_k, top_p), _start(idx)
     steps = _steps(model, idx, max_new_tokens, context_size, choose)
     for new in _until(eos_id, steps):
         idx = torch.cat((idx, new), dim=1)
@@ -95,33 +104,56 @@ def generate_stream(
     Args, errors: those of ``generate``. The model may be changed between two steps, and stopping
     early leaves nothing behind.
     """
-    choose = _sampling(temperature, top_k, top_p)
+    choose, idx = _sampling(temperature, top_k, top_p), _start(idx)
     steps = _steps(model, idx, max_new_tokens, context_size, choose, watched=True)
     return _until(eos_id, steps)
+
+
+def _start(idx: Tensor) -> Tensor:
+    idx = as_ids(idx)
+    if idx.shape[1] == 0:
+        raise ValueError(
+            f"token ids {tuple(idx.shape)} hold no token to go on from; <|endoftext|>, 50256 in "
+            "GPT-2, starts a new text"
+        )
+    return idx
 
 
 def _sampling(
     temperature: float, top_k: int | None, top_p: float | None
 ) -> Callable[[Tensor], Tensor]:
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative")
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature} is not 0 or above")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} is below 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
 
     def choose(logits: Tensor) -> Tensor:
+        if temperature < GREEDY_BELOW:
+            return _likeliest(logits)
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         if top_k is not None:
             least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if temperature == 0:
-            return _likeliest(logits)
-        probabilities = torch.softmax(logits / temperature, dim=-1)
+            scaled.masked_fill_(logits < least, -torch.inf)
+        probabilities = torch.softmax(scaled, dim=-1)
         if top_p is not None:
             probabilities = _likeliest_that_reach(top_p, probabilities)
-        return torch.multinomial(probabilities, num_samples=1)
+        return _drawn(probabilities)
 
     return choose
+
+
+def _drawn(probabilities: Tensor) -> Tensor:
+    """[B, V] -> one token of each row, [B, 1], the one that ``torch.multinomial`` draws.
+
+    It computes the same, after checks that are most of its kernels. One NaN makes a row of softmax
+    NaN, so the first column tells; on a GPU it would have to be waited for.
+    """
+    if probabilities.device.type == "cpu" and probabilities[:, :1].isnan().any():
+        raise RuntimeError("no token can be drawn: a logit of the model is NaN or infinite")
+    waiting = torch.empty_like(probabilities).exponential_()
+    return _likeliest(torch.div(probabilities, waiting, out=waiting))
 
 
 def _likeliest_that_reach(top_p: float, probabilities: Tensor) -> Tensor:

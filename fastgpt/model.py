@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import dispatch, ops
-from fastgpt.config import Config, check_config, check_ids
+from fastgpt.config import Config, as_ids, check_config, check_ids, comparable
 from fastgpt.kv_cache import KVCache, Staged, cached_tokens, idle
 from fastgpt.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
 from fastgpt.plain import drop_probability, known, plain
@@ -142,6 +142,7 @@ class GPTModel(nn.Module):
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(f"targets {shape} must have the shape of the ids {tuple(idx.shape)}")
+        targets = comparable(targets)
         head: Any = self.out_head
         rest = (ignore_index, reduction)
         if (
@@ -223,17 +224,12 @@ class GPTModel(nn.Module):
         return int(self.cfg["context_length"])
 
     def _checked(self, idx: Tensor, past: int) -> Tensor:
-        if not isinstance(idx, Tensor):
-            raise TypeError(f"token ids must be a tensor of integers, got {type(idx).__name__}")
-        if idx.dtype == torch.bool or idx.is_floating_point() or idx.is_complex():
-            raise TypeError(f"token ids must be integers, got {idx.dtype}")
-        if idx.dim() != 2:
-            raise ValueError(f"token ids must be [batch, tokens], got shape {tuple(idx.shape)}")
+        idx = as_ids(idx)
         tokens, context = past + idx.shape[1], self._context()
         if tokens > context:
             cached = f" ({past} of them cached)" if past else ""
             raise ValueError(f"{tokens} tokens{cached} are more than the context length {context}")
-        return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
+        return idx
 
     def _token_embeddings(self, idx: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TextStream:
         """The text that can be shown now that this token has come; "" once stopped."""
         try:
             data = self.encoding.decode_single_token_bytes(token)
-        except KeyError:
+        except (KeyError, OverflowError):  # the latter for ids below 0
             data = UNKNOWN
         return self._released(self._decoder.decode(data))
 
@@ -56,6 +56,12 @@ class TextStream:
         split = len(self._held) - keep
         shown, self._held = self._held[:split], self._held[split:]
         return shown
+
+
+def decoded(encoding: tiktoken.Encoding, tokens: Iterable[int]) -> str:
+    """The text of token ids, with U+FFFD for those that the encoding lacks."""
+    stream = TextStream(encoding)
+    return "".join(map(stream.add, tokens)) + stream.end()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -33,6 +33,20 @@ CHECKPOINTS = {
     "compiled blocks": lambda state: {
         name.replace("trf_blocks.0.", "trf_blocks.0._orig_mod."): t for name, t in state.items()
     },
+    "Lightning": lambda state: {
+        "epoch": 1,
+        "global_step": 7,
+        "state_dict": wrapped(state, "model."),
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}],
+        "loops": {"fit_loop": {"state_dict": {}}},
+    },
+    "Lightning, compiled": lambda state: {"state_dict": wrapped(state, "net.gpt._orig_mod.")},
+    "nanoGPT's form": lambda state: {
+        "model": wrapped(state, "_orig_mod."),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []},
+        "model_args": {"n_layer": 2},
+        "iter_num": 3,
+    },
     "no masks": lambda state: {n: t for n, t in state.items() if not n.endswith("mask")},
 }
 
@@ -306,6 +320,21 @@ class TestFilesThatCannotBeRead:
     def test_something_else(self, tmp_path, content):
         torch.save(content, tmp_path / "model.pth")
         with pytest.raises(WeightsError, match=r"model\.pth"):
+            GPTModel.from_pretrained(tmp_path)
+
+    def test_weights_elsewhere_in_a_checkpoint(self, tmp_path):
+        state = pair()[0].state_dict()
+        torch.save({"epoch": 3, "ema": state, "raw": state}, tmp_path / "model.pth")
+        with pytest.raises(
+            WeightsError, match=r"holds tensors under 'ema' and 'raw': save the one"
+        ):
+            GPTModel.from_pretrained(tmp_path)
+
+    def test_two_models_in_one_file(self, tmp_path):
+        state = pair()[0].state_dict()
+        both = wrapped(state, "teacher.") | wrapped(state, "student.")
+        torch.save(both, tmp_path / "model.pth")
+        with pytest.raises(WeightsError, match=r"holds tok_emb.weight twice"):
             GPTModel.from_pretrained(tmp_path)
 
     def test_an_index_with_shards_missing_or_outside(self, tmp_path):

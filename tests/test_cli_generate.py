@@ -65,6 +65,38 @@ def test_what_is_not_shown_but_written_is_utf_8(model, monkeypatch):
     assert written.getvalue().decode("utf-8").startswith("猫")
 
 
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(model, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", Terminal(written, encoding="cp1252"))
+    assert cli.main(["generate", "--model", str(model), "é猫", "--max-new-tokens", "2"]) == 0
+    assert written.getvalue().startswith(b"\xe9?")
+
+
+def test_prompts_in_bytes_that_python_did_not_decode(capsys, model):
+    undecoded = "猫".encode().decode("ascii", "surrogateescape")  # UTF-8 where LC_ALL is C
+    assert run(capsys, model, undecoded, "--max-new-tokens", "2")[0].startswith("猫")
+    for arguments in (["caf\udce9"], ["x", "--stop", "\udce9"]):
+        assert cli.main(["generate", "--model", str(model), *arguments]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.endswith("\\udce9' is not UTF-8 text\n")
+        assert said.err.count("\n") == 1
+    assert cli.main(["generate", "--model", "caf\udce9", "x"]) == 2
+    assert "caf\\udce9 is n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["1e-45", "1e-320"])
+def test_a_tiny_temperature_takes_the_likeliest(capsys, model, temperature):
+    greedy = run(capsys, model, "Every", "--max-new-tokens", "8")[0]
+    tiny = run(capsys, model, "Every", "--max-new-tokens", "8", "--temperature", temperature)[0]
+    assert tiny == greedy
+
+
 def test_stop_strings_never_show(encoding):
     ids = encoding.encode("one two three two one")
     for stops, text in (

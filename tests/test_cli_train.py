@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, model_files, report, start, trainer
+from fastgpt.training import checkpoint, memory, model_files, report, start, trainer
 from fastgpt.training.trainer import Step
 
 
@@ -73,6 +74,83 @@ def test_epochs_and_starting_weights(inputs):
     assert cli.main([*arguments, "--steps", "1", "--lr", "0", "--batch", "2"]) == 0
     again = model_files.load_model(second)
     assert all(map(torch.equal, again.parameters(), fresh.parameters()))
+
+
+def test_no_epoch_leaves_the_model_as_it_starts(inputs, capsys):
+    out, other = inputs / "none", inputs / "other"
+    assert cli.main(train_arguments(inputs, out, "--epochs", "0")) == 0
+    assert "step 0 of 0 is done" in capsys.readouterr().err
+    torch.manual_seed(123)
+    fresh = fastgpt.GPTModel(CONFIG)
+    saved = model_files.load_model(out)
+    assert all(map(torch.equal, saved.parameters(), fresh.parameters()))
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
+    assert cli.main(train_arguments(inputs, other, "--steps", "4")) == 0
+    assert str(losses(out)) == str(losses(other))  # NaN stands where nothing was evaluated
+
+
+def test_a_byte_order_mark_is_no_text(inputs):
+    text = inputs / "text.txt"
+    arguments = train_arguments(inputs, inputs / "run", "--epochs", "0")
+    assert cli.main(arguments) == 0
+    marked = inputs / "marked.txt"
+    marked.write_bytes("\ufeff".encode() + text.read_bytes())
+    (inputs / "config.json").write_bytes("\ufeff".encode() + (inputs / "config.json").read_bytes())
+    arguments = [str(marked) if a == str(text) else a for a in arguments]
+    arguments[arguments.index(str(inputs / "run"))] = str(inputs / "marked")
+    assert cli.main(arguments) == 0
+    digests = {
+        json.loads((inputs / n / "run.json").read_text())["digest"] for n in ("run", "marked")
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are UTF-8 here")
+def test_names_that_are_no_text(inputs, capsys):
+    strange = inputs / "caf\udce9"
+    strange.mkdir()
+    for name in ("text.txt", "config.json"):
+        (inputs / name).rename(strange / name)
+    out = strange / "run"
+    assert cli.main(train_arguments(strange, out, "--steps", "2")) == 0
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0
+    assert len(losses(out)) == 3
+    assert cli.main(["generate", "--model", str(out), "a", "--max-new-tokens", "2"]) == 0
+    torch.save(model_files.load_model(out).state_dict(), strange / "model.pth")
+    assert model_files.load_model(strange).cfg == model_files.load_model(out).cfg
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_step_that_memory_cannot_hold_is_refused(inputs, capsys, monkeypatch):
+    out = inputs / "run"
+    assert cli.main(train_arguments(inputs, out, "--batch", "100000000")) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"a step takes at least [\d,]+\.\d GB of memory, [\d,]+\.\d GB are avail", said
+    )
+    assert not out.exists()
+    least = memory.least_bytes(CONFIG, 6, bfloat16=False, tied=False)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: least - 1)
+    assert cli.main(train_arguments(inputs, out, "--steps", "1")) == 2
+    assert "choose a smaller --micro-batch" in capsys.readouterr().err
+    assert cli.main(train_arguments(inputs, out, "--steps", "1", "--micro-batch", "3")) == 0
+
+
+def test_what_a_step_takes_at_least():
+    cfg = fastgpt.GPT_CONFIG_124M
+    alone = memory.least_bytes(cfg, 1, bfloat16=False, tied=True)
+    assert alone == 16 * 124_318_464  # but for biases and norms, which are left out
+    # In tests/test_memory.py such a step peaks at under 6 GB.
+    assert 4e9 < memory.least_bytes(cfg, 8, bfloat16=False, tied=True) < 6e9
+    assert memory.available_bytes(torch.device("cpu")) > 0
+
+
+def test_memory_that_ends_on_the_way_is_one_line(inputs, capsys, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: torch.empty(1 << 58))
+    assert cli.main(train_arguments(inputs, inputs / "run", "--steps", "1")) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "DefaultCPUAllocator: can't allocate memory" in said[-1]
+    assert said[-1].endswith("there is no checkpoint yet")
 
 
 @pytest.mark.parametrize(

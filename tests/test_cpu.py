@@ -8,6 +8,7 @@ import torch
 
 import fastgpt
 from fastgpt import cpu, ops
+from fastgpt.cpu import workspace
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 
@@ -78,6 +79,32 @@ def test_several_python_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_other_threads_may_make_and_drop_models_between_any_two_lines():
+    class Owner:
+        pass
+
+    owners = [Owner() for _ in range(4)]
+
+    def meanwhile(frame, event, argument):
+        """What another thread may do at each line of the one that is traced."""
+        sys.settrace(None)
+        owners.append(Owner())
+        with workspace.workspace(owners[-1], 8), workspace.workspace(owners.pop(0), 8):
+            pass
+        sys.settrace(meanwhile)
+        return meanwhile
+
+    before = sys.gettrace()
+    for _ in range(20):
+        owner = Owner()
+        sys.settrace(meanwhile)
+        try:
+            with workspace.workspace(owner, 8) as address:
+                assert address != 0
+        finally:
+            sys.settrace(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -196,11 +197,11 @@ def test_workspaces_go_with_the_model():
     ours, _ = _models()
     with torch.no_grad():
         ours(torch.randint(0, 61, (1, 4)))
-    assert ours in workspace._idle
+    assert weakref.ref(ours) in workspace._idle
     gc.collect()
     count = len(workspace._idle)
     twin = copy.deepcopy(ours)
-    assert twin not in workspace._idle
+    assert weakref.ref(twin) not in workspace._idle
     del ours
     gc.collect()
     assert len(workspace._idle) == count - 1

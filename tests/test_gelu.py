@@ -4,6 +4,7 @@ from helpers import assert_as_exact, check_operation
 from torch.nn import functional as F
 
 import fastgpt
+from fastgpt import reference
 from fastgpt.ops import bias_gelu, gelu
 
 
@@ -99,3 +100,11 @@ def test_double_backward(path):
     (exact,) = torch.autograd.grad(_torch(x).square().sum(), x, create_graph=True)
     seconds = (torch.autograd.grad(g.square().sum(), x)[0] for g in (dx, exact))
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_integers_are_the_books(path, dtype):
+    x = torch.tensor([0, 1, 3, 7]).to(dtype)
+    ours = fastgpt.GELU()(x)
+    assert torch.equal(ours, reference.GELU()(x))
+    assert ours.dtype is torch.float32

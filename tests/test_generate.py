@@ -5,6 +5,7 @@ from torch import nn
 
 import fastgpt
 from fastgpt import reference
+from fastgpt.generate import _drawn
 
 CONFIG = {
     "vocab_size": 61,
@@ -53,6 +54,79 @@ def test_sampling_is_the_books_under_the_same_seed(path, options):
         expected = reference.generate(book, idx, 25, 24, **options)
         torch.manual_seed(seed)
         assert torch.equal(fastgpt.generate(ours, idx, 25, 24, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [1, 8])
+def test_draws_and_leaves_the_generator_as_multinomial(B, dtype):
+    probabilities = torch.softmax(3 * torch.randn(B, 50257, dtype=dtype), dim=-1)
+    probabilities[:, ::2] = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = torch.multinomial(probabilities, 1), torch.rand(1)
+        torch.manual_seed(seed)
+        drawn = _drawn(probabilities), torch.rand(1)
+        assert all(map(torch.equal, drawn, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-320])
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_a_tiny_temperature_takes_the_likeliest(dtype, temperature):
+    ours = _models()[0].to(dtype)
+    with torch.no_grad():
+        ours.out_head.weight *= 50
+    idx = torch.randint(0, 61, (2, 6))
+    for options in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        drawn = fastgpt.generate(ours, idx, 1, 24, temperature=temperature, **options)
+        likeliest = fastgpt.generate_text_simple(ours, idx, 1, 24)
+        logits = ours(idx)[:, -1]
+        if temperature < 1e-30:
+            assert torch.equal(drawn, likeliest)
+        assert torch.equal(logits.gather(1, drawn[:, -1:]), logits.amax(-1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_half_precision_is_sampled_in_float32():
+    ours = _models()[0].half()
+    idx = torch.randint(0, 61, (1, 6)).expand(200, 6)
+    drawn = fastgpt.generate(ours, idx, 1, 24, temperature=1e-6)  # 65504 is float16's largest
+    assert drawn[:, -1].max() < 61
+    torch.manual_seed(1)
+    drawn = fastgpt.generate(ours, idx, 1, 24, temperature=0.9)
+    torch.manual_seed(1)
+    p = torch.softmax(ours(idx)[:, -1].float() / 0.9, dim=-1)
+    assert torch.equal(drawn[:, -1:], torch.multinomial(p, 1))
+
+
+def test_a_huge_temperature_draws_evenly_from_the_top_k():
+    ours, _ = _models()
+    idx = torch.randint(0, 61, (1, 6)).expand(200, 6)
+    drawn = fastgpt.generate(ours, idx, 1, 24, temperature=1e300, top_k=3)[:, -1]
+    assert set(drawn.tolist()) == set(ours(idx[:1])[0, -1].topk(3).indices.tolist())
+
+
+def test_logits_that_are_no_numbers_are_not_drawn_from():
+    ours, _ = _models()
+    with torch.no_grad():
+        ours.final_norm.shift[3] = torch.nan
+    with pytest.raises(RuntimeError, match="a logit of the model is NaN or infinite"):
+        fastgpt.generate(ours, torch.tensor([[1, 2]]), 1, 24, temperature=1.0, top_k=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_ids(dtype):
+    ours, book = _models()
+    idx = torch.randint(0, 61, (2, 5))
+    expected = fastgpt.generate_text_simple(ours, idx, 4, 24)
+    for model in (ours, book):
+        assert torch.equal(fastgpt.generate_text_simple(model, idx.to(dtype), 4, 24), expected)
+    steps = fastgpt.generate_stream(ours, idx.to(dtype), 4, 24)
+    assert torch.equal(torch.cat(list(steps), dim=1), expected[:, 5:])
+    loss = ours.loss(idx, idx)
+    assert torch.equal(ours.loss(idx.to(dtype), idx.to(dtype)), loss)
+    with pytest.raises(IndexError, match="target 61 is outside the vocabulary of 61"):
+        ours.loss(idx, torch.full_like(idx, 61).to(dtype))
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
@@ -193,6 +267,19 @@ def test_bad_arguments():
     for top_p in (0, 1.1):
         with pytest.raises(ValueError, match=rf"top_p {top_p}"):
             fastgpt.generate(ours, idx, 3, 24, temperature=1, top_p=top_p)
+    for call in (
+        ours,
+        lambda one: ours.loss(one, one),
+        lambda one: fastgpt.generate_text_simple(ours, one, 3, 24),
+        lambda one: fastgpt.generate(ours, one, 3, 24),
+        lambda one: fastgpt.generate_stream(ours, one, 3, 24),
+    ):
+        with pytest.raises(ValueError, match=r"got shape \(3,\); idx\[None\] makes"):
+            call(idx[0])
+    with pytest.raises(ValueError, match="no token to go on from"):
+        fastgpt.generate(ours, idx[:, :0], 3, 24)
+    with pytest.raises(ValueError, match="temperature nan"):
+        fastgpt.generate(ours, idx, 3, 24, temperature=float("nan"))
     with pytest.raises(IndexError, match="61"):
         fastgpt.generate(ours, torch.tensor([[1, 61]]), 3, 24)
     with pytest.raises(ValueError, match=r"25 tokens.*24"):

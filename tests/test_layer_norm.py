@@ -4,6 +4,7 @@ from helpers import assert_as_exact, check_operation
 from torch.nn import functional as F
 
 import fastgpt
+from fastgpt import reference
 from fastgpt.ops import add_layer_norm, layer_norm
 
 # Below, at and past each vector's length, then models' widths.
@@ -154,3 +155,14 @@ def test_double_backward(path):
     (second,) = torch.autograd.grad(dx.square().sum(), tensors[0])
     (exact_second,) = torch.autograd.grad(exact.square().sum(), tensors[0])
     torch.testing.assert_close(second, exact_second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("width", "shape"), [(5, (2, 1)), (1, (2, 5)), (5, (3, 2, 1))])
+def test_one_wide_is_expanded_as_the_books(path, width, shape):
+    ours, book = fastgpt.LayerNorm(width), reference.LayerNorm(width)
+    with torch.no_grad():
+        ours.scale.copy_(torch.randn(width))
+        ours.shift.copy_(torch.randn(width))
+    book.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    assert torch.equal(ours(x), book(x))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -65,7 +66,73 @@ def test_the_data_loader_is_the_books(encoding):
     assert len(training.GPTDatasetV1("too short", encoding, 8, 8)) == 0
 
 
+def test_a_sample_owns_its_memory(encoding):
+    dataset = training.GPTDatasetV1(TEXT, encoding, 8, 2)
+    before = [(x.clone(), y.clone()) for x, y in dataset]
+    assert len(before) == len(dataset) > 10
+    for x, y in dataset:
+        y[:3] = -100
+        x[-2:] = 7
+    dataset.input_ids[1][:] = 7
+    dataset.target_ids[2:4][0][:] = 7
+    for (x, y), (right_x, right_y) in zip(dataset, before, strict=True):
+        assert torch.equal(x, right_x)
+        assert torch.equal(y, right_y)
+    assert torch.equal(dataset.input_ids[-1], before[-1][0])
+    assert [len(w) for w in dataset.target_ids[::5]] == [8] * len(before[::5])
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_a_dataset_holds_its_tokens_once(encoding):
+    dataset = training.GPTDatasetV1(TEXT * 20, encoding, 64, 16)
+    tokens = 8 * len(encoding.encode(TEXT * 20))
+    pickled = pickle.dumps(dataset)
+    assert tokens < len(pickled) < tokens + 4000
+    copy = pickle.loads(pickled)
+    assert len(copy) == len(dataset)
+    for one, other in zip(copy[3], dataset[3], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_steps_inputs_and_targets_are_two_tensors(count):
+    ids = torch.arange(200)
+    windows = Windows(ids, 16, 0.3, seed=1)
+    for inputs, targets in (windows.train(0, count), windows.validation(range(count))):
+        right = inputs.clone()
+        assert torch.equal(targets, right + 1)
+        targets[:] = -100
+        assert torch.equal(inputs, right)
+    assert torch.equal(ids, torch.arange(200))
+
+
+def test_ids_beyond_the_encoding_are_shown_as_unknown(encoding):
+    ids = torch.tensor([[15496, 50257, 11, 50303]])
+    assert training.token_ids_to_text(ids, encoding) == "Hello\ufffd,\ufffd"
+    assert training.token_ids_to_text(ids[0, :1], encoding) == "Hello"
+
+    class Letters:
+        def decode(self, ids):
+            return "".join({0: "a"}[i] for i in ids)
+
+    with pytest.raises(KeyError):
+        training.token_ids_to_text(torch.tensor([0, 1]), Letters())
+
+
+def test_a_sample_of_a_padded_vocabulary_from_an_empty_start(encoding, capsys):
+    model = fastgpt.GPTModel(CONFIG | {"vocab_size": 50304})
+    with torch.no_grad():
+        model.final_norm.shift.fill_(1.0)
+        model.final_norm.scale.zero_()
+        model.out_head.weight[50300] = 9.0
+    training.generate_and_print_sample(model, encoding, "cpu", "")
+    assert capsys.readouterr().out == "<|endoftext|>" + 50 * "\ufffd" + "\n"
+    assert model.training
+
+
 def test_text_and_ids(encoding):
+    assert training.text_to_token_ids("", encoding).dtype is torch.int64
     ch05 = pytest.importorskip("llms_from_scratch.ch05")
     text = "Café <|endoftext|> 猫"
     ids = training.text_to_token_ids(text, encoding)

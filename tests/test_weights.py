@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pairs import CONFIG, assert_same_logits, hugging_face, pair, same_weights, shake
@@ -147,6 +148,16 @@ class TestSavePretrained:
         pair()[0].save_pretrained(tmp_path)
         modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
         assert modes["model.safetensors"] == modes["config.json"]
+
+    def test_sizes_that_numpy_made(self, tmp_path):
+        given = {name: np.int64(size) for name, size in CONFIG.items()}
+        given |= {"drop_rate": np.float32(0.5), "qkv_bias": np.bool_(True)}
+        model = GPTModel(given)
+        model.final_norm.eps = np.float32(1e-5)
+        for block in model.trf_blocks:
+            block.norm1.eps = block.norm2.eps = model.final_norm.eps
+        model.save_pretrained(tmp_path)
+        assert_same_logits(GPTModel.from_pretrained(tmp_path), model.eval())
 
     def test_dtype(self, transformers, tmp_path):
         ours = pair()[0].to(torch.bfloat16)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgpt.cli.usage import Commands, UsageError, number, positive, seed
+from fastgpt.cli.usage import Commands, UsageError, number, positive, seed, text
 from fastgpt.generate import generate_stream
 from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
@@ -33,7 +33,7 @@ def add_to(commands: Commands) -> None:
         description="Print PROMPT and what the model goes on with, as it comes. With --prompts, "
         "one JSON object a line instead, in the order of the file.",
     )
-    sub.add_argument("prompt", nargs="?", metavar="PROMPT")
+    sub.add_argument("prompt", nargs="?", type=text, metavar="PROMPT")
     sub.add_argument(
         "--model", required=True, metavar="MODEL", help="train's folder, gpt2, any folder or file"
     )
@@ -47,7 +47,12 @@ def add_to(commands: Commands) -> None:
     sub.add_argument("--top-p", type=_share, metavar="P", help="draw from those that add up to P")
     sub.add_argument("--seed", type=seed, default=123, metavar="N", help="(%(default)s)")
     sub.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+        "--stop",
+        action="append",
+        type=text,
+        default=[],
+        metavar="TEXT",
+        help="end before it; repeatable",
     )
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
@@ -63,8 +68,6 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UsageError("--top-k and --top-p say what to draw from: give a --temperature above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # Windows' own code page lacks most characters
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)
     try:
         model = load_model(args.model).eval().to(pick_device(args.device))
@@ -98,13 +101,13 @@ def _stream(
 ) -> int:
     """Prints as it goes; returns how many tokens came."""
     print(prompt, end="", flush=True)
-    text, tokens = TextStream(encoding, args.stop), 0
+    stream, tokens = TextStream(encoding, args.stop), 0
     for (token,) in _tokens(model, encoding, [ids], args):
         tokens += 1
-        print(text.add(token), end="", flush=True)
-        if text.stopped:
+        print(stream.add(token), end="", flush=True)
+        if stream.stopped:
             break
-    print(text.end(), flush=True)
+    print(stream.end(), flush=True)
     return tokens
 
 
@@ -175,18 +178,18 @@ def _tokens(
 
 def _read(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        read = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
-    if not text:
+    if not read:
         raise UsageError(f"{path} is empty")
-    return text.removesuffix("\n").split("\n")
+    return read.removesuffix("\n").split("\n")
 
 
-def _share(text: str) -> float:
-    value = number(0, 1)(text)
+def _share(given: str) -> float:
+    value = number(0, 1)(given)
     if value == 0:
         raise argparse.ArgumentTypeError("0 leaves no token")
     return value

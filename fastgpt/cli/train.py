@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.cli.usage import Commands, Failure, UsageError, number, positive, seed
+from fastgpt.cli.usage import (
+    Commands,
+    Failure,
+    UsageError,
+    number,
+    out_of_memory,
+    positive,
+    seed,
+    text,
+)
 from fastgpt.tokenizer import EncodingError
 from fastgpt.training.settings import CONFIGS, Settings, SettingsError
 from fastgpt.training.tokens import TextError
@@ -75,19 +84,19 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
         "eval_batches": (positive, "batches of an evaluation"),
         "checkpoint_every": (positive, "steps between checkpoints"),
         "keep": (positive, "checkpoints to keep"),
-        "sample": (str, "what a sample after each evaluation goes on from"),
+        "sample": (text, "what a sample after each evaluation goes on from"),
         "sample_tokens": (positive, "tokens of a sample"),
     }
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    for name, (kind, text) in texts.items():
+    for name, (kind, told) in texts.items():
         default = defaults[name]
-        told = default is dataclasses.MISSING or default is None or name == "min_lr"
+        silent = default is dataclasses.MISSING or default is None or name == "min_lr"
         sub.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,  # type: ignore[arg-type]
             default=argparse.SUPPRESS,
-            metavar="TEXT" if kind is str else "N",
-            help=text if told else f"{text} ({default})",
+            metavar="TEXT" if kind in (str, text) else "N",
+            help=told if silent else f"{told} ({default})",
         )
 
 
@@ -111,12 +120,17 @@ def run_train(args: argparse.Namespace) -> int:
         return 2
     except (TextError, SettingsError, EncodingError) as error:
         raise UsageError(error) from None
-    except (trainer.Diverged, OSError, torch.OutOfMemoryError) as error:
-        raise Failure(_with_way_on(checkpoint.checkpoints(args.out), error)) from None
+    except BrokenPipeError:
+        raise
     except parallel.PeersLost as error:
         message = _with_way_on(checkpoint.checkpoints(args.out), error)
         print(f"fastgpt train: {message}", file=sys.stderr, flush=True)
         os._exit(1)  # an ordinary exit would wait for what is left of the group
+    except (OSError, MemoryError, RuntimeError) as error:
+        expected = isinstance(error, (trainer.Diverged, OSError)) or out_of_memory(error)
+        if not expected:
+            raise
+        raise Failure(_with_way_on(checkpoint.checkpoints(args.out), error)) from None
 
 
 def _with_way_on(saved: list[Path], error: Exception) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import TypeAlias
+
+import torch
 
 from fastgpt.dispatch import backends, requested
 
@@ -39,6 +42,22 @@ def seed(text: str) -> int:
     return value
 
 
+def text(value: str) -> str:
+    """An argument that is text: UTF-8, whatever encoding the system has.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes that Python could not decode
+        try:
+            return os.fsencode(value).decode()
+        except UnicodeError:
+            raise UsageError(f"{value!r} is not UTF-8 text") from None
+    return value
+
+
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argument that is a finite number within [low, high]."""
     limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -53,6 +72,12 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is what lacked; on the CPU, torch's error has no class of its own."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def missing_kernels() -> str | None:

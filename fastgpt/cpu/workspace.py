@@ -3,6 +3,10 @@ time.
 
 An idle block lies with the model or module that used it last and goes with it; whoever needs one
 and has none takes another's, so there are never more than calls at once.
+
+Threads share the dictionary without a lock: each access is one operation of a plain dict or list,
+which no other thread and no garbage collection can interrupt. A WeakKeyDictionary is not: it
+iterates in Python.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import weakref
 import torch
 from torch import Tensor
 
-_idle: weakref.WeakKeyDictionary[object, list[Tensor]] = weakref.WeakKeyDictionary()
+_idle: dict[weakref.ref[object], list[Tensor]] = {}
 
 
 class workspace:
@@ -22,7 +26,7 @@ class workspace:
     """
 
     def __init__(self, owner: object | None, floats: int) -> None:
-        self.own = [] if owner is None else _idle.setdefault(owner, [])
+        self.own = [] if owner is None else _idle.setdefault(weakref.ref(owner, _forget), [])
         block = _pop(self.own)
         if block is None and owner is not None:
             for others in list(_idle.values()):
@@ -37,6 +41,12 @@ class workspace:
 
     def __exit__(self, *error: object) -> None:
         self.own.append(self.block)
+
+
+def _forget(
+    owner: weakref.ref[object], idle: dict[weakref.ref[object], list[Tensor]] = _idle
+) -> None:
+    idle.pop(owner, None)
 
 
 def _pop(blocks: list[Tensor]) -> Tensor | None:

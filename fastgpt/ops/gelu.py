@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt import dispatch
+from fastgpt import dispatch, reference
 
 
 def gelu(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
     Args:
-        x: any shape, any floating dtype.
+        x: any shape, any floating dtype; of integers the result is float32, as the book's.
 
     Returns:
         The shape and dtype of x.
@@ -21,6 +21,8 @@ def gelu(x: Tensor) -> Tensor:
     Raises:
         BackendError: a backend asked for by name cannot take x.
     """
+    if not x.is_floating_point():
+        return reference.gelu(x)
     return _bias_gelu(x, None, None)
 
 

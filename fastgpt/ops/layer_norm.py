@@ -26,12 +26,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         eps: added to the variance.
 
     Returns:
-        [..., D], in the dtype that x, weight and bias promote to.
+        [..., D], in the dtype that x, weight and bias promote to. Where D is 1 on one side alone,
+        that side is expanded, as the book's is.
 
     Raises:
         ValueError: weight or bias is not [D].
         BackendError: a backend asked for by name cannot take these tensors.
     """
+    if x.shape[-1:] != weight.shape and 1 in (x.shape[-1:].numel(), weight.numel()):
+        return reference.layer_norm(x, weight, bias, eps)
     _check(x, weight, bias)
     if torch.compiler.is_compiling():
         if dispatch.traceable(x, weight, bias):

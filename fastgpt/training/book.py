@@ -6,7 +6,8 @@ They draw, print and return what the book's do; the loss of a plain GPTModel com
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,36 @@ from torch.utils.data import DataLoader, Dataset
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
 from fastgpt.plain import plain
+from fastgpt.text_stream import decoded
 from fastgpt.tokenizer import END_OF_TEXT, gpt2_encoding
 
 Device = torch.device | str
+
+
+class _Windows(Sequence[Tensor]):
+    """Windows of a text's tokens, each cut when it is asked for, into memory of its own.
+
+    Args:
+        ids: [N] token ids.
+        starts: where each window begins.
+        length: tokens in a window.
+    """
+
+    def __init__(self, ids: Tensor, starts: range, length: int) -> None:
+        self.ids, self.starts, self.length = ids, starts, length
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self.starts[index]
+        return self.ids[start : start + self.length].clone()
 
 
 class GPTDatasetV1(Dataset[tuple[Tensor, Tensor]]):
@@ -29,14 +57,17 @@ class GPTDatasetV1(Dataset[tuple[Tensor, Tensor]]):
         tokenizer: tiktoken's "gpt2" encoding, or anything with its encode.
         max_length: tokens in a window.
         stride: how far on the next window begins.
+
+    ``input_ids`` and ``target_ids`` are sequences of windows. The tokens are held once, and a
+    window that is handed out is a copy: whoever changes it changes nothing else.
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
         self.tokenizer = tokenizer
         ids = torch.tensor(tokenizer.encode(txt, allowed_special={END_OF_TEXT}), dtype=torch.long)
-        enough = len(ids) > max_length
-        self.input_ids = list(ids[:-1].unfold(0, max_length, stride)) if enough else []
-        self.target_ids = list(ids[1:].unfold(0, max_length, stride)) if enough else []
+        last = len(ids) - max_length
+        self.input_ids = _Windows(ids, range(0, last, stride), max_length)
+        self.target_ids = _Windows(ids, range(1, last + 1, stride), max_length)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -70,12 +101,19 @@ def create_dataloader_v1(
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
     """Text -> token ids [1, T]."""
-    return torch.tensor(tokenizer.encode(text, allowed_special={END_OF_TEXT}))[None]
+    ids = tokenizer.encode(text, allowed_special={END_OF_TEXT})
+    return torch.tensor(ids, dtype=torch.long)[None]
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
-    """Token ids [1, T] or [T] -> text."""
-    text: str = tokenizer.decode(token_ids.squeeze(0).tolist())
+    """Token ids [1, T] or [T] -> text, with U+FFFD for an id that a tiktoken encoding lacks."""
+    ids = token_ids.reshape(-1).tolist() if len(token_ids) == 1 else token_ids.tolist()
+    try:
+        text: str = tokenizer.decode(ids)
+    except KeyError:  # a padded vocabulary has more ids
+        if not hasattr(tokenizer, "decode_single_token_bytes"):
+            raise
+        return decoded(tokenizer, ids)
     return text
 
 
@@ -129,12 +167,14 @@ def evaluate_model(
 def generate_and_print_sample(
     model: nn.Module, tokenizer: Any, device: Device, start_context: str
 ) -> None:
-    """Prints start_context and 50 greedy tokens on one line; the model trains afterwards."""
+    """Prints start_context and 50 greedy tokens on one line; the model trains afterwards.
+
+    An empty start_context starts a new text, from <|endoftext|>.
+    """
     model.eval()
     positions: Any = model.pos_emb
-    ids = generate_text_simple(
-        model, text_to_token_ids(start_context, tokenizer).to(device), 50, len(positions.weight)
-    )
+    start = text_to_token_ids(start_context or END_OF_TEXT, tokenizer).to(device)
+    ids = generate_text_simple(model, start, 50, len(positions.weight))
     print(token_ids_to_text(ids, tokenizer).replace("\n", " "))
     model.train()
 

@@ -32,6 +32,7 @@ from fastgpt.files import (
     clear_unfinished,
     link_or_copy,
     only_writer,
+    utf_8_path,
     whole_file,
     whole_folder,
 )
@@ -119,7 +120,8 @@ def load_optimizer(
         SettingsError: the file is missing, broken, or another model's.
     """
     try:
-        state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        with utf_8_path(checkpoint / OPTIMIZER) as path:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # The optimiser would hold the mapped file, and keep it from being removed.
         state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)

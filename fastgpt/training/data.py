@@ -93,4 +93,5 @@ class Windows:
         length = self.context
         rows = [ids[number * length : number * length + length + 1] for number in numbers]
         batch = torch.stack([row.long() for row in rows])
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        # Copies: contiguous() would leave a single row's two windows in the same memory.
+        return batch[:, :-1].clone(), batch[:, 1:].clone()

@@ -24,7 +24,7 @@ class SettingsError(ValueError):
 class Settings:
     """How to train. A step is one update of the weights."""
 
-    steps: int
+    steps: int  # 0: the model is saved as it starts
     batch: int = 8  # windows of a step, on all processes together
     micro_batch: int | None = None  # windows that a process takes at once; None: all its own
     lr: float = 4e-4  # the largest learning rate, after the warm-up
@@ -43,10 +43,10 @@ class Settings:
     sample_tokens: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "eval_every", "eval_batches", "checkpoint_every", "keep"):
+        for name in ("batch", "eval_every", "eval_batches", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} {getattr(self, name)} is below 1")
-        for name, least in (("micro_batch", 1), ("warmup", 0)):
+        for name, least in (("steps", 0), ("micro_batch", 1), ("warmup", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{name} {value} is below {least}")
@@ -75,7 +75,7 @@ def read_config(name: str) -> dict[str, Any]:
         known = ", ".join(CONFIGS)
         raise SettingsError(f"config {name!r} is neither one of {known} nor a JSON file")
     try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
+        cfg = json.loads(path.read_text(encoding="utf-8-sig"))
         check_config(cfg)
     except (ValueError, TypeError, KeyError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error

@@ -16,12 +16,13 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import gpt2_encoding
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows
+from fastgpt.training.memory import check_memory
 from fastgpt.training.model_files import load_model
 from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
-from fastgpt.training.trainer import Trainer, sample_ids
+from fastgpt.training.trainer import Trainer, sample_ids, takes_bfloat16
 from fastgpt.weights.save import CONFIG
 
 # What decides the windows of each step can't change on the way.
@@ -95,6 +96,15 @@ def _prepared(
             f"a batch of {draft.batch} can't be shared evenly among {group.size} processes"
         )
     run: dict[str, Any] = {"start": _start(args, before), "config": _config(args, before)}
+    check_memory(
+        run["config"],
+        min(draft.micro_batch or draft.batch, draft.batch // group.size),
+        group.device,
+        bfloat16=takes_bfloat16(draft.precision, group.device),
+        tied=run["start"] is not None,
+        shards=group.size if group.sharded else 1,
+        beside=1 if group.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     if draft.sample is not None:
         largest = max(sample_ids(draft.sample, gpt2_encoding()))
         _check_token("sample", largest, run["config"])
@@ -104,7 +114,7 @@ def _prepared(
     windows = Windows(tokens.ids(), run["config"]["context_length"], draft.validation, draft.seed)
     if "steps" not in settings or (args.epochs is not None and "steps" not in args.settings):
         epochs = 1 if args.epochs is None else args.epochs
-        settings["steps"] = max(1, math.ceil(windows.train_size * epochs / draft.batch))
+        settings["steps"] = math.ceil(windows.train_size * epochs / draft.batch)
     run["settings"] = dataclasses.asdict(Settings(**settings))
     held.enter_context(checkpoint.claimed(args.out))
     checkpoint.write_run(args.out, run)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from fastgpt.files import whole_file
+from fastgpt.files import utf_8_path, whole_file
 from fastgpt.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class TokenFile(NamedTuple):
 
     def ids(self) -> Tensor:
         """[length], mapped from the file: memory holds only what is looked at."""
-        return torch.from_file(str(self.path), shared=False, size=self.length, dtype=self.dtype)
+        with utf_8_path(self.path) as path:
+            return torch.from_file(path, shared=False, size=self.length, dtype=self.dtype)
 
 
 def text_files(texts: Iterable[str | Path]) -> list[Path]:
@@ -130,7 +131,8 @@ def _write(
     code = "H" if encoding.n_vocab <= 1 << 16 else "I"
     digest, count, largest, before = hashlib.sha256(), 0, 0, 0
     for number, path in enumerate(files):
-        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
+        # A byte order mark is no text.
+        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
             for rows in _encoded(pieces(text, path), encoding, first=number == 0):
                 ids = array(code, itertools.chain.from_iterable(rows))
                 out.write(ids)

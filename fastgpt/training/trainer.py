@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.generate import generate_text_simple
 from fastgpt.model import GPTModel
-from fastgpt.text_stream import TextStream
+from fastgpt.text_stream import decoded
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows, mix
@@ -82,13 +82,16 @@ class Trainer:
         self.local = settings.batch // group.size
         self.micro = min(settings.micro_batch or self.local, self.local)
         self.autocast = torch.autocast(
-            group.device.type, torch.bfloat16, enabled=_bfloat16(settings.precision, group.device)
+            group.device.type,
+            torch.bfloat16,
+            enabled=takes_bfloat16(settings.precision, group.device),
         )
         self.flops = flops_per_token(model, windows.context)
         self.step = 0 if resume is None else checkpoint.load_step(resume)
         self.loss_of = group.wrap(self.model)
         self.optimizer = _optimizer(self.model, settings, group)
-        if resume is not None:
+        self._saved = None if resume is None else self.step
+        if resume is not None and self.step > 0:  # at step 0 it was saved as good as new, not new
             checkpoint.load_optimizer(resume, self.model, self.optimizer, group)
         # The checkpoint brought its own; these are to be had anew.
         for param_group, decay in zip(
@@ -111,7 +114,6 @@ class Trainer:
             PeersLost: another process of the run was lost (raised by ``join``).
         """
         self.peak = self.group.sum(matmul_peak(self.group.device, self.autocast))[0]
-        saved = self.step
         devices = [self.group.device] if self.group.device.type == "cuda" else []
         with _signals(self._stop), torch.random.fork_rng(devices):
             self.model.train()
@@ -121,8 +123,7 @@ class Trainer:
                 self.report.step(row, self.settings.steps)
                 if self.step % self.settings.checkpoint_every == 0 or stopped:
                     self._save()
-                    saved = self.step
-            if saved != self.step:
+            if self._saved != self.step:
                 self._save()
         return self.step >= self.settings.steps
 
@@ -218,13 +219,13 @@ class Trainer:
             )
         self.group.reshard(self.model)
         self.model.train()
-        stream = TextStream(self.encoding)  # a vocabulary may hold more ids than the encoding
-        self.report.sample("".join(map(stream.add, ids[0].tolist())) + stream.end())
+        self.report.sample(decoded(self.encoding, ids[0].tolist()))
 
     def _save(self) -> None:
         checkpoint.save(
             self.out, self.step, self.model, self.optimizer, self.group, self.settings.keep
         )
+        self._saved = self.step
         self.report.saved(self.step)
 
 
@@ -257,7 +258,8 @@ def _optimizer(model: GPTModel, settings: Settings, group: Group) -> torch.optim
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def _bfloat16(precision: str, device: torch.device) -> bool:
+def takes_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether a run of this precision autocasts to bfloat16."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bfloat16"

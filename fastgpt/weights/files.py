@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastgpt.files import utf_8_path
 from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
 NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install safetensors huggingface_hub"
@@ -40,6 +41,8 @@ NAMES = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
+# Where checkpoints keep the state dict: the book's, Lightning's, nanoGPT's.
+_UNDER = ("model_state_dict", "state_dict", "model")
 Read = Callable[[str], Any]
 
 
@@ -128,7 +131,8 @@ class Safetensors(_Names):
 
 
 class Pickled(_Names):
-    """Files of torch.save: a state dict, its shards, or a checkpoint that has a model_state_dict.
+    """Files of torch.save: a state dict, its shards, or a checkpoint that has one under one of the
+    names in ``_UNDER``.
 
     Files older than PyTorch 1.6 cannot be mapped, and are held whole while they are read.
     """
@@ -144,10 +148,17 @@ class Pickled(_Names):
                 self._add(name, stored, (path, name))
 
     def _state(self, path: Path) -> Mapping[str, Any]:
-        found = self._whole[path] if path in self._whole else _loaded(path)
-        state = found.get("model_state_dict", found) if isinstance(found, Mapping) else found
+        state = self._whole[path] if path in self._whole else _loaded(path)
+        if isinstance(state, Mapping):
+            state = next((v for n in _UNDER if isinstance(v := state.get(n), Mapping)), state)
         if not isinstance(state, Mapping):
             raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict")
+        inside = [f"{name!r}" for name, value in state.items() if _has_tensors(value)]
+        if inside:
+            raise WeightsError(
+                f"{path} is no state dict, but holds tensors under {' and '.join(inside)}: save "
+                "the one that has the model's weights in a file of its own"
+            )
         return state
 
     @contextmanager
@@ -183,7 +194,7 @@ def open_file(path: Path) -> Source:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; WeightsError where it has none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -208,9 +219,9 @@ def _safe_open(path: str) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(f"{path}: {NEEDS_HUB}") from None
-    try:
-        with open(path, "rb"):  # which says why, where safetensors knows no file but a missing one
-            return safe_open(path, framework="pt", device="cpu")
+    try:  # opened here too, for its error says why, where safetensors calls every file missing
+        with open(path, "rb"), utf_8_path(path) as name:
+            return safe_open(name, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -218,7 +229,8 @@ def _safe_open(path: str) -> Any:
 def _loaded(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        with utf_8_path(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # What stands around it advises to run the file's code.
         lines = str(error).partition("WeightsUnpickler error:")[2].split("\n")
@@ -231,6 +243,10 @@ def _loaded(path: Path) -> Any:
         raise WeightsError(f"{path} cannot be read: it is cut short") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -17,6 +17,11 @@ Shape = tuple[int, ...]
 _PROJECTIONS = ("att.W_query", "att.W_key", "att.W_value")
 _LEAVES = ("weight", "bias")
 _WRAPPERS = ("_orig_mod", "module")  # of torch.compile and of data parallelism
+# What a GPT-2 consists of under any of its names: before it stands whose attribute the model was.
+_PARTS = re.compile(
+    r"(?:^|\.)((?:tok_emb|pos_emb|trf_blocks|final_norm|out_head|transformer|lm_head"
+    r"|wte|wpe|h\.\d+|ln_f)\..*)"
+)
 
 
 class WeightsError(ValueError):
@@ -83,8 +88,12 @@ class Style:
 
 
 def unwrapped(name: str) -> str:
-    """The name without what torch.compile and data parallelism put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """The name without what torch.compile and data parallelism put into it, and without the
+    attributes of a larger module, as of Lightning's, that lead to the model.
+    """
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    found = _PARTS.search(name)
+    return found[1] if found else name
 
 
 def style_of(names: Iterable[str]) -> Style | None:

@@ -96,10 +96,11 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{theirs: sizes.cfg[ours] for ours, theirs in _THEIRS.items()},
+        # numpy's integers, which a config may hold, are not JSON's.
+        **{theirs: int(sizes.cfg[ours]) for ours, theirs in _THEIRS.items()},
         "n_inner": None,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": sizes.eps,
+        "layer_norm_epsilon": float(sizes.eps),
         "embd_pdrop": embedding,
         "attn_pdrop": attention,
         "resid_pdrop": shortcut,
@@ -107,7 +108,7 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
         "bos_token_id": end,
         "eos_token_id": end,
         # Not Hugging Face's: its model always has these biases, zero where ours has none.
-        "qkv_bias": sizes.cfg["qkv_bias"],
+        "qkv_bias": bool(sizes.cfg["qkv_bias"]),
     }
 
 
