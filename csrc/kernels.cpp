@@ -7,6 +7,7 @@
 #include "gelu.h"
 #include "layer_norm.h"
 #include "linear_cross_entropy.h"
+#include "peak.h"
 #include "transformer_block_backward.h"
 
 #define FASTGPT_STRING_(x) #x
@@ -36,7 +37,9 @@ const Kernels kernels = {FASTGPT_STRING(FASTGPT_ISA),
                          block_step,
                          block_step_backward,
                          forward_workspace,
-                         forward};
+                         forward,
+                         multiply_adds_float32,
+                         read_float32};
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -88,6 +88,11 @@ struct NormBackward {
     int64_t rows, cols;
 };
 
+// When a piece of a measured peak was done, and by which thread of the region.
+struct PieceEnd {
+    double seconds, thread;
+};
+
 struct Kernels {
     const char* isa;
     void (*layer_norm)(const float* x, const float* branch, const float* weight, const float* bias, float* total,
@@ -123,6 +128,9 @@ struct Kernels {
                                 const BlockGradients& to, int threads);
     int64_t (*forward_workspace)(const Forward& f, int threads);
     void (*forward)(const Forward& f, const Block* blocks, float eps, int threads);
+    int64_t (*multiply_adds_float32)(PieceEnd* ends, int64_t pieces, double (*clock)(), int threads);
+    void (*read_float32)(const float* block, int64_t size, int64_t piece, PieceEnd* ends, int64_t pieces,
+                         double (*clock)(), int threads);
 };
 
 }  // namespace fastgpt
