@@ -1,7 +1,7 @@
 """`python -m benchmarks`: a table of speeds relative to the reference, with each peer's error.
 
-The peers take turns in one process, so that a busy neighbour hits all alike, and each one's fastest
-round counts.
+The peers take turns in one process, so that a busy neighbour hits all alike, and medians are
+compared.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from math import ceil
+from statistics import median
 
 import torch
 
 from fastgpt.bench.case import ALL_PEERS, Case
+from fastgpt.bench.rounds import Rounds, doubt_of_seconds, interleaved, steady_rounds
 from fastgpt.bench.words import readable
-from fastgpt.compare import interleaved
 from fastgpt.machine import machine_line
 
 OPERATIONS = (
@@ -32,7 +33,8 @@ OPERATIONS = (
 )
 ROUNDS = 4  # at least
 
-Timings = dict[str, tuple[float, float | None]]  # of one case: peer -> seconds, error
+Timing = tuple[float, float | None, bool]  # seconds, error, whether the seconds can't be trusted
+Timings = dict[str, Timing]  # of one case, by peer
 
 
 def main() -> int:
@@ -62,10 +64,16 @@ def in_turns(operations: Iterable[str]) -> Iterator[tuple[str, Timings]]:
                     told.add((peer, reason))
             peers = {peer: run for peer, run in case.peers.items() if not reasons[peer]}
             case.check()
-            first = interleaved(peers, 1)
-            once = sum(map(sum, first.values()))
-            more = interleaved(peers, min(max(ROUNDS - 1, ceil(2 / once)), 1000))
-            yield name, {p: (min(first[p] + more[p]), case.error(p)) for p in peers}
+            once = sum(map(sum, interleaved(peers, 1).values()))
+            taken = steady_rounds(peers, min(max(ROUNDS, ceil(2 / once)), 1000))
+            if taken.doubt():
+                print(f"  don't trust it: {taken.doubt()}", file=sys.stderr, flush=True)
+            yield name, {p: _timing(taken, p, case.error(p)) for p in peers}
+
+
+def _timing(taken: Rounds, peer: str, error: float | None) -> Timing:
+    seconds = taken.seconds[peer]
+    return median(seconds), error, bool(taken.doubt() or doubt_of_seconds(seconds))
 
 
 def print_table(table: dict[str, Timings]) -> None:
@@ -73,18 +81,23 @@ def print_table(table: dict[str, Timings]) -> None:
     shown = [peer for peer in ALL_PEERS if any(peer in timings for timings in table.values())]
     rows = [["work", *shown], ["---"] * (1 + len(shown))]
     for name, timings in table.items():
-        base, base_error = timings["reference"]
-        cells = [readable(base) + ("" if base_error is None else f", {base_error:.1e}")]
-        for peer in shown[1:]:
-            seconds, error = timings.get(peer, (None, None))
-            speed = "-" if seconds is None else f"{base / seconds:.2f}x"
-            cells.append(speed if error is None else f"{speed}, {error:.1e}")
+        base, _, base_doubtful = timings["reference"]
+        cells = []
+        for peer in shown:
+            if peer not in timings:
+                cells.append("-")
+                continue
+            seconds, error, doubtful = timings[peer]
+            text = readable(seconds) if peer == "reference" else f"{base / seconds:.2f}x"
+            text += " ?" if doubtful or base_doubtful else ""
+            cells.append(text if error is None else f"{text}, {error:.1e}")
         rows.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
-    print("\nReference: time; the others: how many times as fast, by the fastest of interleaved")
-    print("rounds. Then the largest error against float64; of decode, how far a chosen token's")
+    print("\nReference: time; the others: how many times as fast, by the medians of interleaved")
+    print("rounds, with a question mark where the machine was too busy or too unsteady to tell.")
+    print("Then the largest error against float64; of decode, how far a chosen token's")
     print("logit lies below the greatest one, in float64.")
 
 

@@ -82,14 +82,14 @@ def train(config: str, shape: tuple[int, int]) -> Case:
         "reference": grad(lambda: step(book, readers_loss(book, ids))),
         "compile": grad(lambda: step(book, readers_loss(compiled, ids))),
         "hf": grad(lambda: hf_step(hf, ids)),
-        "floor": libraries.products(ids.numel(), cfg, head_rows=ids.numel(), backward=True),
+        "products": libraries.products(ids.numel(), cfg, head_rows=ids.numel(), backward=True),
         "fastgpt": grad(lambda: step(fused, readers_loss(fused, ids))),
         "loss": grad(lambda: step(fused, fused.loss(ids, ids.roll(-1)))),
     }
     if hf is None:
         del peers["hf"]
     if config == "toy":
-        del peers["floor"]
+        del peers["products"]
     return Case(peers, None if cfg["drop_rate"] else exact())
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.bench.case import ALL_PEERS
-from fastgpt.bench.words import LABELS, readable
+from fastgpt.bench.measure import FORMAT
+from fastgpt.bench.words import LABELS, UNTRUSTED, doubts, mark, readable
 
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 KINDS = ("forward", "train", "decode")
@@ -26,6 +27,8 @@ def main() -> int:
     top.add_argument("pages", type=Path, nargs="+")
     args = top.parse_args()
     document = json.loads(args.document.read_text(encoding="utf-8"))
+    if document.get("format") != FORMAT:
+        top.error(f"{args.document} is of another version of fastgpt bench: run `make figures`")
     for page in args.pages:
         page.write_text(filled(page.read_text(encoding="utf-8"), document), encoding="utf-8")
         print(page)
@@ -45,12 +48,14 @@ def filled(text: str, document: dict[str, Any]) -> str:
 
 
 def table(document: dict[str, Any], kind: str) -> str:
-    """The reference's time, every other peer's speed-up over it, and in brackets the errors."""
+    """The reference's time, the bound's and every other peer's speed-up over it, and in brackets
+    the errors.
+    """
     works = [row for row in document["works"] if row["kind"] == kind]
     peers = [p for p in ALL_PEERS if any(p in row["peers"] for row in works)]
-    lines = [["", *(LABELS[peer] for peer in peers)], ["---"] * (1 + len(peers))]
+    lines = [["", *(LABELS[peer] for peer in peers), "bound"], ["---"] * (2 + len(peers))]
     for row in works:
-        lines.append([row["name"], *(_cell(row["peers"].get(peer), peer) for peer in peers)])
+        lines.append([row["name"], *(_cell(row, peer) for peer in peers), _bound(row)])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -61,16 +66,23 @@ def machine(document: dict[str, Any]) -> str:
     threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
     return (
         f"{m['cpu']}, {threads}, backend {m['backend']}{isa}, torch {m['torch']}, "
-        f"{document['date']}."
+        f"{document['date']}." + (f"\n{UNTRUSTED}" if doubts(document["works"]) else "")
     )
 
 
-def _cell(peer: dict[str, Any] | None, name: str) -> str:
-    if peer is None:
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["peers"]:
         return "-"
+    peer = row["peers"][name]
     text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
+    text += mark(row, name)
     text = f"**{text}**" if name in ("fastgpt", "loss") else text
     return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
+
+
+def _bound(row: dict[str, Any]) -> str:
+    seconds = row["peers"]["reference"]["seconds"]
+    return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, 'reference')}"
 
 
 if __name__ == "__main__":

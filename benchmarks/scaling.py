@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastgpt import GPT_CONFIG_124M, GPTModel
-from fastgpt.compare import interleaved
+from fastgpt.bench.rounds import interleaved
 from fastgpt.machine import machine_line
 
 

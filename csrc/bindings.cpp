@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -198,6 +199,19 @@ void forward(const Fields& fields, const Fields& blocks, float eps, int threads)
     kernels().forward(f, records.data(), eps, usable(threads));
 }
 
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t multiply_adds_float32(uintptr_t ends, int64_t pieces, int threads) {
+    return kernels().multiply_adds_float32(reinterpret_cast<PieceEnd*>(ends), pieces, seconds_now, usable(threads));
+}
+
+void read_float32(uintptr_t block, int64_t size, int64_t piece, uintptr_t ends, int64_t pieces, int threads) {
+    kernels().read_float32(at(block), size, piece, reinterpret_cast<PieceEnd*>(ends), pieces, seconds_now,
+                           usable(threads));
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -243,4 +257,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("block_step", &block_step);
     m.def("block_step_backward", &block_step_backward);
     m.def("forward", &forward);
+    m.def("multiply_adds_float32", &multiply_adds_float32, unlocked);
+    m.def("read_float32", &read_float32, unlocked);
 }

@@ -7,6 +7,7 @@
 #include "gelu.h"
 #include "layer_norm.h"
 #include "linear_cross_entropy.h"
+#include "peak.h"
 #include "transformer_block_backward.h"
 
 #define FASTGPT_STRING_(x) #x

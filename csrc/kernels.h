@@ -90,6 +90,11 @@ struct NormBackward {
     int64_t rows, cols;
 };
 
+// When a piece of a measured peak was done, and by which thread of the region.
+struct PieceEnd {
+    double seconds, thread;
+};
+
 // Every kernel: its result, name and parameters. Attention, forward and backward, returns false where its workspace
 // cannot be allocated, and writes nothing then; product_scratch counts the floats of one thread.
 #define FASTGPT_KERNELS(KERNEL)                                                                                        \
@@ -131,7 +136,11 @@ struct NormBackward {
     KERNEL(void, block_step_backward,                                                                                  \
            (const BlockStep& s, const Block& b, const float* dy, float* dx, const BlockGradients& to, int threads))    \
     KERNEL(int64_t, forward_workspace, (const Forward& f, int threads))                                                \
-    KERNEL(void, forward, (const Forward& f, const Block* blocks, float eps, int threads))
+    KERNEL(void, forward, (const Forward& f, const Block* blocks, float eps, int threads))                             \
+    KERNEL(int64_t, multiply_adds_float32, (PieceEnd * ends, int64_t pieces, double (*clock)(), int threads))          \
+    KERNEL(void, read_float32,                                                                                         \
+           (const float* block, int64_t size, int64_t piece, PieceEnd* ends, int64_t pieces, double (*clock)(),        \
+            int threads))
 
 struct Kernels {
     const char* isa;

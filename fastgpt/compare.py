@@ -10,9 +10,7 @@ lie three such errors apart.
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -22,13 +20,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
+from fastgpt.bench.rounds import Peers, doubt_of_seconds, steady_rounds
 
 PROMPT = "The cat sat"
 PROMPT_IDS = (464, 3797, 3332)  # PROMPT in the gpt2 encoding
 
 ERRORS_APART = 3  # the reference's own error once, fastgpt's at most twice
-
-Step = Callable[[str], None]  # called with what is about to run
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Row:
     tokens: int  # computed (forward) or new (greedy)
     reference_seconds: float  # median over the rounds
     fastgpt_seconds: float
+    rounds: int
+    doubt: str | None  # why the times can't be trusted, where they can't
     max_abs_difference: float | None  # between the logits; None for greedy tokens
     tolerance: float
     same_tokens: int | None  # how many greedy tokens agree before the first that differs
@@ -62,21 +61,21 @@ class Row:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def interleaved(
-    peers: Mapping[str, Callable[[], object]],
-    rounds: int,
-    before_round: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Call every peer once a round, for `rounds` rounds; return the seconds of each call."""
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        before_round()
-        for name, run in peers.items():
-            start = time.perf_counter()
-            result = run()
-            seconds[name].append(time.perf_counter() - start)
-            del result  # freed outside the timing, before the next peer needs the memory
-    return seconds
+class Steps:
+    """Counts the steps of a comparison; called with what is about to run."""
+
+    def __init__(
+        self, total: int, rounds: int, progress: Callable[[int, int, str], object]
+    ) -> None:
+        self._done, self._total, self._rounds, self._progress = 0, total, rounds, progress
+
+    def __call__(self, doing: str) -> None:
+        self._progress(self._done, self._total, doing)
+        self._done += 1
+
+    def once_more(self) -> None:
+        """The rounds of a piece of work are taken again."""
+        self._total += self._rounds
 
 
 @torch.no_grad()
@@ -96,12 +95,7 @@ def compare(
     ids, then one for `new_tokens` greedy tokens after `prompt`. `progress(done, total, doing)` is
     called before each step. The fused model runs on whatever backend is in force.
     """
-    total = 2 + (len(lengths) + 1) * (rounds + 1)
-    done = itertools.count()
-
-    def step(doing: str) -> None:
-        progress(next(done), total, doing)
-
+    step = Steps(2 + (len(lengths) + 1) * (rounds + 1), rounds, progress)
     step("building both models")
     torch.manual_seed(seed)
     book, fused = reference.GPTModel(cfg).eval(), GPTModel(cfg).eval()
@@ -123,12 +117,12 @@ def compare(
     rows.append(
         _greedy(book, fused, start[None], new_tokens, context_size, tolerance, rounds, step)
     )
-    progress(total, total, "done")
+    step("done")
     return rows
 
 
 def _forward(
-    book: Module, fused: Module, ids: Tensor, exact: Tensor, rounds: int, step: Step
+    book: Module, fused: Module, ids: Tensor, exact: Tensor, rounds: int, step: Steps
 ) -> Row:
     work = f"forward {list(ids.shape)}"
     step(work)
@@ -137,12 +131,10 @@ def _forward(
     difference = _distance(ours, theirs)
     del theirs, ours
     peers = {"reference": lambda: book(ids), "fastgpt": lambda: fused(ids)}
-    seconds = interleaved(peers, rounds, lambda: step(work))
     return Row(
         work=work,
         tokens=ids.numel(),
-        reference_seconds=median(seconds["reference"]),
-        fastgpt_seconds=median(seconds["fastgpt"]),
+        **_timed(work, peers, rounds, step),
         max_abs_difference=difference,
         tolerance=tolerance,
         same_tokens=None,
@@ -158,7 +150,7 @@ def _greedy(
     context_size: int,
     tolerance: float,
     rounds: int,
-    step: Step,
+    step: Steps,
 ) -> Row:
     work = f"{new_tokens} greedy tokens"
     step(work)
@@ -168,17 +160,28 @@ def _greedy(
     }
     theirs, ours = peers["reference"](), peers["fastgpt"]()
     same_tokens, agree = _same_tokens(book, theirs, ours, start.shape[1], tolerance)
-    seconds = interleaved(peers, rounds, lambda: step(work))
     return Row(
         work=work,
         tokens=new_tokens,
-        reference_seconds=median(seconds["reference"]),
-        fastgpt_seconds=median(seconds["fastgpt"]),
+        **_timed(work, peers, rounds, step),
         max_abs_difference=None,
         tolerance=tolerance,
         same_tokens=same_tokens,
         agree=agree,
     )
+
+
+def _timed(work: str, peers: Peers, rounds: int, step: Steps) -> dict[str, Any]:
+    """The fields of a row that come from timing both models."""
+    taken = steady_rounds(peers, rounds, lambda: step(work), step.once_more)
+    reasons = {name: doubt_of_seconds(seconds) for name, seconds in taken.seconds.items()}
+    doubts = [taken.doubt(), *(f"{name}: {why}" for name, why in reasons.items() if why)]
+    return {
+        "reference_seconds": median(taken.seconds["reference"]),
+        "fastgpt_seconds": median(taken.seconds["fastgpt"]),
+        "rounds": len(taken.seconds["reference"]),
+        "doubt": "; ".join(filter(None, doubts)) or None,
+    }
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

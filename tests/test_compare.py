@@ -11,6 +11,8 @@ import torch
 
 import fastgpt
 from fastgpt import GPT_CONFIG_124M, GPTModel, cli, compare
+from fastgpt.bench import rounds
+from fastgpt.bench.words import UNTRUSTED
 from fastgpt.cli import compare as command
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
@@ -34,6 +36,16 @@ def small(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def neighbour(monkeypatch):
+    """What other programs are said to do to the measurement; at first, nothing."""
+    said = {"load": None, "seconds": None}
+    monkeypatch.setattr(rounds, "doubt_of_load", lambda others: said["load"])
+    for module in (rounds, compare):
+        monkeypatch.setattr(module, "doubt_of_seconds", lambda seconds: said["seconds"])
+    return said
+
+
 def broken(factor):
     class Broken(GPTModel):
         def forward(self, idx):
@@ -53,7 +65,7 @@ def refuse(path):
     raise ConnectionError(f"no way to {path}")
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "neighbour")
 def test_table(capsys):
     assert cli.main(["compare", "--rounds", "2", "--threads", "1"]) == 0
     note, *table = capsys.readouterr().out.splitlines()
@@ -120,18 +132,32 @@ def test_greedy_tokens_may_part_only_at_a_tie():
     assert compare._same_tokens(book, theirs, mistake, 2, 1e-6) == (0, False)
 
 
-def test_interleaved():
-    calls = []
-    peers = {name: functools.partial(calls.append, name) for name in "ab"}
-    seconds = compare.interleaved(peers, 3, lambda: calls.append("|"))
-    assert "".join(calls) == "|ab|ab|ab"
-    assert [len(seconds[name]) for name in "ab"] == [3, 3]
-
-
-def test_progress_counts_every_step():
+@pytest.mark.parametrize("busy", [None, "very busy"])
+def test_progress_counts_every_step(neighbour, busy):
+    neighbour["load"] = busy
     seen = []
     compare_small(rounds=2, progress=lambda done, total, doing: seen.append((done, total)))
-    assert seen == [(done, len(seen) - 1) for done in range(len(seen))]
+    assert [done for done, _ in seen] == list(range(len(seen)))
+    totals = [total for _, total in seen]
+    assert totals == sorted(totals)
+    assert totals[0] == 11
+    assert totals[-1] == len(seen) - 1 == (11 if busy is None else 11 + 3 * 3 * 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_busy_machine_is_said(neighbour, capsys):
+    assert cli.main(["compare", "--rounds", "2"]) == 0
+    assert "?" not in capsys.readouterr().out
+    neighbour.update(load="very busy", seconds="all over the place")
+    assert cli.main(["compare", "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("x ?") == 3
+    assert UNTRUSTED in out
+    reasons = "very busy; reference: all over the place; fastgpt: all over the place"
+    assert f"forward [1, 8]: {reasons}" in out
+    assert cli.main(["compare", "--json", "--rounds", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["doubt"], row["rounds"]) for row in rows] == [(reasons, 8)] * 3
 
 
 @pytest.mark.usefixtures("small")

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 
 import pytest
-from reports import full_document
+from reports import UNSTEADY, full_document
 
 from fastgpt.bench.charts import COLOURS, charts
 from fastgpt.bench.page import page
+from fastgpt.bench.words import UNTRUSTED
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -113,8 +114,58 @@ def test_a_page_says_what_it_holds(report):
         "train GPT-2 124M [2, 256]",
         "torch.compile (torch.compile finds no C++ compiler)",
         "Long-Named(R)",
+        "5,500 GFLOP/s",
+        "forward GPT-2 124M [8, 128]: other programs kept 12.5 of 64 processors busy",
+        f"forward GPT-2 124M [1, 1024]: PyTorch, fused by hand: {UNSTEADY}",
     ):
         assert part in text
+
+
+def test_what_cannot_be_trusted_is_marked_everywhere():
+    document = full_document()
+    busy, torch_unsteady = document["works"][1:3]
+    drawn = {chart.name: chart for chart in charts(document)}
+    html_page = page(document, [])
+    speeds = {name: peer["speed_up"] for name, peer in torch_unsteady["peers"].items()}
+    assert f"{speeds['torch']:.2f} ?</text>" in drawn["speed"].svg
+    assert f"{speeds['torch']:.2f}x ?</td>" in html_page
+    assert f"{speeds['hf']:.2f}x</td>" in html_page
+    marked = html_page.count("x ?</td>")
+    assert marked == len(busy["peers"]) + 1
+    assert drawn["speed"].svg.count(" ?</text>") == marked
+    assert UNTRUSTED in drawn["speed"].caption
+    assert UNTRUSTED in html.unescape(html_page)
+    assert "x ?</strong>" in html_page
+    for row in document["works"]:
+        row["doubt"] = None
+        for peer in row["peers"].values():
+            peer["doubt"] = None
+    quiet = page(document, charts(document))
+    assert " ?<" not in quiet
+    assert "to be trusted" not in quiet
+
+
+def test_an_unsteady_reference_spoils_its_whole_row():
+    document = full_document()
+    document["works"] = document["works"][:1]
+    (row,) = document["works"]
+    row["peers"]["reference"]["doubt"] = UNSTEADY
+    assert page(document, []).count("x ?</td>") == len(row["peers"])
+
+
+def test_without_a_bound_there_is_a_dash():
+    document = full_document()
+    document["peaks"] = None
+    for row in document["works"]:
+        row["bound"] = None
+        for peer in row["peers"].values():
+            peer["share_of_bound"] = None
+    drawn = charts(document)
+    assert [chart.name for chart in drawn] == ["speed", "memory", "error"]
+    assert "bound" not in drawn[0].svg
+    text = page(document, drawn)
+    assert text.count("<td>-</td>") == sum(len(row["peers"]) for row in document["works"])
+    assert "takes the C++ extension" in text
 
 
 def test_what_comes_from_outside_is_escaped():

@@ -63,7 +63,7 @@ def run(bench: Bench, sections: Collection[str], results: dict[str, Any]) -> Ite
     cfg = GPT_CONFIG_124M | {"drop_rate": 0.0}
     if bench.dry:
         cfg = SMALL | {"drop_rate": 0.0, "n_layers": 2}
-    bench.measure_bounds()
+    bench.measure_limits()
     results |= {"machine": bench.machine(), **{name: [] for name in SECTIONS}}
 
     def checked() -> Iterator[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Bench:
         self.device, self.dry = torch.device(device), device == "cpu"
         self.budget, self.started = budget, time.monotonic()
         self.until = 1.0  # the share of the budget after which the section at work has to end
-        self.bandwidth = self.rate = 0.0  # measured by `measure_bounds`
+        self.bandwidth = self.rate = 0.0  # measured by `measure_limits`
 
     def left(self) -> float:
         """Seconds that the section at work still has."""
@@ -81,7 +81,7 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def measure_bounds(self) -> None:
+    def measure_limits(self) -> None:
         """Sets the bandwidth of a large copy and the rate of a large product in bfloat16."""
         size = 1 << (10 if self.dry else 29)
         block, side = torch.empty(size, device=self.device), 64 if self.dry else 8192
@@ -90,8 +90,8 @@ class Bench:
         a = torch.randn(side, side, device=self.device, dtype=torch.bfloat16)
         self.rate = 2 * side**3 / self.seconds(lambda: a @ a)
 
-    def floor(self, moved: float, operations: float) -> float:
-        """The seconds below which no version runs, by what was measured here."""
+    def least_seconds(self, moved: float, operations: float) -> float:
+        """What PyTorch's large copy or product takes for as many bytes or operations."""
         return max(moved / self.bandwidth, operations / self.rate)
 
     @contextlib.contextmanager

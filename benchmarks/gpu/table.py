@@ -37,7 +37,7 @@ def _operation(row: Row, ours: dict[tuple[str, str], float]) -> list[str]:
         return [*name, "-", "-", row["failed"]]
     base = ours.get((row["operation"], row["pass"]))
     ratio = "-" if base is None else f"{row['seconds'] / base:.2f}"
-    return [*name, _readable(row["seconds"]), _percent(row["share_of_bound"]), ratio]
+    return [*name, _readable(row["seconds"]), _percent(row["share_of_limit"]), ratio]
 
 
 def _training(row: Row) -> list[str]:
@@ -68,13 +68,13 @@ def render(results: dict[str, Any]) -> str:
         for row in results["operations"]
         if row.get("peer") == "fastgpt" and "seconds" in row
     }
-    bounds = f"{machine['copy_bandwidth'] / 1e12:.2f} TB/s copied, "
-    bounds += f"{machine['product_rate'] / 1e12:.0f} TFLOP/s in a bfloat16 product"
+    limits = f"{machine['copy_bandwidth'] / 1e12:.2f} TB/s copied, "
+    limits += f"{machine['product_rate'] / 1e12:.0f} TFLOP/s in a bfloat16 product"
     note = "A dry run: the kernels were interpreted and the figures mean nothing.\n\n"
     lines = [
         f"# {machine['device']}, {machine['date']}",
         "",
-        f"{note if machine['dry_run'] else ''}{versions}; {bounds}.",
+        f"{note if machine['dry_run'] else ''}{versions}; {limits}.",
         "",
         "## Checks",
         "",
@@ -90,7 +90,7 @@ def render(results: dict[str, Any]) -> str:
         "The last column is the peer's time over fastgpt's: above 1, fastgpt is faster.",
         "",
         *_lines(
-            ["operation", "pass", "by", "time", "of the bound", "over ours"],
+            ["operation", "pass", "by", "time", "of PyTorch's copy or product", "over ours"],
             [_operation(row, ours) for row in results["operations"]],
         ),
         "## Training, GPT-2 124M in bfloat16, one step of AdamW",

@@ -1,4 +1,4 @@
-"""How long each operation takes, ours and its peers', and what share of the bound that is."""
+"""How long each operation takes, ours and its peers', beside PyTorch's large copy or product."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _peer_backward(work: Work, peer: Function) -> Callable[[], Any]:
 
 def _share(bench: Bench, work: Work, backward: bool, seconds: float) -> Row:
     moved, operations = work.moved[backward], work.operations[backward]
-    floor = bench.floor(moved, operations)
-    return {"seconds": seconds, "share_of_bound": floor / seconds if floor else None}
+    least = bench.least_seconds(moved, operations)
+    return {"seconds": seconds, "share_of_limit": least / seconds if least else None}
 
 
 def operations(bench: Bench) -> Iterator[Row]:

@@ -7,7 +7,7 @@ The peers by name:
 - `compile`: the book's code under `torch.compile`;
 - `hf`: Hugging Face's GPT-2 with PyTorch's fused attention, where transformers is installed;
 - `ct2`: CTranslate2 in float32, where it is installed;
-- `floor`: no peer but a bound, only what a library's products cannot avoid;
+- `products`: no model, only its matrix products by PyTorch's library, into ready buffers;
 - `fastgpt`: this package; `loss`: its `model.loss` in place of the logits and their cross entropy.
 """
 
@@ -28,7 +28,7 @@ ALL_PEERS = (
     "compile",
     "hf",
     "ct2",
-    "floor",
+    "products",
     "fastgpt",
     "loss",
 )

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fastgpt.bench.words import KINDS, LABELS, Row, kind, size
+from fastgpt.bench.words import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
 
 COLOURS = {
     "reference": "#495057",
@@ -24,6 +24,7 @@ COLOURS = {
     "compile": "#f4a261",
     "hf": "#e9c030",
     "ct2": "#74a816",
+    "products": "#a78bbf",
     "fastgpt": "#1556a0",
     "loss": "#4fa3e8",
 }
@@ -86,10 +87,11 @@ def _speed(works: Sequence[Row]) -> Chart | None:
 
     svg = _stacked(shown, draw, "speed_up")
     caption = (
-        "Longer is faster; whiskers are the quartiles of the rounds. The bound is the same matrix "
-        "products alone by the library that PyTorch is built on or, for generation, every weight "
-        "read once a token."
+        "Longer is faster; whiskers are the quartiles of the rounds. The bound is what no code can "
+        "beat on this machine: its peak of multiply-adds, or every weight read once a pass."
     )
+    if doubts(works):
+        caption += f" {UNTRUSTED}"
     return Chart("speed", "Speed", caption, svg)
 
 
@@ -98,13 +100,16 @@ def _bound(works: Sequence[Row]) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         _dots(axes, rows, lambda peer: 100 * (peer["share_of_bound"] or 0))
+        marks = [max(mark(row, name) for name in row["peers"]) for row in rows]
+        names = [tick.get_text() for tick in axes.get_yticklabels()]
+        axes.set_yticks(range(len(rows)), [a + b for a, b in zip(names, marks, strict=True)])
         axes.axvline(100, color=INK, linewidth=1.2, zorder=1)
         axes.set_xlim(left=0)
         axes.set_xlabel("per cent of the bound's speed", fontsize=8)
 
     caption = (
-        "At 100 per cent nothing is left but the products. More than that means products faster "
-        "than those of PyTorch's library on this machine."
+        "At 100 per cent the processor does nothing but multiply-adds at its measured peak, or "
+        "reads weights at the measured bandwidth of memory. More is noise."
     )
     svg = _single(rows, draw, "share_of_bound") if rows else ""
     return Chart("bound", "Share of the bound", caption, svg) if rows else None
@@ -150,17 +155,18 @@ def _bars(
     """A group of bars a row, labelled; the largest value drawn, whiskers included."""
     position, ticks, longest = 0.0, [], 0.0
     for row in rows:
-        peers = {name: p for name, p in row["peers"].items() if name != "floor" and p.get(key)}
+        peers = {name: p for name, p in row["peers"].items() if p.get(key)}
         start = position
         for name, peer in peers.items():
             value = scale * peer[key]
             axes.barh(position, value, 0.82, color=COLOURS[name], zorder=2)
-            ends = (value, value)
+            ends, text = (value, value), label(value)
             if key == "speed_up":
+                text += mark(row, name)
                 ends = tuple(value * peer["seconds"] / q for q in reversed(peer["quartiles"]))
                 axes.plot(ends, (position, position), color=INK, linewidth=0.8, zorder=4)
             axes.annotate(
-                label(value),
+                text,
                 (ends[1], position),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -180,15 +186,15 @@ def _bars(
 
 
 def _bound_of(row: Row) -> float:
-    floor = row["peers"].get("floor")
-    return floor["speed_up"] if floor else 0.0
+    seconds: float = row["peers"]["reference"]["seconds"]
+    return seconds / row["bound"] if row["bound"] else 0.0
 
 
 def _bounds(axes: Axes, rows: Sequence[Row]) -> None:
     """A dashed line across each group where its bound stands."""
     position = 0.0
     for row in rows:
-        count = sum(name != "floor" for name in row["peers"])
+        count = len(row["peers"])
         if at := _bound_of(row):
             ends = (position - 0.5, position + count - 0.5)
             axes.plot((at, at), ends, "--", color=INK, linewidth=1.1, zorder=3)
@@ -200,7 +206,7 @@ def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None])
         axes.axhline(position, color=FAINT, linewidth=0.8, zorder=0)
         for name, peer in row["peers"].items():
             at = value(peer)
-            if at and name != "floor":
+            if at:
                 ours = name in ("fastgpt", "loss")
                 axes.plot(at, position, "o", color=COLOURS[name], markersize=8 if ours else 6)
     _rows_axis(axes, [(i, row["name"].replace(" GPT-2", "")) for i, row in enumerate(rows)])
@@ -236,16 +242,16 @@ def _titled(panel: Panel) -> str:
     return f"{panel.title} ({', '.join(dict.fromkeys(row['config'] for row in panel.rows))})"
 
 
-def _svg(figure: Figure, rows: Iterable[Row], key: str) -> str:
+def _svg(figure: Figure, rows: Sequence[Row], key: str) -> str:
     """The figure under a legend of the peers that have `key`, without what would clash with other
     pictures of a page.
     """
     used = {name for row in rows for name, peer in row["peers"].items() if peer.get(key)}
     handles: list[Artist] = [Patch(color=COLOURS[name]) for name in COLOURS if name in used]
     labels = [LABELS[name] for name in COLOURS if name in used]
-    if key == "speed_up" and "floor" in used:
+    if key == "speed_up" and any(map(_bound_of, rows)):
         handles.append(Line2D((), (), linestyle="--", color=INK, linewidth=1.1))
-        labels.append(LABELS["floor"])
+        labels.append("bound")
     figure.legend(
         handles=handles,
         labels=labels,

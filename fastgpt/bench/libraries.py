@@ -1,4 +1,4 @@
-"""The book's GPT-2 in other libraries, with the same weights, and the bound on all of them."""
+"""The book's GPT-2 in other libraries, with the same weights, and its products by PyTorch's."""
 
 from __future__ import annotations
 
@@ -100,25 +100,26 @@ def products(
     rows: int, cfg: dict[str, Any], head_rows: int, backward: bool = False
 ) -> Callable[[], None]:
     """Only the matrix products of a forward pass, with those of its backward pass where asked,
-    into buffers that are ready.
+    into buffers that are ready. Every layer has weights of its own, as in a model.
     """
     wide = cfg["emb_dim"]
 
-    def operands(m: int, k: int, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        x, weight, y = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-        made = [(x, weight.T, y)]
+    def operands(m: int, k: int, n: int, layers: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        x, y, weights = torch.randn(m, k), torch.empty(m, n), torch.randn(layers, n, k)
+        made = [[(x, weight.T, y)] for weight in weights]
         if backward:
-            dy = torch.randn(m, n)
-            made += [(dy, weight, torch.empty(m, k)), (dy.T, x, torch.empty(n, k))]
+            dy, dx, dweight = torch.randn(m, n), torch.empty(m, k), torch.empty(n, k)
+            for layer, weight in zip(made, weights, strict=True):
+                layer += [(dy, weight, dx), (dy.T, x, dweight)]
         return made
 
     sizes = ((wide, 3 * wide), (wide, wide), (wide, 4 * wide), (4 * wide, wide))
-    layer = [one for k, n in sizes for one in operands(rows, k, n)]
-    head = operands(head_rows, wide, cfg["vocab_size"])
+    kinds = [operands(rows, k, n, cfg["n_layers"]) for k, n in sizes]
+    layers = [part for layer in zip(*kinds, strict=True) for made in layer for part in made]
+    (head,) = operands(head_rows, wide, cfg["vocab_size"], 1)
 
     def run() -> None:
-        for part in [layer] * cfg["n_layers"] + [head]:
-            for a, b, out in part:
-                torch.mm(a, b, out=out)
+        for a, b, out in layers + head:
+            torch.mm(a, b, out=out)
 
     return run

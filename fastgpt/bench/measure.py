@@ -7,18 +7,19 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from math import ceil
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
+from fastgpt.bench.bound import machine_peaks
 from fastgpt.bench.case import ALL_PEERS, OURS
 from fastgpt.bench.memory import WEIGHED, peak_memory
+from fastgpt.bench.rounds import doubt_of_seconds, interleaved, quartiles, steady_rounds
 from fastgpt.bench.works import Work
-from fastgpt.compare import interleaved
 from fastgpt.machine import machine
 
-FORMAT = 1  # of the document
+FORMAT = 2  # of the document
 ENOUGH_SECONDS = 2.0  # for all peers of a piece of work together
 MOST_ROUNDS = 200
 
@@ -32,9 +33,10 @@ def measure(
     rounds: int = 5,
     progress: Progress = lambda done, total, doing: None,
 ) -> dict[str, Any]:
-    """The document: the machine, and for each piece of work each peer's seconds (median and
-    quartiles of at least `rounds` interleaved rounds), speed-up over the reference (the ratio of
-    the medians), share of the bound, error against float64 and peak memory.
+    """The document: the machine and its peaks, and for each piece of work the bound and each peer's
+    seconds (median and quartiles of at least `rounds` interleaved rounds), speed-up over the
+    reference (the ratio of the medians), share of the bound, error against float64 and peak memory.
+    A `doubt` says in words why a figure, or a row of them, can't be trusted.
 
     Args:
         peers: of `ALL_PEERS`; the reference is always among them.
@@ -44,6 +46,7 @@ def measure(
     total = sum(1 + (len(_weighed(work, wanted)) if work.weigh else 0) for work in works)
     done = itertools.count()
     rows, left_out = [], {}
+    peaks = machine_peaks()  # while no model takes memory
     for work in works:
         progress(next(done), total, work.name)
         row, reasons = _timed(work, wanted, rounds)
@@ -60,6 +63,7 @@ def measure(
         "format": FORMAT,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
+        "peaks": peaks,
         "agree": all(row["fault"] is None for row in rows),
         "left_out": left_out,
         "works": rows,
@@ -81,20 +85,16 @@ def _timed(work: Work, wanted: Sequence[str], rounds: int) -> tuple[dict[str, An
     with torch.no_grad():
         once = sum(map(sum, interleaved(runs, 1).values()))
         enough = min(ceil(ENOUGH_SECONDS / once), MOST_ROUNDS)
-        seconds = interleaved(runs, max(rounds, enough))
-    base, bound = (median(seconds[p]) if p in seconds else None for p in ("reference", "floor"))
-    assert base is not None
+        rounds_taken = steady_rounds(runs, max(rounds, enough))
+    seconds = rounds_taken.seconds
+    base, bound = median(seconds["reference"]), work.bound
     rows = {}
     for peer in runs:
         middle = median(seconds[peer])
-        many = len(seconds[peer]) > 1
-        # Inclusive: of few rounds the other method's quartiles lie outside what was measured.
-        first, _, third = (
-            quantiles(seconds[peer], n=4, method="inclusive") if many else (middle,) * 3
-        )
         rows[peer] = {
             "seconds": middle,
-            "quartiles": [first, third],
+            "quartiles": list(quartiles(seconds[peer])),
+            "doubt": doubt_of_seconds(seconds[peer]),
             "speed_up": base / middle,
             "share_of_bound": None if bound is None else bound / middle,
             "tokens_per_second": work.tokens_done / middle,
@@ -107,7 +107,10 @@ def _timed(work: Work, wanted: Sequence[str], rounds: int) -> tuple[dict[str, An
         "size": [work.batch, work.tokens, work.new],
         "uncached": work.uncached,
         "rounds": len(seconds["reference"]),
+        "others": rounds_taken.others,
+        "doubt": rounds_taken.doubt(),
         "fault": case.fault() if any(p in runs for p in OURS) else None,
+        "bound": bound,
         "peers": rows,
     }
     return row, reasons

@@ -33,7 +33,7 @@ def peak_memory(work: object, peer: str, threads: int) -> int | str:
 
 
 def peak() -> int:
-    """The most bytes that this process has held.
+    """The most bytes that this process has held; 0 if nothing tells.
 
     Linux's ru_maxrss has the parent's peak in it, hence /proc.
     """
@@ -41,11 +41,12 @@ def peak() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import torch
-
-    from fastgpt.training.speed import memory_used
-
-    return memory_used(torch.device("cpu"))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def main() -> int:

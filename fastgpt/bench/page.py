@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fastgpt.bench.charts import Chart
-from fastgpt.bench.words import LABELS, Row, ratios, readable, span
+from fastgpt.bench.words import LABELS, UNTRUSTED, Row, doubts, kind, mark, readable, span
 
 TILES = (  # kind, peer, what the ratio is of
     (("forward", False), "fastgpt", "the book's speed, in a forward pass"),
@@ -35,18 +35,31 @@ def page(document: dict[str, Any], charts: Sequence[Chart]) -> str:
         threads="1 thread" if threads == 1 else f"{threads} threads",
         date=document["date"],
         faults=[f"{row['name']}: {row['fault']}" for row in works if row["fault"]],
+        untrusted=UNTRUSTED,
+        doubts=doubts(works),
         tiles=[*_speed_tiles(works), *_error_tile(works)],
         charts=charts,
         rows=[{**row, "peers": list(_peers(row))} for row in works],
         left_out=[(LABELS[peer], why) for peer, why in document["left_out"].items()],
-        facts=[(name, "none" if v is None else v) for name, v in machine.items()],
+        facts=[*((n, "none" if v is None else v) for n, v in machine.items()), *_peaks(document)],
     )
+
+
+def _peaks(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    peaks = document["peaks"]
+    if peaks is None:
+        yield "bound", "not measured, which takes the C++ extension"
+    else:
+        yield "multiply-adds", f"at most {peaks['flops'] / 1e9:,.0f} GFLOP/s"
+        yield "memory", f"at most {peaks['bandwidth'] / 1e9:,.0f} GB/s read"
 
 
 def _speed_tiles(works: Sequence[Row]) -> Iterator[dict[str, str]]:
     for which, peer, text in TILES:
-        if found := ratios(works, which, peer):
-            yield {"value": span(found), "text": text}
+        rows = [row for row in works if kind(row) == which and peer in row["peers"]]
+        if rows:
+            value = span([row["peers"][peer]["speed_up"] for row in rows])
+            yield {"value": value + max(mark(row, peer) for row in rows), "text": text}
 
 
 def _error_tile(works: Sequence[Row]) -> Iterator[dict[str, str]]:
@@ -70,8 +83,8 @@ def _peers(row: Row) -> Iterator[dict[str, Any]]:
             "cells": [
                 readable(peer["seconds"]),
                 f"{peer['tokens_per_second']:,.0f}",
-                f"{peer['speed_up']:.2f}x",
-                "" if bound is None else f"{bound:.0%}",
+                f"{peer['speed_up']:.2f}x{mark(row, name)}",
+                "-" if bound is None else f"{bound:.0%}",
                 "" if error is None else f"{error:.1e}",
                 "" if memory is None else f"{memory / 2**20:,.0f} MiB",
             ],

@@ -12,7 +12,7 @@ LABELS = {
     "compile": "torch.compile",
     "hf": "Hugging Face",
     "ct2": "CTranslate2",
-    "floor": "bound",
+    "products": "products by PyTorch's library",
     "fastgpt": "fastgpt",
     "loss": "fastgpt, model.loss",
 }
@@ -22,6 +22,11 @@ KINDS = {  # kind, and whether the reference is the book's own loop
     ("decode", True): "Generation, against the book's own loop",
     ("decode", False): "Generation, against the book's model with a cache",
 }
+
+UNTRUSTED = (
+    "What is marked with a question mark can't be trusted: the machine was busy with other "
+    "programs, or its speed changed. Measure again while nothing else runs."
+)
 
 Row = dict[str, Any]  # of the document's works
 
@@ -46,16 +51,28 @@ def readable(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
 
 
+def doubts(works: Sequence[Row]) -> list[str]:
+    """What can't be trusted of a document's works, and why: a line each."""
+    lines = []
+    for row in works:
+        reasons = [row["doubt"]] if row["doubt"] else []
+        for name, peer in row["peers"].items():
+            if peer["doubt"]:
+                reasons.append(f"{LABELS[name]}: {peer['doubt']}")
+        if reasons:
+            lines.append(f"{row['name']}: {'; '.join(reasons)}")
+    return lines
+
+
+def mark(row: Row, peer: str) -> str:
+    """What stands behind a peer's figure: a question mark if it can't be trusted. A ratio needs the
+    reference's time too.
+    """
+    apart = (row["peers"][name]["doubt"] for name in (peer, "reference"))
+    return " ?" if row["doubt"] or any(apart) else ""
+
+
 def span(values: Sequence[float]) -> str:
     """The least and the greatest of some ratios."""
     low, high = f"{min(values):.1f}", f"{max(values):.1f}"
     return f"{low}x" if low == high else f"{low} to {high}x"
-
-
-def ratios(works: Sequence[Row], which: tuple[str, bool], peer: str) -> list[float]:
-    """A peer's speed-ups over the reference in all work of a kind."""
-    return [
-        row["peers"][peer]["speed_up"]
-        for row in works
-        if kind(row) == which and peer in row["peers"]
-    ]

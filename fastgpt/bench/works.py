@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
 from fastgpt.bench import libraries
+from fastgpt.bench.bound import bound_seconds, forward_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.case import Case, Result
 from fastgpt.bench.torch_gpt import TorchGPT
@@ -52,6 +53,22 @@ class Work:
     @property
     def cfg(self) -> dict[str, Any]:
         return CONFIGS[self.config]
+
+    @property
+    def bound(self) -> float | None:
+        """The seconds that no code for this machine can beat; None where it isn't measured.
+
+        Every pass reads each weight once, and a new token takes a pass.
+        """
+        cfg, batch = self.cfg, self.batch
+        weights = weight_bytes(cfg)
+        if self.kind != "decode":
+            times = 3 if self.kind == "train" else 1
+            return bound_seconds(times * batch * forward_flops(cfg, self.tokens), weights)
+        operations = [batch * forward_flops(cfg, self.tokens, head_rows=1)]
+        operations += [batch * forward_flops(cfg, 1, self.tokens + n) for n in range(self.new - 1)]
+        passes = [bound_seconds(flops, weights) for flops in operations]
+        return sum(seconds for seconds in passes if seconds is not None) or None
 
     def peers(self, models: Models) -> dict[str, Callable[[], Result | None]]:
         """How each peer does the work. What a peer needs is made when it first runs."""
@@ -160,7 +177,7 @@ def _forward(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], 
         "torch": lambda: models.torch(ids),
         "compile": lambda: models.compiled(ids),
         "hf": lambda: models.hf(ids, use_cache=False).logits,
-        "floor": _when_called(lambda: libraries.products(ids.numel(), work.cfg, ids.numel())),
+        "products": _when_called(lambda: libraries.products(ids.numel(), work.cfg, ids.numel())),
         "fastgpt": lambda: models.fused(ids),
     }
 
@@ -186,7 +203,7 @@ def _train(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Re
         "reference": with_grad(lambda: step(models.book, of_logits(models.book))),
         "compile": with_grad(lambda: step(models.book, of_logits(models.compiled))),
         "hf": hugging_face,
-        "floor": _when_called(
+        "products": _when_called(
             lambda: libraries.products(ids.numel(), work.cfg, ids.numel(), backward=True)
         ),
         "fastgpt": with_grad(lambda: step(models.fused, of_logits(models.fused))),
@@ -198,15 +215,14 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> dict[str, Callable[[]
     new, context = work.new, work.cfg["context_length"]
     words = [list(map(str, row)) for row in prompt.tolist()]
 
-    def floor() -> Callable[[], None]:
+    def products() -> Callable[[], None]:
         fill = libraries.products(prompt.numel(), work.cfg, head_rows=work.batch)
-        named = models.book.named_parameters()
-        weights = torch.cat([p.detach().flatten() for n, p in named if "_emb" not in n])
+        step = libraries.products(work.batch, work.cfg, head_rows=work.batch)
 
         def run() -> None:
             fill()
             for _ in range(new - 1):
-                weights.sum()
+                step()
 
         return run
 
@@ -232,7 +248,7 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> dict[str, Callable[[]
         **cached,
         "hf": hugging_face,
         "ct2": ctranslate2,
-        "floor": _when_called(floor),
+        "products": _when_called(products),
         "fastgpt": lambda: generate_text_simple(models.fused, prompt, new, context),
     }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgpt import BackendWarning
+from fastgpt.bench.words import UNTRUSTED, doubts
 from fastgpt.cli.progress import bar, need_rich
 from fastgpt.cli.usage import Commands, UsageError, missing_kernels, positive
 
@@ -73,6 +74,8 @@ def run_bench(args: argparse.Namespace) -> int:
             raise
         raise UsageError(f"{args.source} holds no figures of this version: {error!r}") from None
     _write(args, document, pictures, html)
+    if lines := doubts(document["works"]):
+        print(UNTRUSTED, *lines, sep="\n")
     return 0 if document["agree"] else 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastgpt import BackendWarning, use_backend
+from fastgpt.bench.words import UNTRUSTED
 from fastgpt.cli.progress import bar, need_rich, silent
 from fastgpt.cli.usage import Commands, missing_kernels, positive, seed
 from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
@@ -33,7 +34,11 @@ def add_to(commands: Commands) -> None:
         "--seed", type=seed, default=123, metavar="N", help="of the weights (%(default)s)"
     )
     sub.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="timed rounds (%(default)s)"
+        "--rounds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="timed rounds, again if the machine is busy (%(default)s)",
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--backend", choices=NAMES, help="default: $FASTGPT_BACKEND, else auto")
@@ -114,7 +119,7 @@ def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
             "  fastgpt",
             f"{row.fastgpt_seconds:.3f}",
             f"{row.fastgpt_tokens_per_second:.0f}",
-            f"{row.speed_up:.2f}x",
+            f"{row.speed_up:.2f}x" + (" ?" if row.doubt else ""),
             difference,
             tolerance,
             "yes" if row.agree else "NO",
@@ -122,7 +127,9 @@ def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
+    doubts = [f"{row.work}: {row.doubt}" for row in rows if row.doubt]
     for text in (
+        *((UNTRUSTED, *doubts) if doubts else ()),
         f"Medians, models interleaved. Tolerance: {ERRORS_APART} x the reference's own largest "
         "error, measured in float64; fastgpt may err twice as much.",
         line,

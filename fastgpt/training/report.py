@@ -176,7 +176,8 @@ def _line(row: Step, left: float) -> str:
     parts = [f"loss {row.loss:.3f}"]
     if row.validation_loss is not None:
         parts.append(f"validation {row.validation_loss:.3f}")
-    parts += [f"{row.tokens_per_second:,.0f} tokens/s", f"{row.share_of_peak:.0%} of peak"]
+    share = "-" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+    parts += [f"{row.tokens_per_second:,.0f} tokens/s", f"{share} of peak"]
     if row.memory_bytes:
         parts.append(f"{row.memory_bytes / 2**30:.2f} GiB")
     minutes, seconds = divmod(round(left), 60)

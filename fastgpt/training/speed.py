@@ -1,34 +1,46 @@
-"""How fast a step is, against what the device's matrix products reach."""
+"""How fast a step is, against what the device can do at most."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import math
 import time
 from typing import Any
 
 import torch
-from torch import nn
 
+from fastgpt.bench import memory
+from fastgpt.bench.bound import forward_flops, peak_flops
 from fastgpt.model import GPTModel
 
 
 def flops_per_token(model: GPTModel, context: int) -> float:
-    """The floating-point operations of a token's forward and backward pass, only the products:
-    linear layers, and causal attention over a window of context tokens.
+    """The floating-point operations of a token's forward and backward pass, only the products, in
+    a window of context tokens.
     """
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    width, layers = model.cfg["emb_dim"], len(model.trf_blocks)
-    # Scores and weighted values: 2 operations a key each, over half the window on average.
-    attention = layers * 2 * 2 * width * context / 2
-    return 3 * (2 * linear + attention)
+    return 3 * forward_flops(model.cfg, context) / context
+
+
+def peak(device: torch.device, autocast: contextlib.AbstractContextManager[Any]) -> float:
+    """Floating-point operations a second at most: on the CPU those of fused multiply-adds, on
+    another device those of a large matrix product by PyTorch. NaN where nothing tells.
+    """
+    if device.type != "cpu":
+        return _product_peak(device, autocast)
+    with autocast:
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return peak_flops(half or torch.float32) or math.nan
+
+
+def peak_is(device: torch.device) -> str:
+    """What `peak` measures, in words."""
+    return "fused multiply-adds" if device.type == "cpu" else "a large product by PyTorch"
 
 
 @torch.no_grad()
-def matmul_peak(
+def _product_peak(
     device: torch.device, autocast: contextlib.AbstractContextManager[Any], seconds: float = 0.3
 ) -> float:
-    """Floating-point operations a second in a large matrix product, the best of some seconds."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device)
     best, end = 0.0, time.perf_counter() + seconds
@@ -46,12 +58,7 @@ def memory_used(device: torch.device) -> int:
     """The most bytes held so far: by PyTorch on a GPU, else by the process; 0 if nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    return memory.peak()
 
 
 def _wait(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from fastgpt.training.model_files import load_model
 from fastgpt.training.parallel import Group
 from fastgpt.training.report import Console, Report
 from fastgpt.training.settings import Settings, SettingsError, read_config
+from fastgpt.training.speed import peak_is
 from fastgpt.training.tokens import TokenFile, open_tokens, text_files, tokenise
 from fastgpt.training.trainer import Trainer, sample_ids, takes_bfloat16
 from fastgpt.weights.save import CONFIG
@@ -216,5 +217,5 @@ def _headline(settings: Settings, model: GPTModel, windows: Windows, group: Grou
     where = f"{group.size} processes, {group.device.type}" if group.size > 1 else group.device.type
     return (
         f"{parameters:,} parameters, context {windows.context}, an epoch is {epoch:,.1f} steps; "
-        f"{where}, {machine_line()}"
+        f"{where}, {machine_line()}; the peak is that of {peak_is(group.device)}"
     )

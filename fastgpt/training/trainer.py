@@ -24,7 +24,7 @@ from fastgpt.training.data import Windows, mix
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.report import Report
 from fastgpt.training.settings import Settings, SettingsError
-from fastgpt.training.speed import flops_per_token, matmul_peak, memory_used
+from fastgpt.training.speed import flops_per_token, memory_used, peak
 
 
 class Diverged(RuntimeError):
@@ -40,7 +40,7 @@ class Step(NamedTuple):
     lr: float
     grad_norm: float
     tokens_per_second: float
-    share_of_peak: float  # of what this device's matrix products reach
+    share_of_peak: float | None  # of what speed.peak says; None where that can't be measured
     memory_bytes: int  # the most that this process held so far
     validation_loss: float | None
 
@@ -113,7 +113,7 @@ class Trainer:
             Diverged: the loss or the gradients became NaN or infinite. The last checkpoint stands.
             PeersLost: another process of the run was lost (raised by ``join``).
         """
-        self.peak = self.group.sum(matmul_peak(self.group.device, self.autocast))[0]
+        self.peak = self.group.sum(peak(self.group.device, self.autocast))[0]
         devices = [self.group.device] if self.group.device.type == "cuda" else []
         with _signals(self._stop), torch.random.fork_rng(devices):
             self.model.train()
@@ -174,7 +174,9 @@ class Trainer:
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=tokens / seconds,
-            share_of_peak=tokens * self.flops / seconds / self.peak,
+            share_of_peak=None
+            if math.isnan(self.peak)
+            else tokens * self.flops / seconds / self.peak,
             memory_bytes=memory_used(self.group.device),
             validation_loss=validation,
         )

@@ -1,0 +1,116 @@
+"""The bound: the seconds that no code for this machine can beat, by the fused multiply-adds of its
+active instruction set and by reading its memory, both measured here.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import cpu
+
+KERNELS = {torch.float32: "multiply_adds_float32"}  # of fastgpt._C, by the dtype of the factors
+LEAST_BLOCK, PASSES = 400_000_000, 8  # bytes that are read so many times
+PIECE = 1 << 17  # floats
+WINDOW = 40  # pieces of a thread: about a millisecond
+
+
+def machine_peaks(dtype: torch.dtype = torch.float32) -> dict[str, float] | None:
+    """`flops`, the floating-point operations a second in this dtype (a multiply-add is two), and
+    `bandwidth`, the bytes read from memory a second, on as many threads as torch uses.
+
+    None without the C++ extension, or where no kernel measures the dtype.
+    """
+    flops, bandwidth = peak_flops(dtype), read_bandwidth()
+    if flops is None or bandwidth is None:
+        return None
+    return {"flops": flops, "bandwidth": bandwidth}
+
+
+def bound_seconds(flops: float, read: float, dtype: torch.dtype = torch.float32) -> float | None:
+    """The least seconds for this many operations on this many bytes, each read once.
+
+    None where `machine_peaks` is.
+    """
+    peaks = machine_peaks(dtype)
+    return None if peaks is None else max(flops / peaks["flops"], read / peaks["bandwidth"])
+
+
+def peak_flops(dtype: torch.dtype = torch.float32) -> float | None:
+    """`flops` of `machine_peaks`, for which no block of memory is taken."""
+    isa = cpu.isa()
+    if isa is None or dtype not in KERNELS:
+        return None
+    return _flops(KERNELS[dtype], torch.get_num_threads(), isa)
+
+
+def read_bandwidth() -> float | None:
+    """`bandwidth` of `machine_peaks`."""
+    isa = cpu.isa()
+    return None if isa is None else _bandwidth(torch.get_num_threads(), isa)
+
+
+def forward_flops(
+    cfg: dict[str, Any], tokens: int, past: int = 0, head_rows: int | None = None
+) -> float:
+    """The floating-point operations of one sequence's forward pass, only the products: linear
+    layers, and causal attention. Backward takes twice as many again.
+
+    Args:
+        tokens: that are fed, behind `past` whose keys and values are kept.
+        head_rows: of how many tokens the logits are made; None: of all.
+    """
+    width, layers = cfg["emb_dim"], cfg["n_layers"]
+    linear = 12 * layers * width**2 * tokens
+    head = cfg["vocab_size"] * width * (tokens if head_rows is None else head_rows)
+    # A token sees itself and all before it: half the window on average.
+    seen = tokens * (past + (tokens + 1) / 2)
+    return 2 * (linear + head) + layers * 2 * 2 * width * seen
+
+
+def weight_bytes(cfg: dict[str, Any]) -> int:
+    """The bytes of every linear layer's weight in float32, which a pass has to read."""
+    width = cfg["emb_dim"]
+    return 4 * (12 * cfg["n_layers"] * width**2 + cfg["vocab_size"] * width)
+
+
+@lru_cache
+def _flops(kernel: str, threads: int, isa: str) -> float:
+    ends = _ends(10_000 * threads)  # a piece takes some 10 us
+    operations: int = getattr(cpu._C, kernel)(ends.data_ptr(), len(ends), threads)
+    return operations * _best_rate(ends)
+
+
+@lru_cache
+def _bandwidth(threads: int, isa: str) -> float:
+    size = max(LEAST_BLOCK, 8 * _last_level_cache()) // 4 // PIECE * PIECE
+    block = torch.ones(size)  # written, since pages that nobody touched are all one page
+    ends = _ends(PASSES * size // PIECE)
+    cpu._C.read_float32(block.data_ptr(), size, PIECE, ends.data_ptr(), len(ends), threads)
+    return 4 * PIECE * _best_rate(ends)
+
+
+def _ends(pieces: int) -> Tensor:
+    """Of each piece the time when it was done, and the number of the thread that did it."""
+    return torch.empty(pieces, 2, dtype=torch.float64)
+
+
+def _best_rate(ends: Tensor) -> float:
+    """Pieces a second: the sum of what each thread did when it was at its fastest."""
+    total = 0.0
+    for thread in ends[:, 1].unique():
+        times = ends[ends[:, 1] == thread, 0]
+        if len(times) > WINDOW:
+            total += WINDOW / (times[WINDOW:] - times[:-WINDOW]).min().item()
+    return total
+
+
+def _last_level_cache() -> int:
+    """Bytes; 0 where the system doesn't tell."""
+    name = "SC_LEVEL3_CACHE_SIZE"
+    known = name in getattr(os, "sysconf_names", ())
+    return max(0, os.sysconf(name)) if known else 0
