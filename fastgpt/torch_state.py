@@ -12,8 +12,8 @@ _TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode differentiation is at work."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        # Which torch.compile answers rightly, as it does not for functorch's own stack.
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 

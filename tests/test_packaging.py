@@ -103,7 +103,7 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
     assert len(binaries) == len(files - package) == HAS_COMPILER
 
     required = [line for line in headers.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(required) == ["tiktoken>=0.7", "torch>=2.5"]
+    assert sorted(required) == ["tiktoken>=0.7", "torch>=2.5.1"]
     assert headers["License-Expression"] == "Apache-2.0"
 
 
