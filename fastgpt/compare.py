@@ -175,12 +175,12 @@ def _timed(work: str, peers: Peers, rounds: int, step: Steps) -> dict[str, Any]:
     """The fields of a row that come from timing both models."""
     taken = steady_rounds(peers, rounds, lambda: step(work), step.once_more)
     reasons = {name: doubt_of_seconds(seconds) for name, seconds in taken.seconds.items()}
-    doubts = [taken.doubt(), *(f"{name}: {why}" for name, why in reasons.items() if why)]
+    apart = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
     return {
         "reference_seconds": median(taken.seconds["reference"]),
         "fastgpt_seconds": median(taken.seconds["fastgpt"]),
         "rounds": len(taken.seconds["reference"]),
-        "doubt": "; ".join(filter(None, doubts)) or None,
+        "doubt": taken.doubt() or apart or None,
     }
 
 

@@ -55,11 +55,9 @@ def doubts(works: Sequence[Row]) -> list[str]:
     """What can't be trusted of a document's works, and why: a line each."""
     lines = []
     for row in works:
-        reasons = [row["doubt"]] if row["doubt"] else []
-        for name, peer in row["peers"].items():
-            if peer["doubt"]:
-                reasons.append(f"{LABELS[name]}: {peer['doubt']}")
-        if reasons:
+        peers = row["peers"].items()
+        apart = [f"{LABELS[name]}: {peer['doubt']}" for name, peer in peers if peer["doubt"]]
+        if reasons := [row["doubt"]] if row["doubt"] else apart:
             lines.append(f"{row['name']}: {'; '.join(reasons)}")
     return lines
 
