@@ -16,9 +16,9 @@ from statistics import median
 import torch
 
 from fastgpt.bench.case import ALL_PEERS, Case
+from fastgpt.bench.formatting import readable
+from fastgpt.bench.machine import machine_line
 from fastgpt.bench.rounds import Rounds, doubt_of_seconds, interleaved, steady_rounds
-from fastgpt.bench.words import readable
-from fastgpt.machine import machine_line
 
 OPERATIONS = (
     "embedding",

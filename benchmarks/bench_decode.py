@@ -6,7 +6,7 @@ each token, and takes some ten times as long.
 
 import pytest
 
-from fastgpt.bench.works import Work
+from fastgpt.bench.workloads import Work
 
 WORKS = [Work("decode", "GPT-2 124M", 1, 128, 64), Work("decode", "GPT-2 124M", 8, 64, 32)]
 CASES = {work.name: work.case for work in WORKS}

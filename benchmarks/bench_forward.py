@@ -3,7 +3,7 @@
 import pytest
 
 from fastgpt.bench.case import ALL_PEERS
-from fastgpt.bench.works import Work
+from fastgpt.bench.workloads import Work
 
 SHAPES = (
     ("GPT-2 124M", 2, 4),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.bench.case import ALL_PEERS
+from fastgpt.bench.formatting import LABELS, UNTRUSTED, doubts, mark, readable
 from fastgpt.bench.measure import FORMAT
-from fastgpt.bench.words import LABELS, UNTRUSTED, doubts, mark, readable
 
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 KINDS = ("forward", "train", "decode")

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from fastgpt import GPT_CONFIG_124M, GPTModel
+from fastgpt.bench.machine import machine_line
 from fastgpt.bench.rounds import interleaved
-from fastgpt.machine import machine_line
 
 
 class Panel(NamedTuple):

@@ -5,13 +5,13 @@ import warnings as _warnings
 from fastgpt import cpu, ops
 from fastgpt._distribution import stranger as _stranger
 from fastgpt._version import __version__
-from fastgpt.accelerate import accelerate
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
-from fastgpt.generate import generate, generate_stream, generate_text_simple
-from fastgpt.kv_cache import KVCache
-from fastgpt.model import GPTModel
-from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
+from fastgpt.model.accelerate import accelerate
+from fastgpt.model.cache import KVCache
+from fastgpt.model.generation import generate, generate_stream, generate_text_simple
+from fastgpt.model.gpt import GPTModel
+from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 if _said := _stranger():

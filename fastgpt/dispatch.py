@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgpt import cpu, torch_state, triton
 from fastgpt.torch_state import transformed
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 NAMES = ("auto", "triton", "cpu", "reference")
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ class _Kernels(NamedTuple):
 
 _ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
-    "triton": _Kernels("cuda", _ON_GPU, triton.reason, settings.WIDEST),
+    "triton": _Kernels("cuda", _ON_GPU, triton.reason, launch_table.WIDEST),
     "cpu": _Kernels("cpu", (torch.float32,), lambda index: cpu.missing_reason(), {}),
 }
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}

@@ -2,7 +2,7 @@
 
 from fastgpt.bench import measure
 from fastgpt.bench.case import ALL_PEERS
-from fastgpt.bench.works import FULL, Models
+from fastgpt.bench.workloads import FULL, Models
 
 FACTS = {
     "backend": "cpu",

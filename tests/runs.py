@@ -29,7 +29,7 @@ CONFIG = {
 PROCESSES = multiprocessing.get_context("forkserver") if os.name != "nt" else None
 if PROCESSES is not None:
     # The last two are imported by FSDP and by the first optimiser.
-    modules = ["fastgpt.cli", "fastgpt.training.start", "matplotlib.figure"]
+    modules = ["fastgpt.cli", "fastgpt.training.run_setup", "matplotlib.figure"]
     PROCESSES.set_forkserver_preload([*modules, "torch.distributed.fsdp", "torch._dynamo"])
 
 

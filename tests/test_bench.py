@@ -11,8 +11,8 @@ import torch
 from benchmarks import figures
 from fastgpt import cli, cpu
 from fastgpt.bench import measure, memory, rounds, works
-from fastgpt.bench.words import UNTRUSTED
-from fastgpt.bench.works import Work
+from fastgpt.bench.formatting import UNTRUSTED
+from fastgpt.bench.workloads import Work
 
 TINY = (
     Work("forward", "toy", 1, 8),

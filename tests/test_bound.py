@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT_CONFIG_124M, GPTModel, cpu, reference
 from fastgpt.bench import bound
-from fastgpt.bench.works import FULL, QUICK, Work
+from fastgpt.bench.workloads import FULL, QUICK, Work
 from fastgpt.training import report, speed
 from fastgpt.training.trainer import Step
 

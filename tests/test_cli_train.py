@@ -12,7 +12,7 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, memory, model_files, report, start, trainer
+from fastgpt.training import checkpoint, memory, model_files, report, run_setup, trainer
 from fastgpt.training.trainer import Step
 
 
@@ -240,7 +240,7 @@ def test_a_run_without_a_checkpoint_resumes_as_it_was_asked_for(inputs, capsys, 
 
 
 def test_what_can_be_refused_before_the_text_is_read(inputs, capsys, monkeypatch):
-    monkeypatch.setattr(start, "tokenise", None)
+    monkeypatch.setattr(run_setup, "tokenise", None)
     assert cli.main(train_arguments(inputs, inputs / "run", "--validation", "0")) == 2
     assert "validation 0 is not between 0 and 1" in capsys.readouterr().err
 

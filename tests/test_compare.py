@@ -12,7 +12,7 @@ import torch
 import fastgpt
 from fastgpt import GPT_CONFIG_124M, GPTModel, cli, compare
 from fastgpt.bench import rounds
-from fastgpt.bench.words import UNTRUSTED
+from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.cli import compare as command
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 

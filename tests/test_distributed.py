@@ -140,13 +140,13 @@ def test_what_is_wrong_is_said_once(folder, tmp_path, text, more, message):
 
 
 def breaks_the_second_process():
-    from fastgpt.training import start
+    from fastgpt.training import run_setup
 
     def broken(*args):
-        raise start.SettingsError("the model is broken here")
+        raise run_setup.SettingsError("the model is broken here")
 
     if os.environ["RANK"] == "1":
-        start._model = broken
+        run_setup._model = broken
 
 
 def test_what_is_wrong_with_another_process_is_said_by_it(folder):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.dropout import draw_seed, draw_seeds
+from fastgpt.ops.dropout_seed import draw_seed, draw_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 P = 0.3

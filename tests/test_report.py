@@ -10,8 +10,8 @@ import pytest
 from reports import UNSTEADY, full_document
 
 from fastgpt.bench.charts import COLOURS, charts
+from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.bench.page import page
-from fastgpt.bench.words import UNTRUSTED
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

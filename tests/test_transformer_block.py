@@ -9,7 +9,7 @@ from pairs import CONFIG, assert_same, outputs_and_grads, pair, shake
 
 import fastgpt
 from fastgpt import ops, reference
-from fastgpt.stack import taken_apart
+from fastgpt.model.stack import taken_apart
 
 FUSED = [path for path in PATHS if path != "reference"]
 

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fastgpt.bench.words import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
+from fastgpt.bench.formatting import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
 
 COLOURS = {
     "reference": "#495057",

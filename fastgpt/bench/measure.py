@@ -14,10 +14,10 @@ import torch
 
 from fastgpt.bench.bound import machine_peaks
 from fastgpt.bench.case import ALL_PEERS, OURS
+from fastgpt.bench.machine import machine
 from fastgpt.bench.memory import WEIGHED, peak_memory
 from fastgpt.bench.rounds import doubt_of_seconds, interleaved, quartiles, steady_rounds
-from fastgpt.bench.works import Work
-from fastgpt.machine import machine
+from fastgpt.bench.workloads import Work
 
 FORMAT = 2  # of the document
 ENOUGH_SECONDS = 2.0  # for all peers of a piece of work together

@@ -57,7 +57,7 @@ def main() -> int:
     args = top.parse_args()
     import torch
 
-    from fastgpt.bench.works import Models, Work
+    from fastgpt.bench.workloads import Models, Work
 
     torch.set_num_threads(args.threads)
     work = Work(**args.work)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fastgpt.bench.charts import Chart
-from fastgpt.bench.words import LABELS, UNTRUSTED, Row, doubts, kind, mark, readable, span
+from fastgpt.bench.formatting import LABELS, UNTRUSTED, Row, doubts, kind, mark, readable, span
 
 TILES = (  # kind, peer, what the ratio is of
     (("forward", False), "fastgpt", "the book's speed, in a forward pass"),

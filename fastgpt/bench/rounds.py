@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgpt.bench.words import readable
+from fastgpt.bench.formatting import readable
 
 MOST_TRIES, MOST_SECONDS = 4, 120.0  # no try starts later
 MOST_SPREAD = 0.25  # of the median, between the quartiles

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgpt import BackendWarning
-from fastgpt.bench.words import UNTRUSTED, doubts
+from fastgpt.bench.formatting import UNTRUSTED, doubts
 from fastgpt.cli.progress import bar, need_rich
 from fastgpt.cli.usage import Commands, UsageError, missing_kernels, positive
 
@@ -82,7 +82,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastgpt.bench.case import ALL_PEERS
     from fastgpt.bench.measure import measure
-    from fastgpt.bench.works import FULL, QUICK
+    from fastgpt.bench.workloads import FULL, QUICK
 
     need_rich("the progress bar needs rich: pip install rich")
     folder = args.out.parent

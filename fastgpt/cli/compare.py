@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from fastgpt import BackendWarning, use_backend
-from fastgpt.bench.words import UNTRUSTED
+from fastgpt.bench.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
+from fastgpt.bench.formatting import UNTRUSTED
+from fastgpt.bench.machine import machine, machine_line
 from fastgpt.cli.progress import bar, need_rich, silent
 from fastgpt.cli.usage import Commands, missing_kernels, positive, seed
-from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
 from fastgpt.dispatch import NAMES
-from fastgpt.machine import machine, machine_line
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastgpt.cli.usage import Commands, UsageError, number, positive, seed, text
-from fastgpt.generate import generate_stream
-from fastgpt.model import GPTModel
+from fastgpt.model.generation import generate_stream
+from fastgpt.model.gpt import GPTModel
 from fastgpt.text_stream import TextStream
 from fastgpt.tokenizer import END_OF_TEXT, EncodingError, gpt2_encoding
 from fastgpt.training.device import pick_device

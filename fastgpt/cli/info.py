@@ -13,9 +13,9 @@ import torch
 
 from fastgpt import cpu, triton
 from fastgpt._distribution import stranger
+from fastgpt.bench.machine import machine
 from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.dispatch import BackendWarning, backends, requested
-from fastgpt.machine import machine
 
 # Beside the core: what each is for.
 OPTIONAL = {

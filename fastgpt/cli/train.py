@@ -102,7 +102,7 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     try:
-        from fastgpt.training import checkpoint, parallel, start, trainer
+        from fastgpt.training import checkpoint, parallel, run_setup, trainer
     except ModuleNotFoundError as error:
         raise UsageError(
             f"training needs {error.name}: pip install matplotlib numpy rich safetensors"
@@ -111,10 +111,10 @@ def run_train(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
     names = ("out", "text", "config", "context", "start", "resume", "epochs", "tokens")
-    request = start.Request(**{name: getattr(args, name) for name in names}, settings=given)
+    request = run_setup.Request(**{name: getattr(args, name) for name in names}, settings=given)
     try:
         with parallel.join(args.device, args.fsdp, args.timeout) as group:
-            finished = start.train(request, group)
+            finished = run_setup.train(request, group)
         return 0 if finished else 130
     except parallel.SaidElsewhere:
         return 2

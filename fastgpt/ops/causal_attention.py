@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.dropout import draw_seed
 from fastgpt.ops.dropout import dropout
+from fastgpt.ops.dropout_seed import draw_seed
 from fastgpt.ops.mask_again import mask_again
-from fastgpt.triton import choices
+from fastgpt.triton import vendor
 
 
 @dispatch.falls_back
@@ -52,9 +52,9 @@ def causal_attention(
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)
     backend = dispatch.choose("causal_attention", q, k, v)
-    vendor = None if backend != "triton" else choices.vendor_attention(q, k, dropout_p)
-    if backend == "reference" or vendor is not None:
-        return _torch(q, k, v, scale, dropout_p, vendor)
+    theirs = None if backend != "triton" else vendor.vendor_attention(q, k, dropout_p)
+    if backend == "reference" or theirs is not None:
+        return _torch(q, k, v, scale, dropout_p, theirs)
     kernels = dispatch.module(backend, "causal_attention", q)
     drop = (dropout_p, draw_seed(dropout_p))
     if dispatch.needs_grad(q, k, v):
@@ -63,9 +63,9 @@ def causal_attention(
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, vendor: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, theirs: str | None = None
 ) -> Tensor:
-    """By PyTorch's operation; vendor: as ``choices.vendor_attention`` says it."""
+    """By PyTorch's operation; theirs: as ``vendor.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
     # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own.
     if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda):
@@ -77,7 +77,7 @@ def _torch(
     else:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = {"attn_mask": seen}
-    with _without_cudnn() if vendor == "flash" else contextlib.nullcontext():
+    with _without_cudnn() if theirs == "flash" else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
 
 

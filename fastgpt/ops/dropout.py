@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.dropout import draw_seed
+from fastgpt.ops.dropout_seed import draw_seed
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

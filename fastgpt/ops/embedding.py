@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.config import check_ids
-from fastgpt.dropout import draw_seed
 from fastgpt.ops.dropout import dropout
+from fastgpt.ops.dropout_seed import draw_seed
 from fastgpt.ops.mask_again import mask_again
 
 

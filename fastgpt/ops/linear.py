@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch
 from fastgpt.cpu.records import gradient_like
 from fastgpt.ops.gelu import bias_gelu, gelu
-from fastgpt.triton import choices
+from fastgpt.triton import vendor
 
 
 @dispatch.falls_back
@@ -39,7 +39,7 @@ def linear(
     backend = dispatch.choose("linear", x, weight, bias)
     # On a GPU the vendor's product, and its gradients, are what torch runs.
     if backend == "triton" and (
-        dispatch.needs_grad(x, weight, bias) or not choices.own_product(x, _rows(x))
+        dispatch.needs_grad(x, weight, bias) or not vendor.own_product(x, _rows(x))
     ):
         return F.linear(x, weight, bias)
     kernels = dispatch.module(backend, "linear", x)
@@ -74,7 +74,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = 
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     backend = dispatch.choose("linear", x, weight, bias) if fits else "reference"
-    if backend == "triton" and choices.own_product(x, _rows(x), gelu=True):
+    if backend == "triton" and vendor.own_product(x, _rows(x), gelu=True):
         kernels = dispatch.module(backend, "linear", x)
         if not dispatch.needs_grad(x, weight, bias):
             return _forward(kernels, x, weight, bias, owner, gelu=True)

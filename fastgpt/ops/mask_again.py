@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.dispatch import Launchers
-from fastgpt.dropout import refuse_double_backward
+from fastgpt.ops.dropout_seed import refuse_double_backward
 from fastgpt.triton.dropout_mask import keep_scale
 
 

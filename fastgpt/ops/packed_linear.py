@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.plain import plain_linear
+from fastgpt.model.fusable import plain_linear
 
 
 def weights_lie_at(layers: Sequence[Any]) -> dict[nn.Parameter, int]:

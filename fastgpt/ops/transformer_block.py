@@ -17,8 +17,8 @@ from fastgpt.cpu.transformer_block import (
     transformer_block_backward,
 )
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
-from fastgpt.dropout import draw_seeds, refuse_double_backward
 from fastgpt.ops.causal_attention import weights as attention_weights
+from fastgpt.ops.dropout_seed import draw_seeds, refuse_double_backward
 
 
 def transformer_block(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fastgpt.generate import generate_text_simple
-from fastgpt.model import GPTModel
-from fastgpt.plain import plain
+from fastgpt.model.fusable import plain
+from fastgpt.model.generation import generate_text_simple
+from fastgpt.model.gpt import GPTModel
 from fastgpt.text_stream import decoded
 from fastgpt.tokenizer import END_OF_TEXT, gpt2_encoding
 

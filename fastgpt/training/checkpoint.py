@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgpt.files import (
+from fastgpt.atomic_files import (
     UNFINISHED,
     clear_unfinished,
     link_or_copy,
@@ -36,7 +36,7 @@ from fastgpt.files import (
     whole_file,
     whole_folder,
 )
-from fastgpt.model import GPTModel
+from fastgpt.model.gpt import GPTModel
 from fastgpt.training.parallel import Group, whole
 from fastgpt.training.settings import SettingsError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastgpt.model import GPTModel
+from fastgpt.model.gpt import GPTModel
 from fastgpt.training.settings import SettingsError
 
 

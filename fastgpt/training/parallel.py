@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgpt.model import GPTModel
+from fastgpt.model.gpt import GPTModel
 from fastgpt.training.device import pick_device
 from fastgpt.training.settings import SettingsError
 from fastgpt.training.tokens import TextError

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastgpt.files import whole_file
+from fastgpt.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from fastgpt.training.trainer import Step

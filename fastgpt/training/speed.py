@@ -11,7 +11,7 @@ import torch
 
 from fastgpt.bench import memory
 from fastgpt.bench.bound import forward_flops, peak_flops
-from fastgpt.model import GPTModel
+from fastgpt.model.gpt import GPTModel
 
 
 def flops_per_token(model: GPTModel, context: int) -> float:

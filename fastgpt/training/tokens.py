@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from fastgpt.files import utf_8_path, whole_file
+from fastgpt.atomic_files import utf_8_path, whole_file
 from fastgpt.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:

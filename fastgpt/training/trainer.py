@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastgpt.generate import generate_text_simple
-from fastgpt.model import GPTModel
+from fastgpt.model.generation import generate_text_simple
+from fastgpt.model.gpt import GPTModel
 from fastgpt.text_stream import decoded
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.training import checkpoint

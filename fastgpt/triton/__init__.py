@@ -1,8 +1,8 @@
 """The Triton backend for CUDA and ROCm tensors: one file an operation, each kernels and then a thin
 launcher that writes ready outputs.
 
-Importing this package imports no triton; its modules do, but for ``settings`` and ``choices``. They
-are to be imported where ``reason()`` is None.
+Importing this package imports no triton; its modules do, but for ``launch_table`` and ``vendor``.
+They are to be imported where ``reason()`` is None.
 """
 
 from __future__ import annotations

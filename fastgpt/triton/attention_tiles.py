@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.dropout import kept
 
-MAX_HEAD_DIM = settings.WIDEST["causal_attention"]
+MAX_HEAD_DIM = launch_table.WIDEST["causal_attention"]
 LOG2_E: tl.constexpr = tl.constexpr(1 / math.log(2))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -90,8 +90,8 @@ def options(kernel: str, q: Tensor, dropout_p: float) -> dict[str, Any]:
     size = "wide" if block_d > 64 or block_d != D else "dropout" if dropout else "narrow"
     return {
         "DROPOUT": dropout,
-        "PRECISION": settings.precision(q),
+        "PRECISION": launch_table.precision(q),
         "BLOCK_D": block_d,
         "EVEN_D": block_d == D,
-        **settings.launch(kernel, q, size),
+        **launch_table.launch(kernel, q, size),
     }

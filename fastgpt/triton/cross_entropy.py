@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def cross_entropy(
         logits.stride(0),
         n_cols,
         ignore_index,
-        **settings.launch("cross_entropy_fwd", logits),
+        **launch_table.launch("cross_entropy_fwd", logits),
     )
 
 
@@ -124,7 +124,7 @@ def cross_entropy_backward(
     n_rows, n_cols = logits.shape
     if n_rows == 0:
         return
-    launch = settings.launch("cross_entropy_bwd", logits)
+    launch = launch_table.launch("cross_entropy_bwd", logits)
     cross_entropy_bwd_kernel[(n_rows, triton.cdiv(n_cols, launch["BLOCK"]))](
         logits,
         targets,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.attention_tiles import LOG2_E, head_of
 
 MAX_SPLITS = 64
@@ -109,8 +109,8 @@ def decode_attention(
         return
     B, H, capacity, D = keys.shape
     block_d = max(16, triton.next_power_of_2(D))
-    launch = settings.launch("decode_attention_split", q)
-    programs = 2 * settings.device_of(q).multiprocessors
+    launch = launch_table.launch("decode_attention_split", q)
+    programs = 2 * launch_table.device_of(q).multiprocessors
     splits = min(triton.cdiv(programs, B * H), triton.cdiv(capacity, launch["BLOCK_N"]), MAX_SPLITS)
     part, lse = out, None
     if splits > 1:
@@ -145,5 +145,5 @@ def decode_attention(
             D,
             BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_D=block_d,
-            **settings.launch("decode_attention_join", q),
+            **launch_table.launch("decode_attention_join", q),
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 
 @triton.jit
@@ -64,6 +64,6 @@ def dropout(x: Tensor, p: float, seed: int) -> None:
         return
     n_cols = x.shape[-1] if x.ndim else 1
     n_rows = x.numel() // n_cols
-    launch = settings.launch("dropout", x)
+    launch = launch_table.launch("dropout", x)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"]))
     dropout_kernel[grid](x, n_rows, n_cols, p, seed, **launch)

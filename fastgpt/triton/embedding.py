@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.dropout import keep_scale
 
 
@@ -187,7 +187,7 @@ def embedding(
     if y.numel() == 0:
         return
     n_rows, width = idx.numel(), y.shape[-1]
-    launch = settings.launch("embedding_fwd", y)
+    launch = launch_table.launch("embedding_fwd", y)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(width, launch["BLOCK"]))
     embedding_fwd_kernel[grid](
         idx,
@@ -232,7 +232,7 @@ def embedding_backward(
         return
     if dtok is not None:
         ids, order = torch.sort(idx.flatten(), stable=True)
-        launch = settings.launch("token_bwd", dy)
+        launch = launch_table.launch("token_bwd", dy)
         tiles, across = triton.cdiv(len(ids), launch["ROWS"]), triton.cdiv(width, launch["BLOCK"])
         partial = torch.empty((tiles, 2, width), dtype=torch.float32, device=dy.device)
         token_bwd_kernel[(tiles, across)](
@@ -251,7 +251,7 @@ def embedding_backward(
         if tiles > 1:
             crossing_bwd_kernel[(tiles - 1, across)](partial, ids, dtok, len(ids), width, **launch)
     if dpos is not None:
-        launch = settings.launch("position_bwd", dy)
+        launch = launch_table.launch("position_bwd", dy)
         grid = (triton.cdiv(T, launch["ROWS"]), triton.cdiv(width, launch["BLOCK"]))
         position_bwd_kernel[grid](
             dy, dpos, past, len(dy), T, width, dropout_p, seed, DROPOUT=dropout, **launch

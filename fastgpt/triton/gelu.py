@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.sum_rows import sum_rows
 
 
@@ -97,7 +97,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     if x.numel() == 0:
         return
     n_rows, n_cols = _rows_and_cols(x)
-    launch = settings.launch("bias_gelu_fwd", x)
+    launch = launch_table.launch("bias_gelu_fwd", x)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"]))
     bias_gelu_fwd_kernel[grid](x, bias, y, n_rows, n_cols, **launch)
 
@@ -115,10 +115,10 @@ def bias_gelu_backward(
             dbias.zero_()
         return
     n_rows, n_cols = _rows_and_cols(x)
-    launch = settings.launch("bias_gelu_bwd", x)
+    launch = launch_table.launch("bias_gelu_bwd", x)
     across = triton.cdiv(n_cols, launch["BLOCK"])
     # Four programs a multiprocessor where there are rows enough.
-    wanted = triton.cdiv(4 * settings.device_of(x).multiprocessors, across)
+    wanted = triton.cdiv(4 * launch_table.device_of(x).multiprocessors, across)
     programs = min(wanted, triton.cdiv(n_rows, launch["ROWS"]))
     partial = None
     if dbias is not None:

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.dropout import keep_scale
 from fastgpt.triton.sum_rows import sum_rows
 
 # Wider rows do not fit the registers of one program.
-MAX_WIDTH = settings.WIDEST["layer_norm"]
+MAX_WIDTH = launch_table.WIDEST["layer_norm"]
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed"])
@@ -144,7 +144,7 @@ def layer_norm(
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
     BLOCK = max(4, triton.next_power_of_2(n_cols))  # dropout's numbers come in fours
-    launch = settings.launch("layer_norm_fwd", x, BLOCK)
+    launch = launch_table.launch("layer_norm_fwd", x, BLOCK)
     layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
         x,
         branch,
@@ -195,8 +195,9 @@ def layer_norm_backward(
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
     BLOCK = max(4, triton.next_power_of_2(n_cols))  # dropout's numbers come in fours
-    launch = settings.launch("layer_norm_bwd", x, BLOCK)
-    programs = min(2 * settings.device_of(x).multiprocessors, triton.cdiv(n_rows, launch["ROWS"]))
+    launch = launch_table.launch("layer_norm_bwd", x, BLOCK)
+    wanted = 2 * launch_table.device_of(x).multiprocessors
+    programs = min(wanted, triton.cdiv(n_rows, launch["ROWS"]))
     partial = None
     if dweight is not None or dbias is not None:
         partial = torch.empty((2, programs, n_cols), dtype=torch.float32, device=x.device)

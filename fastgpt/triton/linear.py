@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.gelu import gelu as gelu_of
 
 SMALL = 16  # rows
@@ -196,7 +196,7 @@ def linear_rows_kernel(
 def _takes_tma(x: Tensor, weight: Tensor) -> bool:
     """Whether both can be read by TMA: contiguous rows that start at multiples of 16 bytes."""
     return (
-        settings.device_of(x).arch in _TMA_ARCHS
+        launch_table.device_of(x).arch in _TMA_ARCHS
         and x.element_size() == 2
         and x.dtype == weight.dtype
         and weight.stride(1) == 1
@@ -231,20 +231,20 @@ def linear(
     n_rows = y.numel() // n_cols if n_cols else 0
     if n_rows == 0:
         return
-    precision = settings.precision(x)
+    precision = launch_table.precision(x)
     tensors = (bias, y, pre, n_rows, n_cols, depth)
     if n_rows <= SMALL:
         rows = triton.next_power_of_2(n_rows) if n_rows <= 4 else SMALL
-        launch = settings.launch("linear_rows", x, rows)
+        launch = launch_table.launch("linear_rows", x, rows)
         linear_rows_kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
             x, weight, *tensors, *weight.stride(), gelu, precision, ROWS=rows, **launch
         )
         return
     if _takes_tma(x, weight):
-        launch = settings.launch("linear_tma", x, "ragged" if n_cols % 8 else settings.ANY)
+        launch = launch_table.launch("linear_tma", x, "ragged" if n_cols % 8 else launch_table.ANY)
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
         tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-        linear_tma_kernel[(min(tiles, settings.device_of(x).multiprocessors),)](
+        linear_tma_kernel[(min(tiles, launch_table.device_of(x).multiprocessors),)](
             TensorDescriptor.from_tensor(x.view(n_rows, depth), [block_m, block_k]),
             TensorDescriptor.from_tensor(weight, [block_n, block_k]),
             *tensors,
@@ -252,6 +252,6 @@ def linear(
             **launch,
         )
         return
-    launch = settings.launch("linear_tf32" if precision == "tf32" else "linear", x)
+    launch = launch_table.launch("linear_tf32" if precision == "tf32" else "linear", x)
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"]) * triton.cdiv(n_cols, launch["BLOCK_N"])
     linear_kernel[(tiles,)](x, weight, *tensors, *weight.stride(), gelu, precision, **launch)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -45,6 +45,6 @@ def sum_rows(partial: Tensor, first: Tensor | None, second: Tensor | None = None
     partial: [1 or 2, R, N] float32 contiguous; first, second: [N] contiguous, or None.
     """
     _, n_rows, n_cols = partial.shape
-    launch = settings.launch("sum_rows", partial)
+    launch = launch_table.launch("sum_rows", partial)
     grid = (triton.cdiv(n_cols, launch["BLOCK_N"]), 1 if second is None else 2)
     sum_rows_kernel[grid](partial, first, second, n_rows, n_cols, **launch)

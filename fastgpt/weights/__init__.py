@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastgpt.empty import make_room, on_meta
 from fastgpt.weights import fill, hub
 from fastgpt.weights.files import Memory, Source
+from fastgpt.weights.meta import make_room, on_meta
 from fastgpt.weights.names import WeightsError, style_of
 from fastgpt.weights.save import save_pretrained
 from fastgpt.weights.sizes import Sizes, completed

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastgpt.files import utf_8_path
+from fastgpt.atomic_files import utf_8_path
 from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
 NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install safetensors huggingface_hub"

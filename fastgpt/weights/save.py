@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.files import clear_unfinished, only_writer, sync_files, sync_folder
+from fastgpt.atomic_files import clear_unfinished, only_writer, sync_files, sync_folder
 from fastgpt.weights.files import NEEDS_HUB
 from fastgpt.weights.names import WeightsError, expected, hugging_face
 from fastgpt.weights.sizes import Sizes, as_json
@@ -132,8 +132,14 @@ def described(model: Any) -> Sizes:
     Raises:
         WeightsError: a part of it is not as in GPT-2.
     """
-    from fastgpt.model import GPTModel
-    from fastgpt.modules import GELU, FeedForward, MultiHeadAttention, TransformerBlock, is_causal
+    from fastgpt.model.gpt import GPTModel
+    from fastgpt.model.modules import (
+        GELU,
+        FeedForward,
+        MultiHeadAttention,
+        TransformerBlock,
+        is_causal,
+    )
 
     if not isinstance(model, GPTModel):
         raise TypeError(f"save_pretrained takes a fastgpt.GPTModel, not a {type(model).__name__}")

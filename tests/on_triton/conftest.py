@@ -83,16 +83,16 @@ def launched_with(monkeypatch):
     """launched_with(kernel, BLOCK=...): other settings for a kernel, so that small inputs cross its
     tiles' borders.
     """
-    from fastgpt.triton import settings
+    from fastgpt.triton import launch_table
 
     def use(kernel, num_warps=4, num_stages=1, **blocks):
         row = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **blocks}
-        monkeypatch.setitem(settings.TABLE, kernel, {(settings.ANY,) * 3: row})
-        settings.lookup.cache_clear()
+        monkeypatch.setitem(launch_table.TABLE, kernel, {(launch_table.ANY,) * 3: row})
+        launch_table.lookup.cache_clear()
 
     yield use
     monkeypatch.undo()
-    settings.lookup.cache_clear()
+    launch_table.lookup.cache_clear()
 
 
 @pytest.fixture

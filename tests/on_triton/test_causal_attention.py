@@ -4,7 +4,7 @@ import torch
 from helpers import forward_backward
 from torch.nn import functional as F
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
 from on_triton.support import gpu
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
@@ -208,7 +208,7 @@ def test_every_shape_has_settings():
         for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
             for itemsize in (2, 4):
                 for size in ("narrow", "dropout", "wide"):
-                    row = settings.lookup(f"causal_attention_{kernel}", arch, itemsize, size)
+                    row = launch_table.lookup(f"causal_attention_{kernel}", arch, itemsize, size)
                     assert {"BLOCK_M", "BLOCK_N"} <= row.keys()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.cross_entropy import cross_entropy
 from fastgpt.triton.embedding import embedding, embedding_backward
 from fastgpt.triton.gelu import bias_gelu, bias_gelu_backward
@@ -113,12 +113,12 @@ def test_the_table_names_the_nearest_row(monkeypatch):
         ("*", "*", 64): sized,
         ("sm_86", "*", "*"): arch,
     }
-    monkeypatch.setitem(settings.TABLE, "some", rows)
-    assert settings.lookup("some", "sm_80", 4) is any_
-    assert settings.lookup("some", "sm_80", 2) is half
-    assert settings.lookup("some", "sm_80", 2, 64) is half  # the dtype before the size
-    assert settings.lookup("some", "sm_80", 4, 64) is sized
-    assert settings.lookup("some", "sm_89", 2, 64) is arch  # an architecture that shares its rows
+    monkeypatch.setitem(launch_table.TABLE, "some", rows)
+    assert launch_table.lookup("some", "sm_80", 4) is any_
+    assert launch_table.lookup("some", "sm_80", 2) is half
+    assert launch_table.lookup("some", "sm_80", 2, 64) is half  # the dtype before the size
+    assert launch_table.lookup("some", "sm_80", 4, 64) is sized
+    assert launch_table.lookup("some", "sm_89", 2, 64) is arch  # one that shares its rows
     del rows["*", "*", "*"]
     with pytest.raises(KeyError, match="some have no row for gfx942, float, size 128"):
-        settings.lookup("some", "gfx942", 4, 128)
+        launch_table.lookup("some", "gfx942", 4, 128)

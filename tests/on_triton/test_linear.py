@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 from fastgpt.triton.linear import linear, linear_rows_kernel, linear_tma_kernel
 from on_triton.support import interpreter
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
@@ -10,7 +10,7 @@ from on_triton.support.compare import check
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
-HOPPER = settings.Device("sm_90", 2)
+HOPPER = launch_table.Device("sm_90", 2)
 
 
 def _inputs(rows, width, depth, dtype, padded):

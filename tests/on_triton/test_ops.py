@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fastgpt
 from fastgpt import ops, reference
-from fastgpt.triton import choices
+from fastgpt.triton import vendor
 from on_triton.support.cases import DTYPE_IDS, DTYPES
 
 pytestmark = pytest.mark.usefixtures("dispatched")
@@ -147,7 +147,7 @@ def test_linear(launches, dtype, rows):
 @DTYPE
 @pytest.mark.parametrize("rows", [3, 40])
 def test_linear_gelu(launches, monkeypatch, dtype, rows):
-    monkeypatch.setattr(choices, "MANY_ROWS", 17)
+    monkeypatch.setattr(vendor, "MANY_ROWS", 17)
     inputs = [_randn(*shape, dtype=dtype) for shape in ((rows, 24), (20, 24), (20,))]
 
     def theirs(x, weight, bias):
@@ -160,7 +160,7 @@ def test_linear_gelu(launches, monkeypatch, dtype, rows):
 
 
 def test_linear_gelu_differentiated_twice(monkeypatch):
-    monkeypatch.setattr(choices, "own_product", lambda *args, **kwargs: True)
+    monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: True)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((5, 8), (6, 8), (6,))]
     found = []
     for f in (ops.linear_gelu, lambda *t: F.gelu(F.linear(*t), approximate="tanh")):

@@ -20,7 +20,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -90,9 +90,9 @@ def fake_gpu(arch):
 
         return launch
 
-    device = settings.Device(arch, _MULTIPROCESSORS[arch])
-    get, of, active = KernelInterface.__getitem__, settings.device_of, driver._active
-    KernelInterface.__getitem__, settings.device_of = launcher, lambda x: device
+    device = launch_table.Device(arch, _MULTIPROCESSORS[arch])
+    get, of, active = KernelInterface.__getitem__, launch_table.device_of, driver._active
+    KernelInterface.__getitem__, launch_table.device_of = launcher, lambda x: device
     driver.set_active(_Driver(arch))
     try:
         with FakeTensorMode(), warnings.catch_warnings():
@@ -100,7 +100,7 @@ def fake_gpu(arch):
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield launches
     finally:
-        KernelInterface.__getitem__, settings.device_of, driver._active = get, of, active
+        KernelInterface.__getitem__, launch_table.device_of, driver._active = get, of, active
 
 
 class Resources(NamedTuple):

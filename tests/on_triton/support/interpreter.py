@@ -22,10 +22,10 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from fastgpt.triton import settings
+from fastgpt.triton import launch_table
 
 # Two multiprocessors: few programs, which is what interpreting takes time for.
-DEVICE = settings.Device("sm_80", 2)
+DEVICE = launch_table.Device("sm_80", 2)
 
 
 def _float32(bits):
@@ -195,10 +195,10 @@ def interpreted(device=DEVICE):
     """Inside it every `kernel[grid](...)` runs interpreted, on CPU tensors and that device's
     settings.
     """
-    launch, of = KernelInterface.__getitem__, settings.device_of
+    launch, of = KernelInterface.__getitem__, launch_table.device_of
     KernelInterface.__getitem__ = _launcher
-    settings.device_of = lambda x: device
+    launch_table.device_of = lambda x: device
     try:
         yield
     finally:
-        KernelInterface.__getitem__, settings.device_of = launch, of
+        KernelInterface.__getitem__, launch_table.device_of = launch, of

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.triton import settings
-from fastgpt.triton.settings import ANY
+from fastgpt.triton import launch_table
+from fastgpt.triton.launch_table import ANY
 
 
 class Choice(NamedTuple):
@@ -97,7 +97,7 @@ def attention(
     """What runs causal attention.
 
     Args:
-        arch: "sm_90", "gfx942" and so on, as ``settings.device_of`` says it.
+        arch: "sm_90", "gfx942" and so on, as ``launch_table.device_of`` says it.
         itemsize: of the dtype, in bytes.
         queries: how many there are.
         keys: how many there are.
@@ -125,20 +125,20 @@ def vendor_attention(q: Tensor, k: Tensor, dropout_p: float) -> str | None:
     """
     repeatable = torch.are_deterministic_algorithms_enabled()
     sizes = q.element_size(), q.shape[2], k.shape[2]
-    choice = attention(settings.device_of(q).arch, *sizes, dropout_p > 0, repeatable)
+    choice = attention(launch_table.device_of(q).arch, *sizes, dropout_p > 0, repeatable)
     return None if choice.implementation == "own" else choice.implementation
 
 
 def own_product(x: Tensor, rows: int, gelu: bool = False) -> bool:
     """Whether our own kernels run act(x W^T + b) on so many rows of x."""
-    choice = product(settings.device_of(x).arch, x.element_size(), rows, gelu)
+    choice = product(launch_table.device_of(x).arch, x.element_size(), rows, gelu)
     return choice.implementation == "own"
 
 
 def _row(table: dict[tuple[str, str, str], Choice], arch: str, itemsize: int, shape: str) -> Choice:
     """The row for it, or the one for ANY architecture or dtype."""
     dtype = "half" if itemsize == 2 else "float"
-    for a in (settings.class_of(arch), ANY):
+    for a in (launch_table.class_of(arch), ANY):
         for d in (dtype, ANY):
             if (a, d, shape) in table:
                 return table[a, d, shape]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops
 from fastgpt.cpu.transformer_block import EPS, BlockParameters
-from fastgpt.kv_cache import KVCache, idle
-from fastgpt.model import GPTModel
-from fastgpt.modules import LayerNorm
-from fastgpt.plain import drops_nothing, plain, plain_linear
-from fastgpt.stack import taken_apart
-from fastgpt.triton import settings
+from fastgpt.model.cache import KVCache, idle
+from fastgpt.model.fusable import drops_nothing, plain, plain_linear
+from fastgpt.model.gpt import GPTModel
+from fastgpt.model.modules import LayerNorm
+from fastgpt.model.stack import taken_apart
+from fastgpt.triton import launch_table
 
 # Fewer steps than these are not worth a capture.
 MIN_STEPS = 8
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """What a graph of them depends on."""
         where = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in self.tensors())
-        how = settings.precision(self.tok), torch.are_deterministic_algorithms_enabled()
+        how = launch_table.precision(self.tok), torch.are_deterministic_algorithms_enabled()
         return self.n_heads, how, *where
 
 
@@ -83,7 +83,7 @@ def parts_of(model: GPTModel) -> Parts | None:
     # An id that the head has and the table has not must be refused, which a graph cannot.
     if not blocks or head.weight.shape[0] > tok.shape[0]:
         return None
-    if width // n_heads > settings.WIDEST["causal_attention"]:
+    if width // n_heads > launch_table.WIDEST["causal_attention"]:
         return None
     return Parts(tok, pos, tuple(blocks), norm.scale, norm.shift, head.weight, head.bias, n_heads)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config
-from fastgpt.kv_cache import cached_tokens, extended
-from fastgpt.plain import drop_probability, known, plain, plain_linear
+from fastgpt.model.cache import cached_tokens, extended
+from fastgpt.model.fusable import drop_probability, known, plain, plain_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -294,7 +294,7 @@ class TransformerBlock(nn.Module):
         the next norm, which adds.
         """
         if cache is None:
-            from fastgpt import stack  # which knows the classes here
+            from fastgpt.model import stack  # which knows the classes here
 
             whole = stack.block_step(self, x, branch, owner)
             if whole is not None:

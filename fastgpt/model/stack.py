@@ -15,10 +15,10 @@ from fastgpt.cpu.forward import Run
 from fastgpt.cpu.records import address, linear
 from fastgpt.cpu.transformer_block import EPS, BlockParameters
 from fastgpt.cpu.transformer_block import record as block_record
-from fastgpt.kv_cache import Slot, Staged
-from fastgpt.model import GPTModel
-from fastgpt.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
-from fastgpt.plain import drop_probability, drops_nothing, plain, plain_linear
+from fastgpt.model.cache import Slot, Staged
+from fastgpt.model.fusable import drop_probability, drops_nothing, plain, plain_linear
+from fastgpt.model.gpt import GPTModel
+from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
 Memo = dict[Any, Any]
 

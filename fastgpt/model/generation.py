@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.config import as_ids
-from fastgpt.kv_cache import KVCache
-from fastgpt.model import GPTModel
-from fastgpt.modules import MultiHeadAttention
-from fastgpt.plain import KNOWN, drops_nothing, plain
+from fastgpt.model.cache import KVCache
+from fastgpt.model.fusable import KNOWN, drops_nothing, plain
+from fastgpt.model.gpt import GPTModel
+from fastgpt.model.modules import MultiHeadAttention
 
 # Divided by less, two logits that differ are never both drawn, and large ones overflow.
 GREEDY_BELOW = 1e-30
@@ -225,7 +225,7 @@ def _graphs(model: nn.Module, idx: Tensor) -> Any:
         return None
     if not dispatch.on_triton("decode_attention", tok):
         return None
-    return importlib.import_module("fastgpt.triton.decode")
+    return importlib.import_module("fastgpt.model.decode_graph")
 
 
 def _new_cache(model: nn.Module) -> KVCache | None:

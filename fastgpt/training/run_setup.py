@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastgpt.machine import machine_line
-from fastgpt.model import GPTModel
+from fastgpt.bench.machine import machine_line
+from fastgpt.model.gpt import GPTModel
 from fastgpt.tokenizer import gpt2_encoding
 from fastgpt.training import checkpoint
 from fastgpt.training.data import Windows

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch, ops
 from fastgpt.config import Config, as_ids, check_config, check_ids, comparable
-from fastgpt.kv_cache import KVCache, Staged, cached_tokens, idle
-from fastgpt.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
-from fastgpt.plain import drop_probability, known, plain
+from fastgpt.model.cache import KVCache, Staged, cached_tokens, idle
+from fastgpt.model.fusable import drop_probability, known, plain
+from fastgpt.model.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -151,7 +151,7 @@ class GPTModel(nn.Module):
             and head._parameters.get("weight") is not None
             and head.bias is None
         ):
-            from fastgpt import stack  # which knows the classes above
+            from fastgpt.model import stack  # which knows the classes above
 
             ops.check_targets(targets, head.weight.shape[0], ignore_index)
             h = stack.features(self, idx)
@@ -174,7 +174,7 @@ class GPTModel(nn.Module):
     def _forward(
         self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None
     ) -> Tensor:
-        from fastgpt import stack  # which knows the classes above
+        from fastgpt.model import stack  # which knows the classes above
 
         past = cached_tokens(cache, 0)
         in_idx = self._checked(in_idx, past)

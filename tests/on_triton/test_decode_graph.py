@@ -10,8 +10,8 @@ from pairs import CONFIG, pair, some_ids
 
 import fastgpt
 from fastgpt import reference
-from fastgpt.kv_cache import idle
-from fastgpt.triton import choices, decode
+from fastgpt.model.cache import idle
+from fastgpt.triton import decode, vendor
 
 pytestmark = pytest.mark.usefixtures("dispatched", "captures")
 
@@ -38,7 +38,7 @@ def captures(monkeypatch):
     monkeypatch.setattr(decode, "step", step_as_captured)
     monkeypatch.setattr(decode, "MIN_STEPS", 2)
     # The products have their own tests, and interpreting them takes most of the time.
-    monkeypatch.setattr(choices, "own_product", lambda *args, **kwargs: False)
+    monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: False)
     return found
 
 

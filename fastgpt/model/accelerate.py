@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.empty import on_meta
-from fastgpt.model import GPTModel
-from fastgpt.shared_grad import Cut, shared_parts
+from fastgpt.model.gpt import GPTModel
+from fastgpt.weights.meta import on_meta
+from fastgpt.weights.shared_grad import Cut, shared_parts
 from fastgpt.weights.sizes import refused_setting
 
 _PROJECTIONS = ("W_query", "W_key", "W_value")
