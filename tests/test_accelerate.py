@@ -10,8 +10,9 @@ from pairs import CONFIG, assert_same, assert_same_model, logits, pair, shake, s
 from torch import nn
 
 import fastgpt
-from fastgpt import reference, stack
+from fastgpt import reference
 from fastgpt.cpu.forward import Run
+from fastgpt.model import stack
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from test_generate import _models
+from test_generation import _models
 
 import fastgpt
 from fastgpt import KVCache

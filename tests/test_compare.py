@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import GPT_CONFIG_124M, GPTModel, cli, compare
-from fastgpt.bench import rounds
+from fastgpt import GPT_CONFIG_124M, GPTModel, cli
+from fastgpt.bench import compare, rounds
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.cli import compare as command
 from fastgpt.tokenizer import EncodingError, gpt2_encoding

@@ -27,7 +27,7 @@ from runs import (
 from torch import nn
 
 import fastgpt
-from fastgpt import cli, files, training
+from fastgpt import atomic_files, cli, training
 from fastgpt.training import checkpoint, model_files, tokens, trainer
 from fastgpt.training.data import Windows, mix, shuffled
 from fastgpt.training.settings import Settings, SettingsError, read_config
@@ -316,7 +316,7 @@ def test_settings_and_configs(tmp_path):
 
 def killed_by_itself():
     """The process dies where a checkpoint is all written, and not yet in its place."""
-    files.sync_folder = lambda folder: (
+    atomic_files.sync_folder = lambda folder: (
         os.kill(os.getpid(), signal.SIGKILL) if "step-00000004" in folder.name else None
     )
 
@@ -473,16 +473,16 @@ def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
 def test_files_are_whole_or_not_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with contextlib.suppress(KeyError), files.whole_file(path) as file:
+    with contextlib.suppress(KeyError), atomic_files.whole_file(path) as file:
         file.write(b"new")
         raise KeyError
     assert path.read_text() == "old"
-    with contextlib.suppress(KeyError), files.whole_folder(tmp_path / "folder") as folder:
+    with contextlib.suppress(KeyError), atomic_files.whole_folder(tmp_path / "folder") as folder:
         (folder / "x").write_text("x")
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    with files.whole_folder(tmp_path / "folder") as folder:
+    with atomic_files.whole_folder(tmp_path / "folder") as folder:
         (folder / "x").write_text("x")
     assert (tmp_path / "folder" / "x").read_text() == "x"
-    files.link_or_copy(tmp_path / "folder" / "x", path)
+    atomic_files.link_or_copy(tmp_path / "folder" / "x", path)
     assert path.read_text() == "x"

@@ -10,8 +10,9 @@ from pairs import CONFIG, pair, some_ids
 
 import fastgpt
 from fastgpt import reference
+from fastgpt.model import decode_graph
 from fastgpt.model.cache import idle
-from fastgpt.triton import decode, vendor
+from fastgpt.triton import vendor
 
 pytestmark = pytest.mark.usefixtures("dispatched", "captures")
 
@@ -28,15 +29,15 @@ def captures(monkeypatch):
         found.append(run)
         return lambda: result.copy_(run()), result
 
-    step = decode.step
+    step = decode_graph.step
 
     def step_as_captured(parts, state):
         assert vars(state).setdefault("captured", parts.key()) == parts.key()
         return step(parts, state)
 
-    monkeypatch.setattr(decode, "capture", capture)
-    monkeypatch.setattr(decode, "step", step_as_captured)
-    monkeypatch.setattr(decode, "MIN_STEPS", 2)
+    monkeypatch.setattr(decode_graph, "capture", capture)
+    monkeypatch.setattr(decode_graph, "step", step_as_captured)
+    monkeypatch.setattr(decode_graph, "MIN_STEPS", 2)
     # The products have their own tests, and interpreting them takes most of the time.
     monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: False)
     return found
@@ -91,7 +92,7 @@ def test_replaced_parameters_are_captured_anew(captures):
 def test_few_steps_and_other_models_go_without(captures):
     ours, book = pair(n_layers=1)
     ids = some_ids(B=1, T=3)
-    _same(ours, book, ids, decode.MIN_STEPS)
+    _same(ours, book, ids, decode_graph.MIN_STEPS)
     for model in (ours, book):
         model.trf_blocks[0].ff = torch.nn.Linear(CONFIG["emb_dim"], CONFIG["emb_dim"])
     book.load_state_dict(ours.state_dict())
@@ -156,8 +157,8 @@ def test_a_change_between_two_tokens_is_seen(captures, change):
 def test_a_stream_leaves_a_graph_that_cannot_serve(captures, monkeypatch, way):
     ours, _ = pair(n_layers=1, drop_rate=0.5)
     ours.eval()
-    step, steps = decode.Decoder.step, []
-    monkeypatch.setattr(decode.Decoder, "step", lambda *args: steps.append(1) or step(*args))
+    step, steps = decode_graph.Decoder.step, []
+    monkeypatch.setattr(decode_graph.Decoder, "step", lambda *args: steps.append(1) or step(*args))
     stream = fastgpt.generate_stream(ours, some_ids(B=1, T=3), 5, CONFIG["context_length"])
     for _ in range(3):
         next(stream)
@@ -225,17 +226,17 @@ def test_a_model_keeps_one_graph_until_its_cache_is_reset(captures):
 
 def test_a_failed_capture_leaves_the_ordinary_steps(captures, monkeypatch):
     ours, book = pair(n_layers=1)
-    capture = decode.capture
+    capture = decode_graph.capture
 
     def fails(run):
         run()
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(decode, "capture", fails)
+    monkeypatch.setattr(decode_graph, "capture", fails)
     with pytest.warns(fastgpt.BackendWarning, match="without a CUDA graph.*no memory"):
         _same(ours, book, some_ids(B=1, T=3), 5)
     assert ours not in idle
-    monkeypatch.setattr(decode, "capture", capture)
+    monkeypatch.setattr(decode_graph, "capture", capture)
     _same(ours, book, some_ids(B=1, T=3), 5)
     assert len(captures) == 1
 
