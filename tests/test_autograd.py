@@ -12,6 +12,7 @@ import fastgpt
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),
 ]
 
 
