@@ -11,8 +11,6 @@ from torch import nn
 
 import fastgpt
 from fastgpt import reference
-from fastgpt.cpu.forward import Run
-from fastgpt.model import stack
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 
@@ -78,9 +76,10 @@ def test_nothing_is_copied(theirs):
 @pytest.mark.skipif(fastgpt.cpu.missing is not None, reason="no C++ extension")
 def test_the_whole_pass_takes_it(theirs):
     ours = fastgpt.accelerate(theirs).eval()
-    run = Run(ours, some_ids(), 48, 3, 16)
-    assert all(stack._block(block, run) is not None for block in ours.trf_blocks)
-    assert stack._end(ours, run) is not None
+    with torch.no_grad():
+        whole = ours.whole_pass(some_ids())
+    assert all(fields is not None for fields in whole._blocks)
+    assert whole._end is not None
 
 
 STEPS = [(a, b) for a in ("ours", "theirs") for b in ("ours", "theirs")]
@@ -349,4 +348,4 @@ def test_something_else_is_refused():
 
 
 def test_the_function_and_its_module():
-    assert importlib.import_module("fastgpt.accelerate").accelerate is fastgpt.accelerate
+    assert importlib.import_module("fastgpt.model.accelerate").accelerate is fastgpt.accelerate

@@ -49,13 +49,13 @@ def _check(ours, book, idx):
 def calls(monkeypatch):
     """How many blocks each call into C++ ran, and whether it went on to the logits."""
     made = []
-    whole = engine.Run._call
+    whole = engine._Stream._call
 
     def call(self, out, norm, head, last_only):
-        made.append((self._n_blocks, out is not None))
+        made.append((self.n_blocks, out is not None))
         whole(self, out, norm, head, last_only)
 
-    monkeypatch.setattr(engine.Run, "_call", call)
+    monkeypatch.setattr(engine._Stream, "_call", call)
     return made
 
 

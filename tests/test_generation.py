@@ -291,9 +291,9 @@ def test_bad_arguments():
 def test_the_head_sees_the_last_token_only(monkeypatch):
     ours, _ = _models()
     shapes = []
-    whole = ours._forward
+    whole = ours.forward_pass
     monkeypatch.setattr(
-        ours, "_forward", lambda *a, **k: shapes.append((out := whole(*a, **k)).shape) or out
+        ours, "forward_pass", lambda *a, **k: shapes.append((out := whole(*a, **k)).shape) or out
     )
     with use_path(PATHS[-1]):
         fastgpt.generate_text_simple(ours, torch.randint(0, 61, (2, 9)), 3, 24)

@@ -9,7 +9,7 @@ from pairs import CONFIG, assert_same, outputs_and_grads, pair, shake
 
 import fastgpt
 from fastgpt import ops, reference
-from fastgpt.model.stack import taken_apart
+from fastgpt.cpu.records import Linear
 
 FUSED = [path for path in PATHS if path != "reference"]
 
@@ -153,18 +153,18 @@ def test_what_changed_runs_by_itself():
 
 def test_what_it_does_not_take():
     block = blocks(48, 3)[0]
-    parameters, width, heads, *_ = taken_apart(block)
+    parameters, width, heads, *_ = block.record()
     for x in (torch.randn(4, 48), torch.randn(0, 4, 48), torch.randn(1, 4, 48).double()):
         assert ops.transformer_block(x, parameters, heads) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.transformer_block(torch.randn(1, 4, 48), parameters, heads) is None
-    strided = parameters._replace(up_weight=torch.randn(192, 96)[:, ::2])
+    strided = parameters._replace(up=Linear(torch.randn(192, 96)[:, ::2], None))
     assert ops.transformer_block(torch.randn(1, 4, width), strided, heads) is None
 
 
 @pytest.mark.parametrize("heads", [0, -1, 5])
 def test_heads_that_do_not_divide_the_width(heads):
-    parameters = taken_apart(blocks(48, 3)[0]).parameters
+    parameters = blocks(48, 3)[0].record().parameters
     with pytest.raises(ValueError, match="must be a multiple of n_heads"):
         ops.transformer_block(torch.randn(1, 4, 48), parameters, heads)
 

@@ -1,129 +1,192 @@
 """A whole forward pass in one call into C++, without gradients, from the live parameters.
 
-``Run`` gathers the addresses of what it can take, embeddings, blocks, final norm and head, and
-hands them over in one call; where a piece is not plainly one of ours, the caller flushes what has
-gathered and runs that piece itself.
+The pass is a row of pieces: embeddings, blocks, the end. Neighbours that C++ can read run in one
+call; any other piece is called as what it is, between two of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgpt.config import check_ids
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import address, threads_for
-from fastgpt.cpu.transformer_block import EPS
+from fastgpt.cpu.records import (
+    BlockRecord,
+    EmbeddingRecord,
+    EndRecord,
+    address,
+    block_fields,
+    linear_fields,
+    norm_fields,
+    threads_for,
+)
 from fastgpt.cpu.workspace import workspace
 
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 _NO_LINEAR = (0, 0, 0, 0, 0, 0)
 
+Fields = tuple[int, ...]
 
-class Run:
-    """One forward pass over ids [B, T] that stand behind `past` cached tokens.
 
-    Its residual stream x is its own: what a module made is copied first, what a module gets is
-    fresh.
+class Piece(NamedTuple):
+    """A part of a model: its record, None if it has to be called, and how to call it."""
+
+    record: Any
+    call: Callable[..., Tensor]
+
+
+class WholePass:
+    """The pieces of a model, looked at once, to be run while nothing changes them.
+
+    Args:
+        owner: what the scratch memory is kept with between calls, say the model.
+        embeddings: with an ``EmbeddingRecord``; called with the ids [B, T] and the number of cached
+            tokens, it gives the residual stream [B, T, D].
+        blocks: with a ``BlockRecord`` each; called with the stream, and the cache and the layer's
+            number if there is a cache, they give the next.
+        end: with an ``EndRecord``; called with the stream, it gives the result.
     """
 
     def __init__(
-        self, owner: nn.Module, ids: Tensor, width: int, heads: int, head_dim: int
+        self, owner: object, embeddings: Piece, blocks: Sequence[Piece], end: Piece
     ) -> None:
-        self.owner, self.ids = owner, ids.contiguous()
-        self.width, self.heads, self.head_dim = width, heads, head_dim
-        self.past = self.capacity = 0
-        self.limit = 0  # the most tokens a cache may hold
-        self._x: Tensor | None = None
-        self._embeddings: tuple[int, int] | None = None
-        self._blocks: list[int] = []
-        self._n_blocks = self._hidden = 0
+        self.owner, self.embeddings, self.blocks, self.end = owner, embeddings, blocks, end
+        first: BlockRecord | None = next((b.record for b in blocks if b.record is not None), None)
+        self.fuses = first is not None
+        if first is None:
+            return
+        self.width, self.n_heads, self.eps = first.width, first.n_heads, first.eps
+        self._tables = self._embedding_fields(embeddings.record)
+        self._blocks = [self._block_fields(piece.record) for piece in blocks]
+        self._end = self._end_fields(end.record)
 
-    def embed(self, tables: tuple[int, int]) -> None:
-        """Takes the addresses of the token and position embeddings; the ids must be in range."""
-        self._embeddings = tables
+    def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
+        if record is None:
+            return None
+        found = [address(table, table.shape[0], self.width) for table in record]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]
 
-    def add(self, record: tuple[int, ...], hidden: int, caches: tuple[int, int]) -> None:
-        """Takes a block: the fields of struct Block, and the width of its feed-forward's middle."""
-        self._blocks += record
-        self._blocks += caches
-        self._n_blocks += 1
-        self._hidden = max(self._hidden, hidden)
+    def _block_fields(self, record: BlockRecord | None) -> Fields | None:
+        if record is None or record.attention_p or record.shortcut_p:
+            return None
+        if (record.width, record.n_heads, record.eps) != (self.width, self.n_heads, self.eps):
+            return None
+        return block_fields(record.parameters, self.width)
 
-    def take_capacity(self, capacity: int) -> None:
-        """The caches of one call have one capacity; before another, what has gathered runs."""
-        if self._n_blocks and capacity != self.capacity:
-            self._x = self.x
-        self.capacity = capacity
+    def _end_fields(self, record: EndRecord | None) -> tuple[Fields, Fields] | None:
+        if record is None or record.eps != self.eps:
+            return None
+        head: Fields | None = _NO_LINEAR
+        if record.head is not None:
+            weight = record.head.weight
+            head = linear_fields(*record.head, self.width, 0 if weight is None else len(weight))
+        norm = norm_fields(record.norm, self.width)
+        return None if norm is None or head is None else (norm, head)
+
+    def run(self, ids: Tensor, past: int = 0, cache: Any = None, last_only: bool = False) -> Tensor:
+        """The result for all tokens or the last, [B, T or 1, ...].
+
+        ids: [B, T] int32 or int64, B and T at least 1, behind `past` cached tokens. cache: keeps
+        the layers' keys and values in its ``slot``, and is handed to what is called.
+
+        Raises:
+            IndexError: an id is outside the vocabulary.
+        """
+        stream = _Stream(self, ids.contiguous(), past)
+        if self._tables is not None:
+            check_ids(ids, self.embeddings.record.tok.shape[0])
+            stream.tables = self._tables
+        else:
+            stream.x = self.embeddings.call(ids, past)
+        for layer, (piece, fields) in enumerate(zip(self.blocks, self._blocks, strict=True)):
+            reaches = past + ids.shape[1]
+            if fields is None or reaches > piece.record.context_length or not stream.fits():
+                x = stream.flush()
+                stream.x = piece.call(x) if cache is None else piece.call(x, cache, layer)
+            else:
+                stream.add(fields, piece.record, layer, cache)
+        if self._end is not None and stream.fits():
+            return stream.finish(*self._end, last_only)
+        x = stream.flush()
+        return self.end.call(x[:, -1:] if last_only else x)
+
+
+class _Stream:
+    """One run: what has gathered for the next call, and the residual stream before it.
+
+    The stream is this run's own: what a piece gave is copied first, what a piece gets is fresh.
+    """
+
+    def __init__(self, whole: WholePass, ids: Tensor, past: int) -> None:
+        self.whole, self.ids, self.past = whole, ids, past
+        self.x: Tensor | None = None
+        self.tables: Fields | None = None
+        self.blocks: list[int] = []
+        self.n_blocks = self.hidden = self.capacity = 0
 
     def fits(self) -> bool:
-        """Whether the stream is as a call expects it; a module may have changed its form."""
-        if self._embeddings or self._blocks:
+        """Whether the stream is as a call expects it; a piece may have changed its form."""
+        if self.tables or self.blocks:
             return True
-        return address(self._x, *self.ids.shape, self.width, contiguous=False) is not None
+        return address(self.x, *self.ids.shape, self.whole.width, contiguous=False) is not None
 
-    @property
-    def x(self) -> Tensor:
-        """The residual stream, [B, T, width], once what has gathered so far has run."""
-        if self._embeddings or self._blocks:
+    def add(self, fields: Fields, record: BlockRecord, layer: int, cache: Any) -> None:
+        """Gathers a block; its keys and values go to the cache."""
+        at = (0, 0)
+        if cache is not None:
+            B, T = self.ids.shape
+            heads = self.whole.n_heads
+            shape = (B, heads, self.past + T, record.width // heads)
+            keys, values = cache.slot(layer, shape)
+            if self.n_blocks and keys.shape[2] != self.capacity:  # one capacity a call
+                self.x = self.flush()
+            self.capacity = keys.shape[2]
+            at = keys.data_ptr(), values.data_ptr()
+        self.blocks += (*fields, *at)
+        self.n_blocks += 1
+        self.hidden = max(self.hidden, record.parameters.up.weight.shape[0])
+
+    def flush(self) -> Tensor:
+        """The residual stream, [B, T, width], once what has gathered has run."""
+        if self.tables or self.blocks:
             self._call(None, (0, 0), _NO_LINEAR, last_only=False)
-        assert self._x is not None
-        return self._x
+        assert self.x is not None
+        return self.x
 
-    @x.setter
-    def x(self, made_by_a_module: Tensor) -> None:
-        self._x = made_by_a_module
-
-    def finish(
-        self, norm: tuple[int, int], head: tuple[int, ...] = _NO_LINEAR, last_only: bool = False
-    ) -> Tensor:
-        """Runs what has gathered, the final norm and the head, if there is one. Returns [B, T or 1,
-        n_out or width].
-        """
+    def finish(self, norm: Fields, head: Fields, last_only: bool) -> Tensor:
+        """Runs what has gathered, the norm and the head. Returns [B, T or 1, n_out or width]."""
         B, T = self.ids.shape
-        n_out = self.width if head is _NO_LINEAR else head[4]
+        n_out = self.whole.width if head is _NO_LINEAR else head[4]
         out = torch.empty(B, 1 if last_only else T, n_out, **_FLOAT32)
         self._call(out, norm, head, last_only)
         return out
 
-    def _call(
-        self,
-        out: Tensor | None,
-        norm: tuple[int, int],
-        head: tuple[int, ...],
-        last_only: bool,
-    ) -> None:
-        B, T = self.ids.shape
+    def _call(self, out: Tensor | None, norm: Fields, head: Fields, last_only: bool) -> None:
+        (B, T), width, heads = self.ids.shape, self.whole.width, self.whole.n_heads
         x = None
-        if self._embeddings is None:
-            assert self._x is not None
-            x = self._x.clone(memory_format=torch.contiguous_format)
+        if self.tables is None:
+            assert self.x is not None
+            x = self.x.clone(memory_format=torch.contiguous_format)
         elif out is None:
-            x = torch.empty(B, T, self.width, **_FLOAT32)
-        sizes = (
-            B,
-            T,
-            self.past,
-            self.capacity,
-            self.width,
-            self.heads,
-            self.head_dim,
-            self._hidden,
-        )
-        ids = (self.ids.data_ptr() if self._embeddings else 0, int(self.ids.dtype is torch.int64))
+            x = torch.empty(B, T, width, **_FLOAT32)
+        sizes = (B, T, self.past, self.capacity, width, heads, width // heads, self.hidden)
+        ids = (self.ids.data_ptr() if self.tables else 0, int(self.ids.dtype is torch.int64))
         at_out = out.data_ptr() if out is not None else 0
 
         def fields(at_x: int, at_workspace: int) -> list[int]:
-            embeddings = self._embeddings or (0, 0)
-            rest = (at_out, int(last_only), at_workspace, self._n_blocks)
-            return [*sizes, *ids, *embeddings, at_x, *norm, *head, *rest]
+            rest = (at_out, int(last_only), at_workspace, self.n_blocks)
+            return [*sizes, *ids, *(self.tables or (0, 0)), at_x, *norm, *head, *rest]
 
         rows = B * T
-        work = rows * self.width * (self._n_blocks * (4 * self.width + 2 * self._hidden) + head[4])
+        work = rows * width * (self.n_blocks * (4 * width + 2 * self.hidden) + head[4])
         threads = threads_for(work)
-        stream = 0 if x is not None else rows * self.width
-        with workspace(self.owner, stream + _C.forward_workspace(fields(0, 0), threads)) as start:
+        stream = 0 if x is not None else rows * width
+        floats = stream + _C.forward_workspace(fields(0, 0), threads)
+        with workspace(self.whole.owner, floats) as start:
             at_x = x.data_ptr() if x is not None else start
-            _C.forward(fields(at_x, start + 4 * stream), self._blocks, EPS, threads)
-        self._x, self._embeddings, self._blocks, self._n_blocks = x, None, [], 0
+            _C.forward(fields(at_x, start + 4 * stream), self.blocks, self.whole.eps, threads)
+        self.x, self.tables, self.blocks, self.n_blocks = x, None, [], 0

@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data, linear_gradient, threads_for
-from fastgpt.cpu.records import linear as linear_record
+from fastgpt.cpu.records import data, linear_fields, linear_gradient, threads_for
 from fastgpt.cpu.workspace import workspace
 
 
 def takes(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a weight lies as the kernel can read it; any but an odd view does."""
     n_out, n_in = weight.shape
-    return n_in > 0 and linear_record(weight, bias, n_in, n_out) is not None
+    return n_in > 0 and linear_fields(weight, bias, n_in, n_out) is not None
 
 
 def linear(
@@ -27,7 +26,7 @@ def linear(
     if y.numel() == 0:
         return
     n_out, n_in = weight.shape
-    record, rows = linear_record(weight, bias, n_in, n_out), x.numel() // n_in
+    record, rows = linear_fields(weight, bias, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
     with workspace(owner, threads * _C.product_scratch(False) + 32) as scratch:
@@ -53,7 +52,7 @@ def linear_backward(
                 gradient.zero_()
         return
     n_out, n_in = weight.shape
-    record, rows = linear_record(weight, None, n_in, n_out), x.numel() // n_in
+    record, rows = linear_fields(weight, None, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
     with workspace(owner, threads * _C.product_scratch(True) + 32) as scratch:

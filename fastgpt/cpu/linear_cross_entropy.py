@@ -6,8 +6,7 @@ from torch import Tensor
 
 from fastgpt.cpu import _C
 from fastgpt.cpu.linear import takes as takes
-from fastgpt.cpu.records import data, linear_gradient, threads_for
-from fastgpt.cpu.records import linear as linear_record
+from fastgpt.cpu.records import data, linear_fields, linear_gradient, threads_for
 from fastgpt.cpu.workspace import workspace
 
 
@@ -34,7 +33,7 @@ def linear_cross_entropy(
         if dweight is not None:
             dweight.zero_()
         return
-    record = linear_record(weight, None, D, V)
+    record = linear_fields(weight, None, D, V)
     assert record is not None
     threads = threads_for(N * D * V)
     with workspace(owner, _C.linear_cross_entropy_workspace(N, V, threads)) as scratch:

@@ -88,9 +88,7 @@ def _over_the_books(model: nn.Module) -> GPTModel:
             mine.att.W_query, mine.att.W_key, mine.att.W_value = theirs.projections
         mine.att.out_proj, mine.ff.layers[0], mine.ff.layers[2] = theirs.linears
         if isinstance(getattr(theirs.att, "mask", None), Tensor):
-            mine.att.mask = theirs.att.mask
-            if mine.att._mask_is_causal():
-                mine.att._buffers["mask"] = None
+            mine.att.set_mask(theirs.att.mask)
     return ours
 
 

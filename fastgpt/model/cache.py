@@ -116,11 +116,12 @@ def cached_tokens(cache: Any, layer: int) -> int:
     return 0 if pair is None else int(pair[0].shape[2])
 
 
-class Staged:
+class CacheTransaction:
     """A cache during one forward pass: what the layers write reaches it only once all have."""
 
-    def __init__(self, cache: Any, batch: int, past: int) -> None:
+    def __init__(self, cache: Any, batch: int, past: int, limit: int) -> None:
         self.cache, self.batch, self.past = cache, batch, past
+        self.limit = limit  # the most tokens that a layer may hold
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def get(self, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -138,6 +139,15 @@ class Staged:
     def update(self, layer: int, pair: tuple[Tensor, Tensor]) -> None:
         """Keeps the layer's pair until the commit."""
         self.new[layer] = pair
+
+    def slot(self, layer: int, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+        """Room for keys and values of this shape, [B, H, T, D], behind those of the layer: the
+        float32 blocks that hold them, [B, H, capacity, D] each; the rest is to be written.
+        """
+        like = torch.empty(0, dtype=torch.float32, device="cpu")
+        slot = Slot.longer(self.get(layer), shape, self.limit, like)
+        self.update(layer, slot)
+        return slot.blocks.keys, slot.blocks.values
 
     def commit(self) -> None:
         """Hands every pair to the cache."""

@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt import dispatch, ops
-from fastgpt.cpu.transformer_block import EPS, BlockParameters
+from fastgpt.cpu.records import Block, Linear, Norm
 from fastgpt.model.cache import KVCache, idle
-from fastgpt.model.fusable import drops_nothing, plain, plain_linear
 from fastgpt.model.gpt import GPTModel
-from fastgpt.model.modules import LayerNorm
-from fastgpt.model.stack import taken_apart
 from fastgpt.triton import launch_table
 
 # Fewer steps than these are not worth a capture.
@@ -30,74 +27,65 @@ MIN_STEPS = 8
 
 
 class Parts(NamedTuple):
-    """The parameters that a step reads, and how many heads there are."""
+    """The parameters that a step reads, how many heads there are, and the norms' eps."""
 
     tok: Tensor
     pos: Tensor
-    blocks: tuple[BlockParameters, ...]
-    scale: Tensor
-    shift: Tensor
-    head: Tensor
-    head_bias: Tensor | None
+    blocks: tuple[Block, ...]
+    norm: Norm
+    head: Linear
     n_heads: int
+    eps: float
 
     def tensors(self) -> list[Tensor]:
-        every = (self.tok, self.pos, self.scale, self.shift, self.head, self.head_bias)
-        return [t for part in (every, *self.blocks) for t in part if t is not None]
+        every = (
+            self.tok,
+            self.pos,
+            *self.norm,
+            *self.head,
+            *(t for b in self.blocks for t in b.flat()),
+        )
+        return [t for t in every if t is not None]
 
     def key(self) -> tuple[Any, ...]:
         """What a graph of them depends on."""
         where = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in self.tensors())
         how = launch_table.precision(self.tok), torch.are_deterministic_algorithms_enabled()
-        return self.n_heads, how, *where
+        return self.n_heads, self.eps, how, *where
 
 
 def parts_of(model: GPTModel) -> Parts | None:
-    """The model taken apart for steps; None where it has a piece that is not plainly ours, drops
-    something, or is of a shape that the kernels do not take.
+    """The model taken apart for steps; None if a piece of it is modified, drops something, or is of
+    a shape that the kernels do not take.
     """
-    head: Any = model.out_head
-    norm: Any = model.final_norm
-    tables = (model.tok_emb, model.pos_emb)
-    if not (
-        plain(model, GPTModel)
-        and plain(model.trf_blocks, nn.Sequential)
-        and plain_linear(head)
-        and plain(norm, LayerNorm)
-        and norm.eps == EPS
-        and all(plain(table, nn.Embedding) and table.max_norm is None for table in tables)
-        and drops_nothing(model.drop_emb)
-    ):
+    record = model.record()
+    if record is None or not record.blocks:
         return None
-    tok, pos = (table.weight for table in tables)
-    width = tok.shape[1]
-    blocks, n_heads = [], 0
-    for block in model.trf_blocks:
-        b = taken_apart(block)
-        if b is None or b.attention_p or b.shortcut_p or n_heads not in (0, b.heads):
+    (tok, pos), (norm, eps, head) = record.embeddings, record.end
+    assert head is not None
+    width, n_heads = tok.shape[1], record.blocks[0].n_heads
+    for block in record.blocks:
+        if block.attention_p or block.shortcut_p or (block.n_heads, block.eps) != (n_heads, eps):
             return None
-        if not _fit(b.parameters, width):
+        if not _fit(block.parameters, width):
             return None
-        n_heads = b.heads
-        blocks.append(b.parameters)
     # An id that the head has and the table has not must be refused, which a graph cannot.
-    if not blocks or head.weight.shape[0] > tok.shape[0]:
+    if head.weight.shape[0] > tok.shape[0]:
         return None
     if width // n_heads > launch_table.WIDEST["causal_attention"]:
         return None
-    return Parts(tok, pos, tuple(blocks), norm.scale, norm.shift, head.weight, head.bias, n_heads)
+    blocks = tuple(block.parameters for block in record.blocks)
+    return Parts(tok, pos, blocks, norm, head, n_heads, eps)
 
 
-def _fit(p: BlockParameters, width: int) -> bool:
+def _fit(p: Block, width: int) -> bool:
     """Whether the parameters have the shapes of a block of this width."""
-    norms = (p.scale1, p.shift1, p.scale2, p.shift2)
-    inner = (p.query_weight, p.key_weight, p.value_weight, p.out_weight)
-    hidden = p.up_weight.shape[0]
+    hidden = p.up.weight.shape[0]
     return (
-        all(t is not None and t.shape == (width,) for t in norms)
-        and all(t.shape == (width, width) for t in inner)
-        and p.up_weight.shape == (hidden, width)
-        and p.down_weight.shape == (width, hidden)
+        all(t is not None and t.shape == (width,) for t in (*p.norm1, *p.norm2))
+        and all(layer.weight.shape == (width, width) for layer in (p.query, p.key, p.value, p.out))
+        and p.up.weight.shape == (hidden, width)
+        and p.down.weight.shape == (width, hidden)
     )
 
 
@@ -139,32 +127,30 @@ def step(parts: Parts, state: State) -> Tensor:
     branch: Tensor | None = None
     for p, (keys, values) in zip(parts.blocks, state.caches, strict=True):
         if branch is None:
-            h = ops.layer_norm(x, p.scale1, p.shift1, EPS)
+            h = ops.layer_norm(x, *p.norm1, parts.eps)
         else:
-            h, x = ops.add_layer_norm(x, branch, p.scale1, p.shift1, EPS)
+            h, x = ops.add_layer_norm(x, branch, *p.norm1, parts.eps)
         context = _attended(p, h, keys, values, state.position, length)
-        attended = ops.linear(context, p.out_weight, p.out_bias)
-        h, x = ops.add_layer_norm(x, attended, p.scale2, p.shift2, EPS)
-        if p.up_bias is None:
-            h = ops.gelu(ops.linear(h, p.up_weight))
-        else:
-            h = ops.linear_gelu(h, p.up_weight, p.up_bias)
-        branch = ops.linear(h, p.down_weight, p.down_bias)
+        attended = ops.linear(context, *p.out)
+        h, x = ops.add_layer_norm(x, attended, *p.norm2, parts.eps)
+        no_bias = p.up.bias is None
+        h = ops.gelu(ops.linear(h, p.up.weight)) if no_bias else ops.linear_gelu(h, *p.up)
+        branch = ops.linear(h, *p.down)
     assert branch is not None
-    h, _ = ops.add_layer_norm(x, branch, parts.scale, parts.shift, EPS)
+    h, _ = ops.add_layer_norm(x, branch, *parts.norm, parts.eps)
     state.position += 1
-    return ops.linear(h, parts.head, parts.head_bias)
+    return ops.linear(h, *parts.head)
 
 
 def _attended(
-    p: BlockParameters, h: Tensor, keys: Tensor, values: Tensor, position: Tensor, length: Tensor
+    p: Block, h: Tensor, keys: Tensor, values: Tensor, position: Tensor, length: Tensor
 ) -> Tensor:
     """What the attention hands to its output projection, [B, 1, D]."""
     B, H, _, head_dim = keys.shape
-    weights, biases = p[2:8:2], p[3:8:2]
-    projected = ops.packed_linear(h, weights, biases)
+    layers = (p.query, p.key, p.value)
+    projected = ops.packed_linear(h, *zip(*layers, strict=True))
     if projected is None:
-        projected = tuple(ops.linear(h, w, b) for w, b in zip(weights, biases, strict=True))
+        projected = tuple(ops.linear(h, *layer) for layer in layers)
     q, k, v = (t.unflatten(-1, (H, head_dim)).transpose(1, 2) for t in projected)
     keys.index_copy_(2, position, k)
     values.index_copy_(2, position, v)

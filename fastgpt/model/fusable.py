@@ -1,8 +1,10 @@
-"""Which modules do just what their class says, so that fused code may stand in for calling them."""
+"""Which modules do just what their class says, so that fused code may stand in for calling them,
+and what stands in the way of the others.
+"""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -14,15 +16,32 @@ _CALL = nn.Module.__call__
 KNOWN: dict[type[nn.Module], Any] = {
     cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Sequential, nn.Dropout, nn.Identity)
 }
+_HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
 
 
-def known(cls: type[M]) -> type[M]:
+class Obstacle(NamedTuple):
+    """A piece that keeps what holds it from running fused."""
+
+    path: str  # from the module that was asked; empty for that module itself
+    reason: str
+
+    def below(self, path: str) -> Obstacle:
+        """The same, seen from the module that holds the one asked under this path."""
+        return Obstacle(f"{path}.{self.path}" if self.path else path, self.reason)
+
+
+def fusable_class(cls: type[M]) -> type[M]:
     """Class decorator: remembers the class's forward, so that one set later is seen."""
     KNOWN[cls] = cls.forward
     return cls
 
 
-def plain(module: Any, cls: type[nn.Module]) -> bool:
+def is_unmodified(module: Any, cls: type[nn.Module]) -> bool:
     """Whether nothing is replaced in this module and nothing listens to it.
 
     Subclasses (parametrisations, FSDP, quantised layers), hooks, a forward set on the instance or
@@ -42,23 +61,56 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
-def plain_linear(module: Any) -> bool:
-    """Whether a module is plainly an nn.Linear with a weight and a bias of its own.
+def modification(module: Any, cls: type[nn.Module]) -> str:
+    """What ``is_unmodified`` objects to, for a reader."""
+    if type(module) is not cls:
+        return f"{type(module).__name__} in place of {cls.__name__}"
+    for name, kind in _HOOKS.items():
+        if getattr(module, name):
+            return kind
+    if has_global_hooks():
+        return "a hook on every module"
+    if module._compiled_call_impl is not None:
+        return "compiled by itself"
+    return "a forward of its own"
 
-    Without the key somebody has put another tensor in the parameter's place.
+
+def obstacle(module: Any, cls: type[nn.Module], path: str) -> Obstacle | None:
+    """What stands in the way of this piece, None if nothing does."""
+    return None if is_unmodified(module, cls) else Obstacle(path, modification(module, cls))
+
+
+def is_unmodified_linear(module: Any) -> bool:
+    """Whether a module is an unmodified nn.Linear with a weight and a bias of its own.
+
+    A missing key means the parameter was replaced by a plain tensor.
     """
-    return plain(module, nn.Linear) and module._parameters.keys() >= {"weight", "bias"}
+    return is_unmodified(module, nn.Linear) and module._parameters.keys() >= {"weight", "bias"}
+
+
+def linear_obstacle(module: Any, path: str) -> Obstacle | None:
+    """What stands in the way of a linear layer, None if nothing does."""
+    if is_unmodified_linear(module):
+        return None
+    found = obstacle(module, nn.Linear, path)
+    return found or Obstacle(path, "a weight or bias that is no parameter")
 
 
 def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
-    None where it is not plainly one.
+    None if it is a modified module or no dropout.
     """
     if isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN:
-        if not plain(dropout, type(dropout)):
+        if not is_unmodified(dropout, type(dropout)):
             return None
         return dropout.p if dropout.training else 0.0
-    return 0.0 if plain(dropout, nn.Identity) else None
+    return 0.0 if is_unmodified(dropout, nn.Identity) else None
+
+
+def dropout_obstacle(dropout: Any, path: str) -> Obstacle:
+    """What makes ``drop_probability`` None."""
+    known = isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN
+    return Obstacle(path, modification(dropout, type(dropout) if known else nn.Dropout))
 
 
 def drops_nothing(dropout: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.config import as_ids
+from fastgpt.cpu.forward import WholePass
+from fastgpt.model import decode_graph
 from fastgpt.model.cache import KVCache
-from fastgpt.model.fusable import KNOWN, drops_nothing, plain
+from fastgpt.model.fusable import KNOWN, drops_nothing, is_unmodified
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import MultiHeadAttention
 
@@ -192,7 +193,7 @@ def _steps(
     """
     cache = _new_cache(model) if context_size > 0 else None
     unseen = idx[:, -context_size:]
-    memo: dict[Any, Any] | None = None if watched else {}
+    whole: WholePass | None = None
     graphs = None if cache is None else _graphs(model, idx)
     with contextlib.ExitStack() as stack:
         decoder: Any = None
@@ -201,14 +202,18 @@ def _steps(
                 if cache is None or not isinstance(model, GPTModel):
                     logits = model(idx[:, -context_size:])
                 elif idx.shape[1] > context_size:  # the window slides, and with it every position
-                    logits = model._forward(idx[:, -context_size:], last_only=True, memo=memo)
+                    if whole is None or watched:
+                        whole = model.whole_pass(idx)
+                    logits = model.forward_pass(idx[:, -context_size:], None, True, whole)
                 elif decoder is not None and (not watched or decoder.serves(model)):
-                    logits = decoder.step(model._checked(unseen, idx.shape[1] - 1))
+                    logits = decoder.step(model.checked(unseen, idx.shape[1] - 1))
                 else:
                     if decoder is not None:  # the model was changed: on without a graph
                         decoder.state.empty_into(cache)
                         decoder = None
-                    logits = model._forward(unseen, cache, last_only=True, memo=memo)
+                    if whole is None or watched:
+                        whole = model.whole_pass(unseen)
+                    logits = model.forward_pass(unseen, cache, True, whole)
                     if graphs is not None:
                         left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
                         decoder = stack.enter_context(graphs.decoding(model, cache, left))
@@ -225,7 +230,7 @@ def _graphs(model: nn.Module, idx: Tensor) -> Any:
         return None
     if not dispatch.on_triton("decode_attention", tok):
         return None
-    return importlib.import_module("fastgpt.model.decode_graph")
+    return decode_graph
 
 
 def _new_cache(model: nn.Module) -> KVCache | None:
@@ -234,13 +239,13 @@ def _new_cache(model: nn.Module) -> KVCache | None:
     Somebody else's module might look at its neighbours, a hook might count its tokens, dropout
     draws anew each time: all these take the book's loop.
     """
-    if not isinstance(model, GPTModel) or not plain(model, GPTModel):
+    if not isinstance(model, GPTModel) or not is_unmodified(model, GPTModel):
         return None
     for module in model.modules():
-        if type(module) not in KNOWN or not plain(module, type(module)):
+        if type(module) not in KNOWN or not is_unmodified(module, type(module)):
             return None
         if isinstance(module, nn.Dropout) and not drops_nothing(module):
             return None
-        if isinstance(module, MultiHeadAttention) and not module._mask_is_causal():
+        if isinstance(module, MultiHeadAttention) and not module.is_causal():
             return None
     return KVCache(len(model.trf_blocks)) if len(model.trf_blocks) > 0 else None

@@ -1,29 +1,47 @@
-"""The book's GPTModel: the whole of it, its loss, its cache and its checkpoints.
-
-What runs as one call is in ``stack``; here is the way by modules, which fuses from piece to piece.
-"""
+"""The book's GPTModel: the whole of it, its loss, its cache and its checkpoints."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import dispatch, ops
+from fastgpt import dispatch, ops, weights
 from fastgpt.config import Config, as_ids, check_config, check_ids, comparable
-from fastgpt.model.cache import KVCache, Staged, cached_tokens, idle
-from fastgpt.model.fusable import drop_probability, known, plain
+from fastgpt.cpu.forward import Piece, WholePass
+from fastgpt.cpu.records import BlockRecord, EmbeddingRecord, EndRecord, Linear, Norm
+from fastgpt.model.cache import CacheTransaction, KVCache, cached_tokens, idle
+from fastgpt.model.description import described
+from fastgpt.model.fusable import (
+    Obstacle,
+    drop_probability,
+    dropout_obstacle,
+    drops_nothing,
+    fusable_class,
+    is_unmodified,
+    is_unmodified_linear,
+    linear_obstacle,
+    obstacle,
+)
 from fastgpt.model.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@known
+class ModelRecord(NamedTuple):
+    """A model that consists of nothing but what fused code knows."""
+
+    embeddings: EmbeddingRecord
+    blocks: list[BlockRecord]
+    end: EndRecord
+
+
+@fusable_class
 class GPTModel(nn.Module):
     """GPT-2 as the book builds it.
 
@@ -73,8 +91,6 @@ class GPTModel(nn.Module):
             FileNotFoundError: there is no such file, and the hub cannot be reached.
             ImportError: safetensors or huggingface_hub is missing.
         """
-        from fastgpt import weights
-
         return weights.from_pretrained(cls, name_or_path, cfg, **options)
 
     def save_pretrained(
@@ -85,9 +101,9 @@ class GPTModel(nn.Module):
         """Writes model.safetensors and config.json for Hugging Face's GPT2LMHeadModel; see
         ``fastgpt.weights.save_pretrained``.
         """
-        from fastgpt import weights
-
-        weights.save_pretrained(self, directory, state_dict)
+        if state_dict is None:
+            state_dict = dict(self.named_parameters(remove_duplicate=False))
+        weights.save_pretrained(described(self), state_dict, directory)
 
     def forward(self, in_idx: Tensor, use_cache: bool = False, cache: Any = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab_size].
@@ -110,7 +126,7 @@ class GPTModel(nn.Module):
             if self._own_cache is None:
                 self._own_cache = KVCache(len(self.trf_blocks))
             cache = self._own_cache
-        return self._forward(in_idx, cache)
+        return self.forward_pass(in_idx, cache)
 
     def loss(
         self,
@@ -138,7 +154,7 @@ class GPTModel(nn.Module):
                 context length, or the reduction is none of these.
             IndexError: an id or a target is outside the vocabulary.
         """
-        idx = self._checked(idx, 0)
+        idx = self.checked(idx, 0)
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(f"targets {shape} must have the shape of the ids {tuple(idx.shape)}")
@@ -146,17 +162,14 @@ class GPTModel(nn.Module):
         head: Any = self.out_head
         rest = (ignore_index, reduction)
         if (
-            plain(self, GPTModel)
-            and plain(head, nn.Linear)
+            is_unmodified(self, GPTModel)
+            and is_unmodified(head, nn.Linear)
             and head._parameters.get("weight") is not None
             and head.bias is None
         ):
-            from fastgpt.model import stack  # which knows the classes above
-
             ops.check_targets(targets, head.weight.shape[0], ignore_index)
-            h = stack.features(self, idx)
-            if h is None:
-                h = self._features(idx, 0, None, last_only=False)
+            whole = self.whole_pass(idx, with_head=False)
+            h = self._features(idx, 0, None, last_only=False) if whole is None else whole.run(idx)
             return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)
@@ -171,34 +184,119 @@ class GPTModel(nn.Module):
         self._own_cache = None
         idle.pop(self, None)
 
-    def _forward(
-        self, in_idx: Tensor, cache: Any = None, last_only: bool = False, memo: Any = None
+    def forward_pass(
+        self,
+        in_idx: Tensor,
+        cache: Any = None,
+        last_only: bool = False,
+        whole: WholePass | None = None,
     ) -> Tensor:
-        from fastgpt.model import stack  # which knows the classes above
+        """``forward`` for all tokens or the last alone, [B, T or 1, vocab_size].
 
+        Args:
+            whole: what ``whole_pass`` gave, if nothing has changed since; else the pieces are
+                looked at again.
+        """
         past = cached_tokens(cache, 0)
-        in_idx = self._checked(in_idx, past)
-        staged = None if cache is None else Staged(cache, in_idx.shape[0], past)
-        logits = stack.forward(self, in_idx, past, staged, last_only, memo)
-        if logits is None:
-            logits = self._by_modules(in_idx, past, staged, last_only)
+        in_idx = self.checked(in_idx, past)
+        staged = None
+        if cache is not None:
+            staged = CacheTransaction(cache, in_idx.shape[0], past, self.max_context())
+        if whole is None:
+            whole = self.whole_pass(in_idx)
+        if whole is None or in_idx.numel() == 0:
+            logits = linear(self.out_head, self._features(in_idx, past, staged, last_only))
+        else:
+            logits = whole.run(in_idx, past, staged, last_only)
         if staged is not None:
             staged.commit()
         return logits
 
-    def _by_modules(
-        self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool
-    ) -> Tensor:
-        return linear(self.out_head, self._features(in_idx, past, cache, last_only))
+    def whole_pass(self, idx: Tensor, with_head: bool = True) -> WholePass | None:
+        """The model as pieces of one call into C++, for ids such as these; None if gradients are
+        wanted, or nothing can run that way. Good while nothing changes the model.
+        """
+        if not dispatch.takes_whole_pass(idx) or idx.numel() == 0:
+            return None
+        if not is_unmodified(self.trf_blocks, nn.Sequential):
+            return None
+        blocks: Any = self.trf_blocks._modules.values()
+        records = [b.record() if type(b) is TransformerBlock else None for b in blocks]
+        whole = WholePass(
+            self,
+            Piece(self._embedding_record(), self._embedded_by_modules),
+            [Piece(record, block) for record, block in zip(records, blocks, strict=True)],
+            Piece(self._end_record(with_head), self._with_head if with_head else self.final_norm),
+        )
+        return whole if whole.fuses else None
 
-    def _features(self, in_idx: Tensor, past: int, cache: Staged | None, last_only: bool) -> Tensor:
+    def record(self) -> ModelRecord | None:
+        """What the model consists of; None if ``obstacles`` are in the way."""
+        blocks: Any = self.trf_blocks
+        if not is_unmodified(self, GPTModel) or not is_unmodified(blocks, nn.Sequential):
+            return None
+        records = [b.record() if type(b) is TransformerBlock else None for b in blocks]
+        embeddings, end = self._embedding_record(), self._end_record()
+        if embeddings is None or end is None or any(record is None for record in records):
+            return None
+        return ModelRecord(embeddings, records, end)  # type: ignore[arg-type]
+
+    def obstacles(self) -> list[Obstacle]:
+        """All that keeps pieces of the model from running fused."""
+        found = [
+            obstacle(self, GPTModel, ""),
+            obstacle(self.tok_emb, nn.Embedding, "tok_emb"),
+            obstacle(self.pos_emb, nn.Embedding, "pos_emb"),
+            obstacle(self.trf_blocks, nn.Sequential, "trf_blocks"),
+            obstacle(self.final_norm, LayerNorm, "final_norm"),
+            linear_obstacle(self.out_head, "out_head"),
+        ]
+        for name in ("tok_emb", "pos_emb"):
+            if getattr(getattr(self, name), "max_norm", None) is not None:
+                found.append(Obstacle(name, "a max_norm"))
+        if drop_probability(self.drop_emb) is None:
+            found.append(dropout_obstacle(self.drop_emb, "drop_emb"))
+        for name, block in self.trf_blocks.named_children():
+            path = f"trf_blocks.{name}"
+            if isinstance(block, TransformerBlock):
+                found += [one.below(path) for one in block.obstacles()]
+            else:
+                found.append(obstacle(block, TransformerBlock, path))
+        return [one for one in found if one is not None]
+
+    def _embedding_record(self) -> EmbeddingRecord | None:
+        tables = (self.tok_emb, self.pos_emb)
+        if not drops_nothing(self.drop_emb):
+            return None
+        for table in tables:
+            if not is_unmodified(table, nn.Embedding) or table.max_norm is not None:
+                return None
+        tok, pos = (table._parameters.get("weight") for table in tables)
+        return None if tok is None or pos is None else EmbeddingRecord(tok, pos)
+
+    def _end_record(self, with_head: bool = True) -> EndRecord | None:
+        norm: Any = self.final_norm
+        head: Any = self.out_head
+        if not is_unmodified(norm, LayerNorm) or (with_head and not is_unmodified_linear(head)):
+            return None
+        last = Linear(head._parameters["weight"], head._parameters["bias"]) if with_head else None
+        scale, shift = (norm._parameters.get(name) for name in ("scale", "shift"))
+        return EndRecord(Norm(scale, shift), norm.eps, last)
+
+    def _with_head(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out_head(self.final_norm(x))
+        return logits
+
+    def _features(
+        self, in_idx: Tensor, past: int, cache: CacheTransaction | None, last_only: bool
+    ) -> Tensor:
         """What the head gets, [B, T or 1, emb_dim]."""
         x = self._embedded(in_idx, past)
         branch: Tensor | None = None
-        if plain(self.trf_blocks, nn.Sequential) or cache is not None:
+        if is_unmodified(self.trf_blocks, nn.Sequential) or cache is not None:
             for layer, block in enumerate(self.trf_blocks):
-                if isinstance(block, TransformerBlock) and plain(block, TransformerBlock):
-                    x, branch = block.advance(x, branch, cache, layer, self)
+                if isinstance(block, TransformerBlock) and is_unmodified(block, TransformerBlock):
+                    x, branch = block.forward_residual(x, branch, cache, layer, self)
                 else:
                     x = x if branch is None else branch + x
                     x, branch = block(x) if cache is None else block(x, cache, layer), None
@@ -214,18 +312,24 @@ class GPTModel(nn.Module):
             tables = [_table(module) for module in (self.tok_emb, self.pos_emb)]
             if tables[0] is not None and tables[1] is not None:
                 return ops.embedding(in_idx, tables[0], tables[1], past, dropout_p)
-        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
-        return self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
+        return self._embedded_by_modules(in_idx, past)
 
-    def _context(self) -> int:
+    def _embedded_by_modules(self, in_idx: Tensor, past: int) -> Tensor:
+        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
+        x: Tensor = self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
+        return x
+
+    def max_context(self) -> int:
+        """The most tokens that there are positions for."""
         positions: nn.Module = self.pos_emb
         if isinstance(positions, nn.Embedding):
             return positions.weight.shape[0]
         return int(self.cfg["context_length"])
 
-    def _checked(self, idx: Tensor, past: int) -> Tensor:
+    def checked(self, idx: Tensor, past: int) -> Tensor:
+        """The ids as int32 or int64, [B, T], behind `past` cached tokens; errors as ``forward``."""
         idx = as_ids(idx)
-        tokens, context = past + idx.shape[1], self._context()
+        tokens, context = past + idx.shape[1], self.max_context()
         if tokens > context:
             cached = f" ({past} of them cached)" if past else ""
             raise ValueError(f"{tokens} tokens{cached} are more than the context length {context}")
@@ -248,7 +352,7 @@ class GPTModel(nn.Module):
 def _table(module: Any) -> Tensor | None:
     """The weight of an embedding that does nothing but look up; None for any other."""
     looks_up = (
-        plain(module, nn.Embedding)
+        is_unmodified(module, nn.Embedding)
         and module._parameters.get("weight") is not None
         and module.padding_idx is None
         and module.max_norm is None

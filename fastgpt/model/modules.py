@@ -1,7 +1,7 @@
 """The pieces of the book's GPT under its names, fused where nothing watches what is between them.
 
 The module tree, the parameters' order, the state dict and the random draws are the book's. Each
-forward below fuses the modules that are plainly the ones it knows (``plain``) and calls every
+forward below fuses the modules that nobody has modified (``fusable.is_unmodified``) and calls every
 other one as a module, so that a replaced, hooked or wrapped piece runs as its owner wrote it and
 the rest stays fused. No weight is copied.
 """
@@ -15,14 +15,25 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config
+from fastgpt.cpu.records import Block, BlockRecord, Linear, Norm
 from fastgpt.model.cache import cached_tokens, extended
-from fastgpt.model.fusable import drop_probability, known, plain, plain_linear
+from fastgpt.model.fusable import (
+    Obstacle,
+    drop_probability,
+    dropout_obstacle,
+    fusable_class,
+    is_unmodified,
+    is_unmodified_linear,
+    linear_obstacle,
+    obstacle,
+)
+from fastgpt.model.packing import pack_on_gpu, weights_lie_at
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@known
+@fusable_class
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, biased variance, eps 1e-5; scale and shift: [emb_dim]."""
 
@@ -37,7 +48,7 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.scale, self.shift, self.eps)
 
 
-@known
+@fusable_class
 class GELU(nn.Module):
     """The tanh form of GELU."""
 
@@ -46,7 +57,7 @@ class GELU(nn.Module):
         return ops.gelu(x)
 
 
-@known
+@fusable_class
 class Dropout(nn.Dropout):
     """nn.Dropout that draws the same mask whether it runs by itself or fused."""
 
@@ -57,7 +68,7 @@ class Dropout(nn.Dropout):
         return ops.dropout(x, self.p)
 
 
-@known
+@fusable_class
 class FeedForward(nn.Module):
     """Linear, GELU, Linear: emb_dim -> 4 emb_dim -> emb_dim.
 
@@ -79,19 +90,19 @@ class FeedForward(nn.Module):
         return linear(self.layers[2], ops.linear_gelu(x, up.weight, up.bias, owner=self))
 
     def _fusable(self) -> bool:
-        if not plain(self.layers, nn.Sequential) or len(self.layers) != 3:
+        if not is_unmodified(self.layers, nn.Sequential) or len(self.layers) != 3:
             return False
         up, act, _ = self.layers
         return (
-            plain(up, nn.Linear)
-            and plain(act, GELU)
+            is_unmodified(up, nn.Linear)
+            and is_unmodified(act, GELU)
             and up.bias is not None
             and not dispatch.transformed()
             and not torch.compiler.is_compiling()
         )
 
 
-@known
+@fusable_class
 class MultiHeadAttention(nn.Module):
     """Causal attention with separate query, key, value and output projections.
 
@@ -130,7 +141,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = Dropout(dropout)
         # A key of the state dict; held only once somebody reads or sets it.
         self._buffers["mask"] = None
-        ops.pack_on_gpu(self._projections(), {})
+        pack_on_gpu(self._projections(), {})
 
     @property
     def mask(self) -> Tensor:
@@ -149,14 +160,14 @@ class MultiHeadAttention(nn.Module):
         """
         B, T, _ = x.shape
         past = cached_tokens(cache, layer)
-        self._check_tokens(past + T)
+        self.check_length(past + T)
         heads = (self.num_heads, self.head_dim)
         k, q, v = (t.unflatten(-1, heads).transpose(1, 2) for t in self._projected(x))
         if cache is not None:
-            k, v = extended(cache.get(layer), k, v, self._context())
+            k, v = extended(cache.get(layer), k, v, self.max_context())
             cache.update(layer, (k, v))
         dropout_p = drop_probability(self.dropout)
-        if self._mask_is_causal() and dropout_p is not None:
+        if self.is_causal() and dropout_p is not None:
             context = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         else:
             hidden = self._hidden(past, T, q.device)
@@ -166,7 +177,7 @@ class MultiHeadAttention(nn.Module):
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Keys, queries and values, each [B, T, d_out]."""
         layers: tuple[Any, ...] = (self.W_query, self.W_key, self.W_value)
-        if not torch.compiler.is_compiling() and all(map(plain_linear, layers)):
+        if not torch.compiler.is_compiling() and all(map(is_unmodified_linear, layers)):
             weights, biases = ([getattr(m, n) for m in layers] for n in ("weight", "bias"))
             packed = ops.packed_linear(x, weights, biases)
             if packed is not None:
@@ -178,25 +189,35 @@ class MultiHeadAttention(nn.Module):
         return tuple(self._modules.get(name) for name in ("W_query", "W_key", "W_value"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = ops.weights_lie_at(self._projections())
+        before = weights_lie_at(self._projections())
         super()._apply(fn, recurse)
-        ops.pack_on_gpu(self._projections(), before)
+        pack_on_gpu(self._projections(), before)
         return self
 
     def __setstate__(self, state: Any) -> None:
         """What deepcopy and unpickling end with; both make each weight anew."""
         super().__setstate__(state)
-        ops.pack_on_gpu(self._projections(), {})
+        pack_on_gpu(self._projections(), {})
 
-    def _check_tokens(self, tokens: int) -> None:
-        if tokens > self._context():
-            raise ValueError(f"{tokens} tokens are more than the context length {self._context()}")
+    def check_length(self, tokens: int) -> None:
+        """
+        Raises:
+            ValueError: so many tokens, cached ones included, are more than the context length.
+        """
+        if tokens > (longest := self.max_context()):
+            raise ValueError(f"{tokens} tokens are more than the context length {longest}")
 
-    def _context(self) -> int:
+    def max_context(self) -> int:
+        """The most tokens that the mask has room for."""
         mask = self._buffers.get("mask")
         return self.context_length if mask is None else mask.shape[0]
 
-    def _mask_is_causal(self) -> bool:
+    def set_mask(self, mask: Tensor) -> None:
+        """Takes over a mask, [context_length, context_length]; a causal one is not kept."""
+        self._buffers["mask"] = None if is_causal(mask) else mask
+
+    def is_causal(self) -> bool:
+        """Whether the mask is the causal one; said of an edited one only outside torch.compile."""
         mask = self._buffers.get("mask")
         if mask is None:
             return True
@@ -236,7 +257,7 @@ class MultiHeadAttention(nn.Module):
         mask = state_dict.get(key)
         if mask is None:
             return
-        size = (self._context(), self._context())
+        size = (self.max_context(), self.max_context())
         if tuple(mask.shape) != size:
             error_msgs.append(
                 f"size mismatch for {key}: {tuple(mask.shape)} in the checkpoint, "
@@ -251,7 +272,7 @@ class MultiHeadAttention(nn.Module):
             self.mask.copy_(mask)
 
 
-@known
+@fusable_class
 class TransformerBlock(nn.Module):
     """LayerNorm, attention, shortcut; LayerNorm, feed-forward, shortcut.
 
@@ -284,19 +305,17 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
         """[B, T, emb_dim] -> [B, T, emb_dim]."""
-        x, branch = self.advance(x, None, cache, layer, self)
+        x, branch = self.forward_residual(x, None, cache, layer, self)
         return x if branch is None else branch + x
 
-    def advance(
+    def forward_residual(
         self, x: Tensor, branch: Tensor | None, cache: Any, layer: int, owner: nn.Module
     ) -> tuple[Tensor, Tensor | None]:
-        """The block on x + branch. Where it does not run as a whole the sum at its end is left to
+        """The block on x + branch. If it does not run as a whole, the sum at its end is left to
         the next norm, which adds.
         """
         if cache is None:
-            from fastgpt.model import stack  # which knows the classes here
-
-            whole = stack.block_step(self, x, branch, owner)
+            whole = self._as_one(x, branch, owner)
             if whole is not None:
                 return whole, None
         x, h = add_norm(x, branch, self.norm1)
@@ -304,6 +323,106 @@ class TransformerBlock(nn.Module):
         attended = self.att(h) if cache is None else self.att(h, cache, layer)
         x, h = add_norm(x, attended, self.norm2, self.drop_shortcut)
         return x, self.drop_shortcut(self.ff(h))
+
+    def _as_one(self, x: Tensor, branch: Tensor | None, owner: nn.Module) -> Tensor | None:
+        """The block on x + branch as one operation; None if it cannot be one.
+
+        Raises:
+            ValueError: the tokens are more than the block's context length.
+        """
+        if x.dim() != 3 or not dispatch.runs_whole(x):
+            return None
+        b = self.record()
+        if b is None or x.shape[2] != b.width:
+            return None
+        self.att.check_length(x.shape[1])
+        x = x if branch is None else branch + x
+        how = (b.n_heads, b.attention_p, b.shortcut_p, b.eps, owner)
+        return ops.transformer_block(x, b.parameters, *how)
+
+    def record(self) -> BlockRecord | None:
+        """What the block consists of; None if ``obstacles`` are in the way."""
+        if not is_unmodified(self, TransformerBlock):
+            return None
+        # Not by nn.Module's own look-up, which would cost a small model as much as its arithmetic.
+        pieces = self._modules
+        att: Any = pieces.get("att")
+        ff: Any = pieces.get("ff")
+        if not (is_unmodified(att, MultiHeadAttention) and is_unmodified(ff, FeedForward)):
+            return None
+        inner, layers = att._modules, ff._modules.get("layers")
+        if not (is_unmodified(layers, nn.Sequential) and list(layers._modules) == ["0", "1", "2"]):
+            return None
+        up, act, down = layers._modules.values()
+        norm1: Any = pieces.get("norm1")
+        norm2: Any = pieces.get("norm2")
+        linears = (*(inner.get(name) for name in _PROJECTIONS), up, down)
+        attention_p = drop_probability(inner.get("dropout"))
+        shortcut_p = drop_probability(pieces.get("drop_shortcut"))
+        if not (
+            is_unmodified(act, GELU)
+            and is_unmodified(norm1, LayerNorm)
+            and is_unmodified(norm2, LayerNorm)
+            and norm1.eps == norm2.eps
+            and all(map(is_unmodified_linear, linears))
+            and attention_p is not None
+            and shortcut_p is not None
+            and att.num_heads * att.head_dim == att.d_out
+            and att.is_causal()
+        ):
+            return None
+        query, key, value, out, first, last = map(_linear_of, linears)
+        parameters = Block(_norm_of(norm1), query, key, value, out, _norm_of(norm2), first, last)
+        rates = (norm1.eps, attention_p, shortcut_p)
+        return BlockRecord(parameters, att.d_out, att.num_heads, *rates, att.max_context())
+
+    def obstacles(self) -> list[Obstacle]:
+        """All that keeps the block from running as one operation."""
+        pieces = self._modules
+        att, ff = pieces.get("att"), pieces.get("ff")
+        found = [
+            obstacle(self, TransformerBlock, ""),
+            obstacle(att, MultiHeadAttention, "att"),
+            obstacle(ff, FeedForward, "ff"),
+            obstacle(pieces.get("norm1"), LayerNorm, "norm1"),
+            obstacle(pieces.get("norm2"), LayerNorm, "norm2"),
+        ]
+        dropouts = {"drop_shortcut": pieces.get("drop_shortcut")}
+        if isinstance(att, MultiHeadAttention):
+            found += [linear_obstacle(att._modules.get(n), f"att.{n}") for n in _PROJECTIONS]
+            dropouts["att.dropout"] = att._modules.get("dropout")
+            if not att.is_causal():
+                found.append(Obstacle("att.mask", "an edited mask"))
+            if att.num_heads * att.head_dim != att.d_out:
+                found.append(Obstacle("att", "heads that do not make up the width"))
+        if isinstance(ff, FeedForward):
+            layers = ff._modules.get("layers")
+            found.append(obstacle(layers, nn.Sequential, "ff.layers"))
+            names = list(getattr(layers, "_modules", ()))
+            if names != ["0", "1", "2"]:
+                found.append(Obstacle("ff.layers", f"{len(names)} layers in place of 3"))
+            else:
+                up, act, down = layers._modules.values()  # type: ignore[union-attr]
+                found += [linear_obstacle(up, "ff.layers.0"), obstacle(act, GELU, "ff.layers.1")]
+                found.append(linear_obstacle(down, "ff.layers.2"))
+        for path, dropout in dropouts.items():
+            if drop_probability(dropout) is None:
+                found.append(dropout_obstacle(dropout, path))
+        eps = [getattr(pieces.get(name), "eps", None) for name in ("norm1", "norm2")]
+        if eps[0] != eps[1]:
+            found.append(Obstacle("norm2", f"eps {eps[1]}, norm1 has {eps[0]}"))
+        return [one for one in found if one is not None]
+
+
+_PROJECTIONS = ("W_query", "W_key", "W_value", "out_proj")
+
+
+def _norm_of(norm: Any) -> Norm:
+    return Norm(norm._parameters.get("scale"), norm._parameters.get("shift"))
+
+
+def _linear_of(layer: Any) -> Linear:
+    return Linear(layer._parameters["weight"], layer._parameters["bias"])
 
 
 def is_causal(mask: Tensor) -> bool:
@@ -318,7 +437,7 @@ def add_norm(
     if branch is None:
         return x, norm(x)
     dropout_p = 0.0 if dropout is None else drop_probability(dropout)
-    if plain(norm, LayerNorm) and branch.shape == x.shape and dropout_p is not None:
+    if is_unmodified(norm, LayerNorm) and branch.shape == x.shape and dropout_p is not None:
         h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps, dropout_p)
         return x, h
     x = (branch if dropout is None else dropout(branch)) + x
@@ -327,6 +446,6 @@ def add_norm(
 
 def linear(module: Any, x: Tensor) -> Tensor:
     """What the module makes of x, by the fused product where it is plainly an nn.Linear."""
-    if not plain_linear(module) or torch.compiler.is_compiling():
+    if not is_unmodified_linear(module) or torch.compiler.is_compiling():
         return module(x)
     return ops.linear(x, module.weight, module.bias, owner=module)

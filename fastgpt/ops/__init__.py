@@ -13,7 +13,7 @@ from fastgpt.ops.linear_cross_entropy import (
     checked_linear_cross_entropy,
     linear_cross_entropy,
 )
-from fastgpt.ops.packed_linear import pack_on_gpu, packed_linear, weights_lie_at
+from fastgpt.ops.packed_linear import packed_linear
 from fastgpt.ops.transformer_block import transformer_block
 
 __all__ = [
@@ -29,8 +29,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
-    "pack_on_gpu",
     "packed_linear",
     "transformer_block",
-    "weights_lie_at",
 ]

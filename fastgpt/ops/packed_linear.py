@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.model.fusable import plain_linear
-
-
-def weights_lie_at(layers: Sequence[Any]) -> dict[nn.Parameter, int]:
-    """The addresses of the layers' weights."""
-    weights = [layer.weight for layer in layers if plain_linear(layer)]
-    return {w: w.data_ptr() for w in weights if type(w) is nn.Parameter}
-
-
-def pack_on_gpu(layers: Sequence[Any], before: Mapping[nn.Parameter, int]) -> None:
-    """Lays the layers' weights side by side where they have just come to a GPU: nobody else can
-    hold their memory yet. They stay the parameters that they are.
-
-    before: where they were, as ``weights_lie_at`` says it.
-    """
-    if not all(map(plain_linear, layers)):
-        return
-    weights = [layer.weight for layer in layers]
-    first = weights[0]
-    if not all(
-        type(w) is nn.Parameter
-        and w.is_cuda
-        and (w.device, w.dtype, w.shape) == (first.device, first.dtype, first.shape)
-        and w.data_ptr() != before.get(w)
-        # Alone in its storage; or, from pickle, in a copy of the whole block.
-        and w.untyped_storage().nbytes() in (w.nbytes, len(weights) * w.nbytes)
-        for w in weights
-    ):
-        return
-    if len({w.untyped_storage().data_ptr() for w in weights}) == len(weights):
-        lay_side_by_side(weights)
 
 
 def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:

@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.cpu.transformer_block import (
-    EPS,
-    BlockParameters,
-    Dropouts,
-    record,
-    transformer_block_backward,
-)
+from fastgpt.cpu.records import Block, block_fields
+from fastgpt.cpu.transformer_block import Dropouts, transformer_block_backward
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
 from fastgpt.ops.causal_attention import weights as attention_weights
 from fastgpt.ops.dropout_seed import draw_seeds, refuse_double_backward
@@ -23,10 +18,11 @@ from fastgpt.ops.dropout_seed import draw_seeds, refuse_double_backward
 
 def transformer_block(
     x: Tensor,
-    parameters: BlockParameters,
+    parameters: Block,
     n_heads: int,
     attention_p: float = 0.0,
     shortcut_p: float = 0.0,
+    eps: float = 1e-5,
     owner: object | None = None,
 ) -> Tensor | None:
     """m + dropout(ff(norm2(m))) with m = x + dropout(attention(norm1(x))).
@@ -37,6 +33,7 @@ def transformer_block(
         n_heads: number of heads.
         attention_p: probability of dropping an attention weight.
         shortcut_p: probability of dropping an element in front of each shortcut.
+        eps: added to the variance in both norms.
         owner: what the scratch memory is kept with between calls, say the model.
 
     Returns:
@@ -50,57 +47,55 @@ def transformer_block(
         raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
         return None
-    fields = record(parameters, x.shape[2])
+    fields = block_fields(parameters, x.shape[2])
     if fields is None:
         return None
     seeds = draw_seeds(attention_p, shortcut_p, shortcut_p)
     drops = Dropouts(attention_p, shortcut_p, seeds)
-    return _TransformerBlock.apply(x, n_heads, drops, owner, fields, *parameters)
+    return _TransformerBlock.apply(x, n_heads, drops, eps, owner, fields, *parameters.flat())
 
 
 class _TransformerBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, n_heads, drops, owner, fields, *parameters):
-        inside, p = x.contiguous(), BlockParameters(*parameters)
+    def forward(ctx, x, n_heads, drops, eps, owner, fields, *flat):
+        inside = x.contiguous()
         y = torch.empty_like(inside)
-        kept = cpu_forward(inside, p, n_heads, y, drops, owner, fields)
-        ctx.save_for_backward(x, *parameters, kept)
-        ctx.n_heads, ctx.drops, ctx.owner = n_heads, drops, owner
+        kept = cpu_forward(inside, Block.of(flat), n_heads, y, drops, eps, owner, fields)
+        ctx.save_for_backward(x, *flat, kept)
+        ctx.n_heads, ctx.drops, ctx.eps, ctx.owner = n_heads, drops, eps, owner
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, *parameters, kept = ctx.saved_tensors
-        p = BlockParameters(*parameters)
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        x, *flat, kept = ctx.saved_tensors
+        p, want_x, rest = Block.of(flat), ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         if dispatch.once(None, dy):
-            grads = transformer_block_backward(
-                dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops, wanted, ctx.owner
-            )
+            tensors = (dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops)
+            dx, grads = transformer_block_backward(*tensors, want_x, Block.of(rest), ctx.owner)
+            found = (dx, *grads.flat())
         else:
             refuse_double_backward(max(ctx.drops.attention_p, ctx.drops.shortcut_p))
-            grads = _differentiable_gradients(dy, x, p, ctx.n_heads, wanted)
-        return grads[0], None, None, None, None, *grads[1:]
+            found = _differentiable_gradients(dy, x, p, ctx.n_heads, ctx.eps, (want_x, *rest))
+        return found[0], None, None, None, None, None, *found[1:]
 
 
-def _differentiable_gradients(dy, x, p, n_heads, wanted):
+def _differentiable_gradients(dy, x, p, n_heads, eps, wanted):
     """By taking the block apart again in PyTorch's operations."""
-    inputs = [t for t, want in zip((x, *p), wanted, strict=True) if want]
+    inputs = [t for t, want in zip((x, *p.flat()), wanted, strict=True) if want]
     with torch.enable_grad():
-        y = _torch(x, p, n_heads)
+        y = _torch(x, p, n_heads, eps)
         found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
 
-def _torch(x: Tensor, p: BlockParameters, n_heads: int) -> Tensor:
+def _torch(x: Tensor, p: Block, n_heads: int, eps: float) -> Tensor:
     width = x.shape[-1:]
-    h = F.layer_norm(x, width, p.scale1, p.shift1, EPS)
+    h = F.layer_norm(x, width, *p.norm1, eps)
     q, k, v = (
-        F.linear(h, weight, bias).unflatten(-1, (n_heads, -1)).transpose(1, 2)
-        for weight, bias in zip(p[2:8:2], p[3:8:2], strict=True)
+        F.linear(h, *layer).unflatten(-1, (n_heads, -1)).transpose(1, 2)
+        for layer in (p.query, p.key, p.value)
     )
     context = attention_weights(q, k, q.shape[3] ** -0.5) @ v
-    x = x + F.linear(context.transpose(1, 2).flatten(2), p.out_weight, p.out_bias)
-    h = F.layer_norm(x, width, p.scale2, p.shift2, EPS)
-    h = F.gelu(F.linear(h, p.up_weight, p.up_bias), approximate="tanh")
-    return x + F.linear(h, p.down_weight, p.down_bias)
+    x = x + F.linear(context.transpose(1, 2).flatten(2), *p.out)
+    h = F.layer_norm(x, width, *p.norm2, eps)
+    return x + F.linear(F.gelu(F.linear(h, *p.up), approximate="tanh"), *p.down)

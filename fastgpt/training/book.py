@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fastgpt.model.fusable import plain
+from fastgpt.model.fusable import is_unmodified
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
 from fastgpt.text_stream import decoded
@@ -122,7 +122,7 @@ def calc_loss_batch(
 ) -> Tensor:
     """Mean cross-entropy of a batch's next tokens, [B, T] each; it carries the gradient."""
     inputs, targets = input_batch.to(device), target_batch.to(device)
-    if isinstance(model, GPTModel) and plain(model, GPTModel):
+    if isinstance(model, GPTModel) and is_unmodified(model, GPTModel):
         return model.loss(inputs, targets)
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 

@@ -8,10 +8,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt.atomic_files import clear_unfinished, only_writer, sync_files, sync_folder
 from fastgpt.weights.files import NEEDS_HUB
@@ -23,22 +22,19 @@ SAVING = ".saving-"
 
 
 def save_pretrained(
-    model: Any,
-    directory: str | os.PathLike[str],
-    state_dict: Mapping[str, Tensor] | None = None,
+    sizes: Sizes, state: Mapping[str, Tensor], directory: str | os.PathLike[str]
 ) -> None:
     """Writes model.safetensors and config.json, as Hugging Face's GPT2LMHeadModel has them.
 
     Whenever the process ends, the folder holds the old pair of files or the new one; for a moment,
-    where their configs differ, a pair that isn't complete, which ``from_pretrained`` refuses.
-    The next save clears what one cut short left behind. Biases that the model has not are written
-    as zeros, with a note in config.json.
+    if their configs differ, an incomplete pair, which ``from_pretrained`` refuses. The next save
+    clears what an interrupted one left behind. Biases that the model lacks are written as zeros,
+    with a note in config.json.
 
     Args:
-        model: a ``GPTModel``.
+        sizes: of the model.
+        state: its weights under the book's keys.
         directory: made if need be.
-        state_dict: the weights under the book's keys, where the model itself does not hold them
-            whole (FSDP).
 
     Raises:
         WeightsError: Hugging Face's GPT-2 has no place for something in this model; it is named.
@@ -47,9 +43,7 @@ def save_pretrained(
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(f"save_pretrained: {NEEDS_HUB}") from None
-    state = dict(model.named_parameters(remove_duplicate=False)) if state_dict is None else {}
-    state = {name: t for name, t in (state_dict or state).items() if not name.endswith("att.mask")}
-    sizes = described(model)
+    state = {name: t for name, t in state.items() if not name.endswith("att.mask")}
     tensors = _theirs(state, sizes)
     text = json.dumps(
         {**as_json(sizes), "dtype": str(state["tok_emb.weight"].dtype).removeprefix("torch.")},
@@ -122,77 +116,14 @@ def _theirs(state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
             tensors[name] = torch.cat(parts, dim=-1)
         elif name != "lm_head.weight" or not sizes.tied:
             tensors[name] = parts[0].contiguous()
-    _refuse(faults)
+    refuse(faults)
     return tensors
 
 
-def described(model: Any) -> Sizes:
-    """The sizes of a ``GPTModel``, read from its modules.
-
-    Raises:
-        WeightsError: a part of it is not as in GPT-2.
+def refuse(faults: list[str]) -> None:
     """
-    from fastgpt.model.gpt import GPTModel
-    from fastgpt.model.modules import (
-        GELU,
-        FeedForward,
-        MultiHeadAttention,
-        TransformerBlock,
-        is_causal,
-    )
-
-    if not isinstance(model, GPTModel):
-        raise TypeError(f"save_pretrained takes a fastgpt.GPTModel, not a {type(model).__name__}")
-    faults: list[str] = []
-    heads: set[int] = set()
-    epsilons: set[float] = set()
-    drops: set[tuple[float, float]] = set()
-    block: Any
-    for i, block in enumerate(model.trf_blocks):
-        name = f"trf_blocks.{i}"
-        pieces = (block, getattr(block, "att", None), getattr(block, "ff", None))
-        classes = (TransformerBlock, MultiHeadAttention, FeedForward)
-        if not all(map(isinstance, pieces, classes)):
-            kinds = ", ".join(type(piece).__name__ for piece in pieces)
-            faults.append(f"{name} is not a block of the book's, but {kinds}")
-            continue
-        act = block.ff.layers[1]
-        if not isinstance(act, GELU) and getattr(act, "approximate", None) != "tanh":
-            faults.append(f"{name}.ff.layers.1 is a {type(act).__name__}, not the tanh GELU")
-        mask = block.att._buffers.get("mask")
-        if mask is not None and not is_causal(mask):
-            faults.append(f"{name}.att.mask is edited")
-        heads.add(block.att.num_heads)
-        epsilons |= {getattr(norm, "eps", 0.0) for norm in (block.norm1, block.norm2)}
-        drops.add((_p(block.att.dropout), _p(block.drop_shortcut)))
-    epsilons.add(getattr(model.final_norm, "eps", 0.0))
-    for what, values in (("heads", heads), ("eps of the norms", epsilons), ("dropout", drops)):
-        if len(values) > 1:
-            faults.append(f"{what} differ: {', '.join(map(str, values))}")
-    for name in ("tok_emb", "pos_emb"):
-        table = getattr(model, name)
-        if not isinstance(table, nn.Embedding):
-            faults.append(f"{name} is a {type(table).__name__}, not nn.Embedding")
-    _refuse(faults)
-    rate = model.cfg["drop_rate"]
-    attention, shortcut = drops.pop() if drops else (rate, rate)
-    cfg = {
-        "vocab_size": model.tok_emb.weight.shape[0],
-        "context_length": model.pos_emb.weight.shape[0],
-        "emb_dim": model.tok_emb.weight.shape[1],
-        "n_heads": heads.pop() if heads else model.cfg["n_heads"],
-        "n_layers": len(model.trf_blocks),
-        "drop_rate": shortcut,
-        "qkv_bias": any(".att.W_" in n and n.endswith("bias") for n, _ in model.named_parameters()),
-    }
-    tied = getattr(model.out_head, "weight", None) is model.tok_emb.weight
-    return Sizes(cfg, epsilons.pop(), (_p(model.drop_emb), attention, shortcut), tied)
-
-
-def _p(dropout: nn.Module) -> float:
-    return float(getattr(dropout, "p", 0.0))
-
-
-def _refuse(faults: list[str]) -> None:
+    Raises:
+        WeightsError: there are faults, and these keep a model out of Hugging Face's GPT-2.
+    """
     if faults:
         raise WeightsError("Hugging Face's GPT-2 cannot hold this model:\n  " + "\n  ".join(faults))
