@@ -9,6 +9,7 @@ from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.model.accelerate import accelerate
 from fastgpt.model.cache import KVCache
+from fastgpt.model.explanation import explain
 from fastgpt.model.generation import generate, generate_stream, generate_text_simple
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
@@ -33,6 +34,7 @@ __all__ = [
     "accelerate",
     "backends",
     "cpu",
+    "explain",
     "generate",
     "generate_stream",
     "generate_text_simple",

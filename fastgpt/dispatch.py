@@ -175,6 +175,18 @@ def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> s
     return "reference"
 
 
+def explained(op: str, like: Tensor) -> tuple[str, str | None]:
+    """The backend that ``choose`` takes for tensors such as this one, and why it is not the one of
+    the device or of the request; says and raises nothing.
+    """
+    name = requested()
+    backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
+    if backend is None or backend == "reference":
+        return "reference", None if backend else f"no kernels for {like.device.type}"
+    reason = _obstacle(backend, op, [like], ())
+    return (backend, None) if reason is None else ("reference", reason)
+
+
 def on_triton(op: str, like: Tensor) -> bool:
     """Whether the operation may run on the Triton backend for tensors such as this one; says and
     raises nothing.
