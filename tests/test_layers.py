@@ -55,7 +55,7 @@ MODULES = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob(
 
 
 def imports(tree):
-    """(module of ours, at the top of the file) of each import; not of those for the type checker."""
+    """(module of ours, whether at the top of the file) of each import but the type checker's."""
     todo = [(node, True) for node in tree.body]
     while todo:
         node, top = todo.pop()
