@@ -47,17 +47,32 @@ def is_unmodified(module: Any, cls: type[nn.Module]) -> bool:
     Subclasses (parametrisations, FSDP, quantised layers), hooks, a forward set on the instance or
     the class and a compiled call all say no. Its children are not looked at.
     """
-    return (
-        type(module) is cls
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and cls.forward is KNOWN[cls]
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-        and cls.__call__ is _CALL
-        and not has_global_hooks()
+    return alone_unmodified(module, cls) and classes_unmodified()
+
+
+def classes_unmodified() -> bool:
+    """Whether no known class has another forward or call, and no hook listens to every module."""
+    for cls, forward in KNOWN.items():
+        if cls.forward is not forward or cls.__call__ is not _CALL:
+            return False
+    return not has_global_hooks()
+
+
+def alone_unmodified(module: Any, cls: type[nn.Module]) -> bool:
+    """``is_unmodified`` but for what ``classes_unmodified`` tells of all modules at once.
+
+    A small model's arithmetic takes as long as a look at each of its modules, so this one is short.
+    """
+    if type(module) is not cls:
+        return False
+    held = module.__dict__
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl")
     )
 
 
@@ -81,11 +96,16 @@ def obstacle(module: Any, cls: type[nn.Module], path: str) -> Obstacle | None:
 
 
 def is_unmodified_linear(module: Any) -> bool:
-    """Whether a module is an unmodified nn.Linear with a weight and a bias of its own.
+    """Whether a module is an unmodified nn.Linear with a weight and a bias of its own."""
+    return is_unmodified(module, nn.Linear) and has_own_parameters(module)
 
-    A missing key means the parameter was replaced by a plain tensor.
+
+def has_own_parameters(linear: nn.Module) -> bool:
+    """Whether a linear layer's weight and bias are its parameters; a missing key means one was
+    replaced by a plain tensor.
     """
-    return is_unmodified(module, nn.Linear) and module._parameters.keys() >= {"weight", "bias"}
+    held = linear._parameters
+    return "weight" in held and "bias" in held
 
 
 def linear_obstacle(module: Any, path: str) -> Obstacle | None:
@@ -100,11 +120,12 @@ def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
     None if it is a modified module or no dropout.
     """
-    if isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN:
-        if not is_unmodified(dropout, type(dropout)):
-            return None
-        return dropout.p if dropout.training else 0.0
-    return 0.0 if is_unmodified(dropout, nn.Identity) else None
+    cls = type(dropout)
+    if cls not in KNOWN or not issubclass(cls, nn.Dropout | nn.Identity):
+        return None
+    if not is_unmodified(dropout, cls):
+        return None
+    return dropout.p if dropout.training and cls is not nn.Identity else 0.0
 
 
 def dropout_obstacle(dropout: Any, path: str) -> Obstacle:

@@ -19,9 +19,12 @@ from fastgpt.cpu.records import Block, BlockRecord, Linear, Norm
 from fastgpt.model.cache import cached_tokens, extended
 from fastgpt.model.fusable import (
     Obstacle,
+    alone_unmodified,
+    classes_unmodified,
     drop_probability,
     dropout_obstacle,
     fusable_class,
+    has_own_parameters,
     is_unmodified,
     is_unmodified_linear,
     linear_obstacle,
@@ -342,16 +345,15 @@ class TransformerBlock(nn.Module):
 
     def record(self) -> BlockRecord | None:
         """What the block consists of; None if ``obstacles`` are in the way."""
-        if not is_unmodified(self, TransformerBlock):
+        if not (classes_unmodified() and alone_unmodified(self, TransformerBlock)):
             return None
-        # Not by nn.Module's own look-up, which would cost a small model as much as its arithmetic.
         pieces = self._modules
         att: Any = pieces.get("att")
         ff: Any = pieces.get("ff")
-        if not (is_unmodified(att, MultiHeadAttention) and is_unmodified(ff, FeedForward)):
+        if not (alone_unmodified(att, MultiHeadAttention) and alone_unmodified(ff, FeedForward)):
             return None
         inner, layers = att._modules, ff._modules.get("layers")
-        if not (is_unmodified(layers, nn.Sequential) and list(layers._modules) == ["0", "1", "2"]):
+        if not (alone_unmodified(layers, nn.Sequential) and list(layers._modules) == _THREE):
             return None
         up, act, down = layers._modules.values()
         norm1: Any = pieces.get("norm1")
@@ -360,11 +362,12 @@ class TransformerBlock(nn.Module):
         attention_p = drop_probability(inner.get("dropout"))
         shortcut_p = drop_probability(pieces.get("drop_shortcut"))
         if not (
-            is_unmodified(act, GELU)
-            and is_unmodified(norm1, LayerNorm)
-            and is_unmodified(norm2, LayerNorm)
+            alone_unmodified(act, GELU)
+            and alone_unmodified(norm1, LayerNorm)
+            and alone_unmodified(norm2, LayerNorm)
             and norm1.eps == norm2.eps
-            and all(map(is_unmodified_linear, linears))
+            and all(alone_unmodified(layer, nn.Linear) for layer in linears)
+            and all(map(has_own_parameters, linears))
             and attention_p is not None
             and shortcut_p is not None
             and att.num_heads * att.head_dim == att.d_out
@@ -399,7 +402,7 @@ class TransformerBlock(nn.Module):
             layers = ff._modules.get("layers")
             found.append(obstacle(layers, nn.Sequential, "ff.layers"))
             names = list(getattr(layers, "_modules", ()))
-            if names != ["0", "1", "2"]:
+            if names != _THREE:
                 found.append(Obstacle("ff.layers", f"{len(names)} layers in place of 3"))
             else:
                 up, act, down = layers._modules.values()  # type: ignore[union-attr]
@@ -414,6 +417,7 @@ class TransformerBlock(nn.Module):
         return [one for one in found if one is not None]
 
 
+_THREE = ["0", "1", "2"]
 _PROJECTIONS = ("W_query", "W_key", "W_value", "out_proj")
 
 
