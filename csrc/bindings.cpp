@@ -224,7 +224,7 @@ PYBIND11_MODULE(_C, m) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("isas", &isas, "Names of the instruction sets that this machine can run, slowest first.");
     m.def("isa", [] { return kernels().isa; }, "Name of the active instruction set.");
-    m.def("set_isa", &set_isa, "Makes an instruction set the active one; ValueError where it cannot run.");
+    m.def("set_isa", &set_isa, "Makes an instruction set the active one; ValueError if it cannot run.");
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

@@ -133,7 +133,7 @@ inline void attention_backward(const Team& team, const AttentionBackward& a, flo
     });
 }
 
-// As causal_attention in causal_attention.h; `g` has the strides of dq, dk, dv and dout. False where the workspace
+// As causal_attention in causal_attention.h; `g` has the strides of dq, dk, dv and dout. False if the workspace
 // could not be had; nothing is written then.
 inline bool causal_attention_backward(const float* q, const float* k, const float* v, const float* out,
                                       const float* dout, const float* softmax, float* dq, float* dk, float* dv,

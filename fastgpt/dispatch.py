@@ -239,7 +239,7 @@ _failed: dict[tuple[str, int | None], str] = {}
 class Launchers:
     """The launchers of an operation, with that GPU as the current one, where Triton launches.
 
-    One whose kernel can't be compiled or launched raises KernelError, or BackendError where the
+    One whose kernel can't be compiled or launched raises KernelError, or BackendError if the
     backend was asked for by name.
     """
 
@@ -369,7 +369,7 @@ def traceable(*tensors: Tensor) -> bool:
 
 
 def _obstacle(backend: str, op: str, tensors: list[Tensor], beside: Iterable[Tensor]) -> str | None:
-    """Why the backend's kernels cannot take these tensors, or None where they can."""
+    """Why the backend's kernels cannot take these tensors, or None if they can."""
     device, dtypes, reason, widest = _KERNELS[backend]
     for t in (*tensors, *beside):
         if t.device.type != device:

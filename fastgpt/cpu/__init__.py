@@ -24,7 +24,7 @@ except ImportError as error:
 
 @functools.cache
 def missing_reason() -> str | None:
-    """Why the C++ kernels cannot run here, or None where they can.
+    """Why the C++ kernels cannot run here, or None if they can.
 
     Raises:
         ValueError: ``FASTGPT_CPU_ISA`` names an instruction set that cannot run here.

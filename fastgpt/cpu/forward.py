@@ -43,7 +43,7 @@ class WholePass:
     """The pieces of a model, looked at once, to be run while nothing changes them.
 
     Args:
-        owner: what the scratch memory is kept with between calls, say the model.
+        owner: what the scratch memory is kept with between calls, such as the model.
         embeddings: with an ``EmbeddingRecord``; called with the ids [B, T] and the number of cached
             tokens, it gives the residual stream [B, T, D].
         blocks: with a ``BlockRecord`` each; called with the stream, and the cache and the layer's

@@ -168,7 +168,7 @@ def data(tensor: Tensor | None) -> int:
 
 
 def threads_for(multiplications: int) -> int:
-    """torch's number of threads, or one where the work is small."""
+    """torch's number of threads, or one if the work is small."""
     return torch.get_num_threads() if multiplications > GRAIN else 1
 
 

@@ -87,7 +87,7 @@ def transformer_block_backward(
     wanted: Block,
     owner: object | None = None,
 ) -> tuple[Tensor | None, Block]:
-    """The gradients of x and of the parameters, None where they are not wanted.
+    """The gradients of x and of the parameters, None if they are not wanted.
 
     dy: [B, T, D] contiguous; wanted: true for each parameter whose gradient is.
     """

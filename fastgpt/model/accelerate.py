@@ -277,7 +277,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _same(path: str, theirs: Tensor, ours: Tensor, tolerance: float = 1e-5) -> None:
-    """TypeError where two results differ by more than rounding in their dtype."""
+    """TypeError if two results differ by more than rounding in their dtype."""
     scale = float(theirs.abs().max())
     error = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
     # Written so that NaN is refused too, unless both have it.
@@ -286,7 +286,7 @@ def _same(path: str, theirs: Tensor, ours: Tensor, tolerance: float = 1e-5) -> N
 
 
 def _confirm(model: nn.Module, ours: GPTModel) -> None:
-    """TypeError where the two do not give the same logits, or attend the same way."""
+    """TypeError if the two do not give the same logits, or attend the same way."""
     if ours.pos_emb.weight.is_meta:
         return
     modes = [(module, module.training) for module in (*model.modules(), *ours.modules())]

@@ -68,7 +68,7 @@ class Slot(tuple[Tensor, Tensor]):
         """A slot of the shape [B, H, T, D] that begins with the old one's tokens; the rest is to be
         written.
 
-        It is of like's dtype and device; ValueError where the old one is of another shape or dtype.
+        It is of like's dtype and device; ValueError if the old one is of another shape or dtype.
         It shares the old one's blocks where they have room and no other slot has gone on from
         there.
         """
@@ -125,7 +125,7 @@ class CacheTransaction:
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def get(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The layer's pair before this pass; ValueError where it is not [batch, H, past, D]."""
+        """The layer's pair before this pass; ValueError if it is not [batch, H, past, D]."""
         pair: tuple[Tensor, Tensor] | None = self.cache.get(layer)
         tokens = 0 if pair is None else pair[0].shape[2]
         if tokens != self.past:

@@ -2,7 +2,7 @@
 
 The keys, the values and the position lie in memory of the graph's own, the parameters are read
 where they live: a step sees what changed in them. A graph serves one model, batch size and set of
-addresses, and is made anew where a parameter has come to lie elsewhere. A model keeps the one that
+addresses, and is captured again if a parameter moves in memory. A model keeps the one that
 it used last, with keys and values for its whole context; ``reset_kv_cache`` gives them back.
 """
 
@@ -161,7 +161,7 @@ def _attended(
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What repeats the run, and where each time its result lies."""
+    """A function that repeats the run, and the tensor that holds its result each time."""
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
     side.wait_stream(current)
@@ -214,7 +214,7 @@ class Decoder:
 def decoding(model: GPTModel, cache: KVCache, steps: int) -> Iterator[Decoder | None]:
     """A decoder for at most so many steps behind the tokens of this cache.
 
-    None where no graph can serve the model or be captured, or so few steps are not worth one.
+    None if no graph can serve the model or be captured, or so few steps are not worth one.
     """
     pair = cache.get(0)
     batch = 0 if pair is None else pair[0].shape[0]

@@ -224,7 +224,7 @@ def _steps(
 
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
-    """The module that decodes by CUDA graphs; None where the Triton backend does not run."""
+    """The module that decodes by CUDA graphs; None if the Triton backend does not run."""
     tok = getattr(model.tok_emb, "weight", None)
     if not isinstance(tok, Tensor) or tok.device != idx.device:
         return None
@@ -234,10 +234,10 @@ def _graphs(model: nn.Module, idx: Tensor) -> Any:
 
 
 def _new_cache(model: nn.Module) -> KVCache | None:
-    """A cache where tokens fed one by one surely give what the whole sequence gives.
+    """A cache, if tokens fed one by one certainly give what the whole sequence gives, else None.
 
-    Somebody else's module might look at its neighbours, a hook might count its tokens, dropout
-    draws anew each time: all these take the book's loop.
+    A foreign module might look at neighbouring tokens, a hook might count them, and dropout draws
+    another mask for each call: all these take the book's loop.
     """
     if not isinstance(model, GPTModel) or not is_unmodified(model, GPTModel):
         return None

@@ -142,7 +142,7 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = Dropout(dropout)
-        # A key of the state dict; held only once somebody reads or sets it.
+        # A key of the state dict; allocated on first read or write.
         self._buffers["mask"] = None
         pack_on_gpu(self._projections(), {})
 
@@ -188,7 +188,7 @@ class MultiHeadAttention(nn.Module):
         return linear(self.W_key, x), linear(self.W_query, x), linear(self.W_value, x)
 
     def _projections(self) -> tuple[Any, ...]:
-        """The layers of queries, keys and values; None for one that a subclass did away with."""
+        """The layers of queries, keys and values; None for one that a subclass removed."""
         return tuple(self._modules.get(name) for name in ("W_query", "W_key", "W_value"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -227,7 +227,7 @@ class MultiHeadAttention(nn.Module):
         return not torch.compiler.is_compiling() and is_causal(mask)
 
     def _hidden(self, past: int, T: int, device: torch.device) -> Tensor:
-        """[T, past + T], true where a key is hidden; without holding a mask that nobody set."""
+        """[T, past + T], true where a key is hidden; allocating no mask if none was set."""
         mask = self._buffers.get("mask")
         if mask is None:
             return torch.ones(T, past + T, dtype=torch.bool, device=device).triu(past + 1)

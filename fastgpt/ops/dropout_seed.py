@@ -18,7 +18,7 @@ def draw_seeds(*probabilities: float) -> tuple[int, ...]:
 
     Raises:
         ValueError: a probability is not in [0, 1].
-        RuntimeError: a CUDA graph is being captured, which would repeat one mask for ever.
+        RuntimeError: a CUDA graph is being captured, which would repeat one mask forever.
     """
     for p in probabilities:
         if not 0.0 <= p <= 1.0:

@@ -24,8 +24,8 @@ def linear(
         x: [..., n_in], any floating dtype.
         weight: [n_out, n_in].
         bias: [n_out] or None.
-        owner: what the scratch memory is kept with between calls, say the model; with none it goes
-            with the call.
+        owner: keeps the scratch memory between calls, such as the model; without one it goes with
+            the call.
 
     Returns:
         [..., n_out].

@@ -32,8 +32,8 @@ def linear_cross_entropy(
         targets: [...], integers.
         ignore_index: targets of this value cost nothing and do not count.
         reduction: "mean" over the targets that count, "sum" or "none".
-        owner: what the scratch memory is kept with between calls, say the model; with none it goes
-            with the call.
+        owner: keeps the scratch memory between calls, such as the model; without one it goes with
+            the call.
 
     Returns:
         A scalar, or [...] for "none"; float64 for float64, else float32.

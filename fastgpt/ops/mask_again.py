@@ -1,4 +1,4 @@
-"""The mask of a fused dropout, made anew for a backward pass by PyTorch's own operations."""
+"""The mask of a fused dropout, made again for a backward pass by PyTorch's own operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgpt.triton.dropout_mask import keep_scale
 def mask_again(
     kernels: Any, drop: tuple[float, int], shape: Sequence[int], device: torch.device
 ) -> Tensor | None:
-    """What these kernels multiplied a tensor of this shape by; None where nothing was dropped.
+    """What these kernels multiplied a tensor of this shape by; None if nothing was dropped.
 
     drop: the probability and the seed.
 

@@ -47,7 +47,7 @@ def packed_linear(
         biases: each [n_out], or all None.
 
     Returns:
-        For each layer [..., n_out], parts of one block; None where the Triton backend does not run,
+        For each layer [..., n_out], parts of one block; None if the Triton backend does not run,
         the weights are not side by side or some biases are missing: the layers must run one by one.
 
     Raises:

@@ -34,10 +34,10 @@ def transformer_block(
         attention_p: probability of dropping an attention weight.
         shortcut_p: probability of dropping an element in front of each shortcut.
         eps: added to the variance in both norms.
-        owner: what the scratch memory is kept with between calls, say the model.
+        owner: what the scratch memory is kept with between calls, such as the model.
 
     Returns:
-        [B, T, D]; None where no kernel takes these tensors and the operations inside must run one
+        [B, T, D]; None if no kernel takes these tensors and the operations inside must run one
         by one. Draws one number from torch's CPU generator for each dropout that drops something.
 
     Raises:

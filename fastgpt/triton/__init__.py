@@ -35,13 +35,13 @@ missing = (
 
 
 def missing_reason() -> str | None:
-    """Why triton cannot be imported here, or None where it can. A GPU is not looked for."""
+    """Why triton cannot be imported here, or None if it can. A GPU is not looked for."""
     return missing
 
 
 @functools.cache
 def reason(index: int | None = None) -> str | None:
-    """Why the kernels cannot run on the GPU of that index, or, without one, on any; None where they
+    """Why the kernels cannot run on the GPU of that index, or, without one, on any; None if they
     can. The first question launches a kernel.
     """
     if missing is not None:
@@ -61,7 +61,7 @@ def reason(index: int | None = None) -> str | None:
 
 
 def launch_failure(device: torch.device) -> str | None:
-    """Why the smallest kernel cannot be launched there; None where it was."""
+    """Why the smallest kernel cannot be launched there; None if it was."""
     x = torch.empty(1, dtype=torch.int32, device=device)
     try:
         version = importlib.import_module("triton").__version__

@@ -181,7 +181,7 @@ def embedding(
 
     idx: [B, T] contiguous, any integer dtype; tok: [V, D], pos: [context, D] and y: [B, T, D]
     contiguous, any floating dtypes. past: how many positions went before, a number or an integer
-    tensor of one element on the device, which a captured graph reads anew. An id or a position
+    tensor of one element on the device, which a captured graph reads again. An id or a position
     outside its table reads nothing and makes its row NaN.
     """
     if y.numel() == 0:
@@ -220,7 +220,7 @@ def embedding_backward(
     """Writes the whole of dtok and dpos, zero where no token or position was used.
 
     dy: [B, T, D] contiguous; idx: [B, T] contiguous, ids within the table; dtok: [V, D], dpos:
-    [context, D] contiguous, or None where not wanted.
+    [context, D] contiguous, or None if not wanted.
     """
     dropout = dropout_p > 0
     width, T = dy.shape[-1], idx.shape[-1]

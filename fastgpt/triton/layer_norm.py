@@ -179,7 +179,7 @@ def layer_norm_backward(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Writes the gradients of LayerNorm, None where not wanted.
+    """Writes the gradients of LayerNorm, None if not wanted.
 
     dy, x, dx, dtotal, dbranch: [..., D] contiguous; weight, dweight, dbias: [D] contiguous; mean,
     rstd: one a row, float32, as the forward pass wrote them. x is what was normalised, the sum
