@@ -305,7 +305,7 @@ def first(launcher: Callable[..., None], other: Callable[..., None]) -> Callable
     return run
 
 
-def once(kernels: Any, *gradients: Tensor) -> bool:
+def first_order(kernels: Any, *gradients: Tensor) -> bool:
     """Whether a backward pass may run these kernels on the gradients: none has failed, no second
     derivative is wanted, and nothing watches or transforms.
     """

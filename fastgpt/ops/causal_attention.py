@@ -172,7 +172,7 @@ class _CausalAttention(torch.autograd.Function):
     @dispatch.falls_back
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        if dispatch.once(ctx.kernels, dout):
+        if dispatch.first_order(ctx.kernels, dout):
             grads = _backward(ctx.kernels, dout, q, k, v, out, lse, ctx.scale, *ctx.drop)
         else:
             shape = (*q.shape[:3], k.shape[2])

@@ -10,6 +10,7 @@ from fastgpt import dispatch
 from fastgpt.ops.dropout_seed import draw_seed
 
 
+@dispatch.falls_back
 def dropout(x: Tensor, p: float) -> Tensor:
     """x with each element dropped with probability p, the others scaled by 1 / (1 - p).
 

@@ -89,7 +89,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         (idx,) = ctx.saved_tensors
         wanted, past = ctx.needs_input_grad[2:4], ctx.step[0]
-        if dispatch.once(ctx.kernels, dy):
+        if dispatch.first_order(ctx.kernels, dy):
             grads = [
                 dy.new_empty(shape) if want else None
                 for shape, want in zip(ctx.shapes, wanted, strict=True)

@@ -191,7 +191,7 @@ class _LayerNorm(torch.autograd.Function):
     @dispatch.falls_back
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[1:4]
-        if dispatch.once(ctx.kernels, dy):
+        if dispatch.first_order(ctx.kernels, dy):
             dx, _, dw, db = _backward(ctx.kernels, dy, ctx.saved_tensors, wanted)
         else:
             dx, dw, db = _formulas(dy, ctx.saved_tensors, wanted)
@@ -213,7 +213,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dtotal):
         _, *wanted = ctx.needs_input_grad[:5]
         stream = (wanted[0] or wanted[1], wanted[2], wanted[3])
-        if dispatch.once(ctx.kernels, dy, dtotal):
+        if dispatch.first_order(ctx.kernels, dy, dtotal):
             into = (dtotal, ctx.branch, *ctx.drop)
             grads = _backward(ctx.kernels, dy, ctx.saved_tensors, stream, *into)
         else:

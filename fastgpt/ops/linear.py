@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         _, for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        if not dispatch.once(ctx.kernels, dy):  # differentiable itself
+        if not dispatch.first_order(ctx.kernels, dy):  # differentiable itself
             rows = dy.flatten(0, -2)
             dx = dy @ weight if for_x else None
             dweight = rows.mT @ x.flatten(0, -2) if for_weight else None
@@ -140,7 +140,7 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, pre = ctx.saved_tensors
         _, _, for_x, for_weight, for_bias = ctx.needs_input_grad
-        if dispatch.once(ctx.slopes, dy):
+        if dispatch.first_order(ctx.slopes, dy):
             dpre = torch.empty_like(pre)
             dbias = weight.new_empty(weight.shape[0]) if for_bias else None
             ctx.slopes.bias_gelu_backward(dy.contiguous(), pre, None, dpre, dbias)

@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Looked at even where the gradients are made: it refuses what has changed in between.
         x, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
-        if not dispatch.once(None, dloss):
+        if not dispatch.first_order(None, dloss):
             with torch.enable_grad():
                 loss = _differentiable(x, weight, targets, *ctx.rest)
                 inputs = [t for t, want in zip((x, weight), wanted, strict=True) if want]

@@ -91,7 +91,7 @@ class _PackedLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
         n, wanted = len(weights), ctx.needs_input_grad
-        if dispatch.once(None, *dys) and side_by_side(weights):
+        if dispatch.first_order(None, *dys) and side_by_side(weights):
             dy = _joined(dys)
             dx = dy @ _pack(weights).to(x.dtype) if wanted[0] else None
             dy = dy.flatten(0, -2)

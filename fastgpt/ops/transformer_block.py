@@ -69,7 +69,7 @@ class _TransformerBlock(torch.autograd.Function):
     def backward(ctx, dy):
         x, *flat, kept = ctx.saved_tensors
         p, want_x, rest = Block.of(flat), ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        if dispatch.once(None, dy):
+        if dispatch.first_order(None, dy):
             tensors = (dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops)
             dx, grads = transformer_block_backward(*tensors, want_x, Block.of(rest), ctx.owner)
             found = (dx, *grads.flat())
