@@ -117,6 +117,16 @@ def test_asked_for_by_name_it_raises(on_triton, fails, kernel):
                 _run(f, [torch.randn(shape) for shape in shapes])
 
 
+def test_a_dropout_by_itself_goes_on(on_triton, fails, recwarn):
+    x = torch.randn(5, 40)
+    tried = fails("dropout_kernel", too_large())
+    y = ops.dropout(x, 0.5)
+    assert tried == ["dropout_kernel"]
+    assert ((y == 0) | (y == 2 * x)).all()
+    assert 0 < (y == 0).sum() < x.numel()
+    assert [w.category for w in recwarn] == [fastgpt.BackendWarning]
+
+
 def _add_norm(x, branch, weight, bias):
     return ops.add_layer_norm(x, branch, weight, bias, dropout_p=0.4)
 
