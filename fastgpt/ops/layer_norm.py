@@ -36,9 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     if x.shape[-1:] != weight.shape and 1 in (x.shape[-1:].numel(), weight.numel()):
         return reference.layer_norm(x, weight, bias, eps)
     _check(x, weight, bias)
-    if torch.compiler.is_compiling():
-        if dispatch.traceable(x, weight, bias):
-            return torch.ops.fastgpt.layer_norm(x, weight, bias, eps)[0]
+    if torch.compiler.is_compiling():  # whose own kernel is as fast, and fuses with its neighbours
         return _torch(x, weight, bias, eps)
     kernels = dispatch.kernels("layer_norm", x, weight, bias)
     if kernels is None:
@@ -81,8 +79,6 @@ def add_layer_norm(
     if branch.shape != x.shape:
         raise ValueError(f"branch {tuple(branch.shape)} must have the shape of x {tuple(x.shape)}")
     if torch.compiler.is_compiling():
-        if dispatch.traceable(x, branch, weight, bias) and dropout_p == 0:
-            return torch.ops.fastgpt.add_layer_norm(x, branch, weight, bias, eps)[:2]
         return _torch_add(x, branch, weight, bias, eps, dropout_p)
     kernels = _kernels_add(x, branch, weight, bias)
     if kernels is None:
@@ -227,69 +223,3 @@ def _add_formulas(dy, dtotal, saved, wanted, keep=None):
     dx, dw, db = _formulas(dy, saved, wanted)
     dx = dx if dx is None else dx + dtotal
     return dx, dx if dx is None or keep is None else dx * keep, dw, db
-
-
-@torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
-@dispatch.falls_back
-def _layer_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = dispatch.kernels("layer_norm", x, weight, bias)
-    if kernels is None:
-        return torch.native_layer_norm(x.contiguous(), x.shape[-1:], weight, bias, eps)
-    return _forward(kernels, x, weight, bias, eps, stats=True)
-
-
-@_layer_norm_op.register_fake
-def _(x, weight, bias, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), *_stats(x, True)
-
-
-@torch.library.custom_op("fastgpt::add_layer_norm", mutates_args=())
-@dispatch.falls_back
-def _add_layer_norm_op(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _kernels_add(x, branch, weight, bias)
-    if kernels is None:
-        total = (x + branch).contiguous()
-        y, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], weight, bias, eps)
-        return y, total, mean, rstd
-    return _forward_add(kernels, x, branch, weight, bias, eps, 0.0, 0, stats=True)
-
-
-@_add_layer_norm_op.register_fake
-def _(x, branch, weight, bias, eps):
-    empty = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return empty, torch.empty_like(empty), *_stats(x, True)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, mean, rstd, weight, bias)
-
-
-def _setup_add(ctx, inputs, output):
-    _, _, weight, bias, _ = inputs
-    _, total, mean, rstd = output
-    ctx.save_for_backward(total, mean, rstd, weight, bias)
-
-
-# Traced by torch.compile, which makes its own kernels of the formulas.
-_layer_norm_op.register_autograd(
-    lambda ctx, dy, dmean, drstd: (
-        *_formulas(dy, ctx.saved_tensors, ctx.needs_input_grad[:3]),
-        None,
-    ),
-    setup_context=_setup,
-)
-
-
-def _add_backward(ctx, dy, dtotal, dmean, drstd):
-    wanted = ctx.needs_input_grad[:4]
-    grads = _add_formulas(dy, dtotal, ctx.saved_tensors, (wanted[0] or wanted[1], *wanted[2:]))
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
-
-
-_add_layer_norm_op.register_autograd(_add_backward, setup_context=_setup_add)
