@@ -72,7 +72,7 @@ def alone_unmodified(module: Any, cls: type[nn.Module]) -> bool:
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
         or "forward" in held
-        or held.get("_compiled_call_impl")
+        or held.get("_compiled_call_impl") is not None
     )
 
 
