@@ -178,7 +178,7 @@ def test_bad_texts(inputs, capsys, text, message):
     ("more", "message"),
     [
         (["--config", "125M"], "config '125M' is neither one of 124M, 355M, 774M, 1558M, toy nor"),
-        (["--min-lr", "1"], "min_lr 1 is not between 0 and lr"),
+        (["--min-lr", "1"], "min_lr 1 is above lr"),
         (["--precision", "float16"], "precision 'float16' is not auto, float32 or bfloat16"),
         (["--device", "cuda"], "device 'cuda' is not available"),
         (["--fsdp"], "start them with torchrun"),

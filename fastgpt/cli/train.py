@@ -37,13 +37,7 @@ def add_to(commands: Commands) -> None:
         "checkpoint. Under torchrun the processes share each batch.",
     )
     sub.add_argument("text", nargs="*", metavar="TEXT", help="a file, or a folder of .txt files")
-    sub.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="the run's folder",
-    )
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="the run's folder")
     sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
     sub.add_argument("--context", type=positive, metavar="N", help="instead of the config's")
     sub.add_argument(
@@ -70,35 +64,16 @@ def add_to(commands: Commands) -> None:
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     """Adds an option for each field of Settings; one not given is absent from the namespace."""
-    texts = {
-        "steps": (positive, "updates of the weights, instead of --epochs"),
-        "batch": (positive, "windows per step, over all processes"),
-        "micro_batch": (positive, "windows per pass of a process (its share of the batch)"),
-        "lr": (number(0), "peak learning rate"),
-        "min_lr": (number(0), "last learning rate (a tenth of --lr)"),
-        "warmup": (int, "steps until --lr is reached (a tenth of all, at most 100)"),
-        "weight_decay": (number(0), "of matrices only"),
-        "clip": (number(0), "largest norm of the gradients, 0: no clipping"),
-        "precision": (str, "float32, bfloat16, or auto: bfloat16 on GPUs"),
-        "seed": (seed, "for weights, order and dropout"),
-        "validation": (number(0, 1), "share of the text kept for validation"),
-        "eval_every": (positive, "steps between evaluations"),
-        "eval_batches": (positive, "batches of an evaluation"),
-        "checkpoint_every": (positive, "steps between checkpoints"),
-        "keep": (positive, "checkpoints to keep"),
-        "sample": (text, "prompt of a sample after each evaluation"),
-        "sample_tokens": (positive, "tokens per sample"),
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    for name, (kind, told) in texts.items():
-        default = defaults[name]
-        silent = default is dataclasses.MISSING or default is None or name == "min_lr"
+    parsers = {"int": int, "float": number(), "str": text}
+    for field in dataclasses.fields(Settings):
+        kind, told = str(field.type).partition(" ")[0], field.metadata["help"]
+        silent = field.default in (dataclasses.MISSING, None) or told.endswith(")")
         sub.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,  # type: ignore[arg-type]
+            f"--{field.name.replace('_', '-')}",
+            type=seed if field.name == "seed" else parsers[kind],  # type: ignore[arg-type]
             default=argparse.SUPPRESS,
-            metavar="TEXT" if kind in (str, text) else "N",
-            help=told if silent else f"{told} ({default})",
+            metavar="TEXT" if kind == "str" else "N",
+            help=told if silent else f"{told} ({field.default})",
         )
 
 

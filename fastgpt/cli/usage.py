@@ -58,9 +58,10 @@ def text(value: str) -> str:
     return value
 
 
-def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """A parser of finite numbers within [low, high]."""
-    limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    limits = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+    limits = "" if low == -math.inf else limits
 
     def parse(text: str) -> float:
         try:
@@ -68,7 +69,7 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number{limits}")
         return value
 
     return parse

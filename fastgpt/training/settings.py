@@ -24,38 +24,48 @@ class SettingsError(ValueError):
     """A run can't do what it is asked to; the message is one line for the user."""
 
 
+def _setting(told: str, default: Any = dataclasses.MISSING, least: float | None = None) -> Any:
+    """A field of Settings, with what --help says about it and its least value."""
+    return dataclasses.field(default=default, metadata={"help": told, "least": least})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to train. A step is one update of the weights."""
+    """How to train: the options of `fastgpt train`, with their help and their least values.
 
-    steps: int  # 0: save the initial model
-    batch: int = 8  # windows per step, over all processes
-    micro_batch: int | None = None  # windows per pass of a process; None: its share of the batch
-    lr: float = 4e-4  # the peak learning rate, after the warm-up
-    min_lr: float = 4e-5  # the last learning rate, at the end of the cosine
-    warmup: int | None = None  # steps; None: a tenth of all, at most 100
-    weight_decay: float = 0.1  # of matrices only; biases and norms are not decayed
-    clip: float = 1.0  # the largest norm of the gradients; 0: no clipping
-    precision: str = "auto"  # float32, bfloat16 (autocast), auto: bfloat16 on GPUs that have it
-    seed: int = 123
-    validation: float = 0.1  # the share of the tokens, at their end, kept for validation
-    eval_every: int = 100  # steps
-    eval_batches: int = 8  # batches per evaluation
-    checkpoint_every: int = 100  # steps
-    keep: int = 2  # checkpoints
-    sample: str | None = None  # the prompt of a sample after each evaluation; None: no sample
-    sample_tokens: int = 50
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    steps: int = _setting("updates of the weights, instead of --epochs", least=0)
+    batch: int = _setting("windows per step, over all processes", 8, 1)
+    micro_batch: int | None = _setting(
+        "windows per pass of a process (its share of the batch)", None, 1
+    )
+    lr: float = _setting("peak learning rate", 4e-4, 0)
+    min_lr: float = _setting("last learning rate (a tenth of --lr)", 4e-5, 0)
+    warmup: int | None = _setting(
+        "steps until --lr is reached (a tenth of all, at most 100)", None, 0
+    )
+    weight_decay: float = _setting("of matrices only", 0.1, 0)
+    clip: float = _setting("largest norm of the gradients, 0: no clipping", 1.0, 0)
+    precision: str = _setting("float32, bfloat16, or auto: bfloat16 on GPUs that have it", "auto")
+    seed: int = _setting("for weights, order and dropout", 123)
+    validation: float = _setting("share of the text, at its end, kept for validation", 0.1)
+    eval_every: int = _setting("steps between evaluations", 100, 1)
+    eval_batches: int = _setting("batches per evaluation", 8, 1)
+    checkpoint_every: int = _setting("steps between checkpoints", 100, 1)
+    keep: int = _setting("checkpoints to keep", 2, 1)
+    sample: str | None = _setting("prompt of a sample after each evaluation", None)
+    sample_tokens: int = _setting("tokens per sample", 50, 1)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "eval_every", "eval_batches", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} {getattr(self, name)} is below 1")
-        for name, least in (("steps", 0), ("micro_batch", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{name} {value} is below {least}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise SettingsError(f"min_lr {self.min_lr:g} is not between 0 and lr {self.lr:g}")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if value is not None and least is not None and not value >= least:
+                raise SettingsError(f"{field.name} {value:g} is below {least}")
+        if self.min_lr > self.lr:
+            raise SettingsError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         if not 0 < self.validation < 1:
             raise SettingsError(f"validation {self.validation:g} is not between 0 and 1")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -10,9 +10,9 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,23 +54,17 @@ class Stored(NamedTuple):
     place: Any
 
 
-class Source(Protocol):
-    """Named tensors. ``opened`` yields a function from a name to something that takes slices."""
-
-    label: str
-    stored: dict[str, Stored]
-
-    def opened(self) -> Any:
-        """A context manager that yields a ``Read``, whose results are valid only inside it."""
-
-
-class _Names:
-    """The names of a source's tensors, without wrappers, and where each tensor is."""
+class Source:
+    """Named tensors. Names are without wrappers; ``_at`` says where each tensor is."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.stored: dict[str, Stored] = {}
         self._at: dict[str, Any] = {}
+
+    def opened(self) -> AbstractContextManager[Read]:
+        """Yields a function from a name to what can be sliced, as long as the block runs."""
+        raise NotImplementedError
 
     def _add(self, name: str, stored: Stored, at: Any) -> None:
         short = unwrapped(name)
@@ -80,7 +74,7 @@ class _Names:
         self._at[short] = at
 
 
-class Memory(_Names):
+class Memory(Source):
     """A mapping of tensors or arrays, nested or flat."""
 
     def __init__(self, tensors: Mapping[str, Any], label: str) -> None:
@@ -99,7 +93,7 @@ class Memory(_Names):
         yield lambda name: _as_tensor(self._at[name])
 
 
-class Safetensors(_Names):
+class Safetensors(Source):
     """One safetensors file, or the shards of one checkpoint."""
 
     def __init__(self, paths: Sequence[Path], label: str) -> None:
@@ -132,7 +126,7 @@ class Safetensors(_Names):
             yield read
 
 
-class Pickled(_Names):
+class Pickled(Source):
     """Files of torch.save: a state dict, its shards, or a checkpoint with one under a key of
     ``_UNDER``.
 
