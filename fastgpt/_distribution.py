@@ -12,7 +12,7 @@ from pathlib import Path
 NAME = "fastgpt-kernels"
 
 
-def stranger() -> str | None:
+def conflict() -> str | None:
     """One sentence about the other library if it is installed over this one, else None."""
     try:
         other = importlib.metadata.distribution("fastgpt")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastgpt import cpu, triton
-from fastgpt._distribution import stranger
+from fastgpt._distribution import conflict
 from fastgpt.bench.machine import machine
 from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.dispatch import BackendWarning, backends, requested
@@ -65,7 +65,7 @@ def collect() -> dict[str, dict[str, Any]]:
         for name, use in OPTIONAL.items()
         if versions[name] is None
     }
-    if said := stranger():
+    if said := conflict():
         missing["own folder"] = said
     if versions["triton"] is None:
         missing["triton"] = f"{OPTIONAL['triton']}: {triton.how_to_install()}"

@@ -66,14 +66,14 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
     """Adds an option for each field of Settings; one not given is absent from the namespace."""
     parsers = {"int": int, "float": number(), "str": text}
     for field in dataclasses.fields(Settings):
-        kind, told = str(field.type).partition(" ")[0], field.metadata["help"]
-        silent = field.default in (dataclasses.MISSING, None) or told.endswith(")")
+        kind, help_text = str(field.type).partition(" ")[0], field.metadata["help"]
+        silent = field.default in (dataclasses.MISSING, None) or help_text.endswith(")")
         sub.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=seed if field.name == "seed" else parsers[kind],  # type: ignore[arg-type]
             default=argparse.SUPPRESS,
             metavar="TEXT" if kind == "str" else "N",
-            help=told if silent else f"{told} ({field.default})",
+            help=help_text if silent else f"{help_text} ({field.default})",
         )
 
 
@@ -93,7 +93,7 @@ def run_train(args: argparse.Namespace) -> int:
         with parallel.join(args.device, args.fsdp, args.timeout) as group:
             finished = run_setup.train(request, group)
         return 0 if finished else 130
-    except parallel.SaidElsewhere:
+    except parallel.FailedOnRank0:
         return 2
     except (TextError, SettingsError, EncodingError) as error:
         raise UsageError(error) from None

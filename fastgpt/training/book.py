@@ -7,8 +7,7 @@ whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from fastgpt.tokenizer import END_OF_TEXT, decoded, gpt2_encoding
 Device = torch.device | str
 
 
-class _Windows(Sequence[Tensor]):
+class _Windows:
     """Windows of a text's tokens; each is copied out when it is accessed.
 
     Args:
@@ -38,13 +37,9 @@ class _Windows(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(len(self))[index]]
         start = self.starts[index]
         return self.ids[start : start + self.length].clone()
 
@@ -58,8 +53,8 @@ class GPTDatasetV1(Dataset[tuple[Tensor, Tensor]]):
         max_length: tokens in a window.
         stride: tokens from the start of one window to the start of the next.
 
-    ``input_ids`` and ``target_ids`` are sequences of windows. The tokens are held once, and every
-    window that is returned is a copy, so changing it changes nothing else.
+    ``input_ids`` and ``target_ids`` take indices and slices, like lists of windows. The tokens are
+    held once, and every window that is returned is a copy, so changing it changes nothing else.
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:

@@ -26,7 +26,7 @@ class PeersLost(RuntimeError):
     """Another process of the run died or no longer answers."""
 
 
-class SaidElsewhere(SettingsError):
+class FailedOnRank0(SettingsError):
     """Rank 0 has failed, and reports the error itself."""
 
 
@@ -110,7 +110,7 @@ class Group:
         The others wait for as long as it takes.
 
         Raises:
-            SaidElsewhere: on the other ranks, if work fails on rank 0.
+            FailedOnRank0: on the other ranks, if work fails on rank 0.
         """
         if self.size == 1:
             return work()
@@ -121,7 +121,7 @@ class Group:
                 answer = work()
             except Exception as error:
                 self.store.set(key, json.dumps({"error": str(error)}))
-                self._heard(key)
+                self._wait_for_readers(key)
                 raise
             self.store.set(key, json.dumps({"answer": answer}))
             return answer
@@ -130,10 +130,10 @@ class Group:
         said = json.loads(self.store.get(key))
         if "error" in said:
             self.store.add(f"{key} heard", 1)
-            raise SaidElsewhere(said["error"])
+            raise FailedOnRank0(said["error"])
         return said["answer"]
 
-    def _heard(self, key: str, limit: float = 10.0) -> None:
+    def _wait_for_readers(self, key: str, limit: float = 10.0) -> None:
         """Waits until the others have read an answer: the store ends with rank 0."""
         end = time.monotonic() + limit
         while self.store.add(f"{key} heard", 0) < self.size - 1 and time.monotonic() < end:

@@ -60,9 +60,9 @@ def train(request: Request, group: Group) -> bool:
         Diverged, PeersLost: the run broke off.
     """
     report = Console(request.out) if group.rank == 0 else Report()
-    held = contextlib.ExitStack()
+    lock = contextlib.ExitStack()
     try:
-        run = group.on_rank0(lambda: _prepared(request, group, report, held))
+        run = group.on_rank0(lambda: _prepared(request, group, report, lock))
         settings = Settings(**run["settings"])
         last = None if run["resume"] is None else Path(run["resume"])
         tokens, context = _tokens(Path(run["tokens"])).ids(), run["config"]["context_length"]
@@ -75,12 +75,12 @@ def train(request: Request, group: Group) -> bool:
         report.end(trainer.step, finished)
         return finished
     finally:
-        held.close()
+        lock.close()
         report.close()
 
 
 def _prepared(
-    args: Request, group: Group, report: Report, held: contextlib.ExitStack
+    args: Request, group: Group, report: Report, lock: contextlib.ExitStack
 ) -> dict[str, Any]:
     """What all processes need: the content of run.json, and the checkpoint to continue from."""
     before = checkpoint.read_run(args.out)
@@ -121,7 +121,7 @@ def _prepared(
         epochs = 1 if args.epochs is None else args.epochs
         settings["steps"] = math.ceil(windows.train_size * epochs / draft.batch)
     run["settings"] = dataclasses.asdict(Settings(**settings))
-    held.enter_context(checkpoint.claimed(args.out))
+    lock.enter_context(checkpoint.claimed(args.out))
     checkpoint.write_run(args.out, run)
     return run | {"resume": None if last is None else str(last)}
 

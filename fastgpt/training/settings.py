@@ -24,9 +24,9 @@ class SettingsError(ValueError):
     """A run can't do what it is asked to; the message is one line for the user."""
 
 
-def _setting(told: str, default: Any = dataclasses.MISSING, least: float | None = None) -> Any:
+def _setting(help_text: str, default: Any = dataclasses.MISSING, least: float | None = None) -> Any:
     """A field of Settings, with what --help says about it and its least value."""
-    return dataclasses.field(default=default, metadata={"help": told, "least": least})
+    return dataclasses.field(default=default, metadata={"help": help_text, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)

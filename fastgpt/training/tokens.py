@@ -165,21 +165,17 @@ def pieces(text: TextIO, path: Path, size: int = PIECE) -> Iterator[str]:
         TextError: the text isn't UTF-8.
     """
     held, lines = "", 1
-    while chunk := _read(text, path, size, lines):
-        lines += chunk.count("\n")
-        held += chunk
-        match = ORDINARY_CUT.match(held)
-        cut = match.end() if match else len(held) if len(held) > LONGEST else 0
-        if cut:
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
-
-
-def _read(text: TextIO, path: Path, size: int, lines: int) -> str:
     try:
-        return text.read(size)
+        while chunk := text.read(size):
+            lines += chunk.count("\n")
+            held += chunk
+            match = ORDINARY_CUT.match(held)
+            cut = match.end() if match else len(held) if len(held) > LONGEST else 0
+            if cut:
+                yield held[:cut]
+                held = held[cut:]
+        if held:
+            yield held
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise TextError(

@@ -118,7 +118,7 @@ class Trainer:
             for first in range(0, len(numbers), group.size * self.micro):
                 mine = numbers[first + group.rank * self.micro :][: self.micro]
                 # FSDP gathers weights in each pass, so a process without windows runs one too.
-                idx, targets = self._placed(self.windows.validation(mine or numbers[:1]))
+                idx, targets = self._to_device(self.windows.validation(mine or numbers[:1]))
                 total += self.model.loss(idx, targets) * len(mine)
         group.reshard(self.model)
         self.model.train()
@@ -169,7 +169,7 @@ class Trainer:
         total = torch.zeros((), device=self.group.device)
         for begin in range(0, self.local, self.micro):
             count = min(self.micro, self.local - begin)
-            idx, targets = self._placed(self.windows.train(first + begin, count))
+            idx, targets = self._to_device(self.windows.train(first + begin, count))
             # Dropout depends on the windows alone, not on earlier random numbers.
             torch.manual_seed(derived_seed(self.settings.seed, first + begin))
             last = begin + count == self.local
@@ -180,7 +180,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _placed(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self.group.device.type != "cuda":
             return batch[0].to(self.group.device), batch[1].to(self.group.device)
         idx, targets = (t.pin_memory().to(self.group.device, non_blocking=True) for t in batch)

@@ -98,10 +98,10 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
         raise ValueError("the model is on the meta device: call model.to_empty(device='cpu') first")
     attentions: list[Any] = [getattr(block, "att", None) for block in blocks]
     heads = {att.num_heads for att in attentions if hasattr(att, "num_heads")}
-    told = sizes.cfg.get("n_heads")
-    if told is not None and heads - {told}:
+    n_heads = sizes.cfg.get("n_heads")
+    if n_heads is not None and heads - {n_heads}:
         raise WeightsError(
-            f"{source.label} has {told} heads, the model {' and '.join(map(str, heads))}"
+            f"{source.label} has {n_heads} heads, the model {' and '.join(map(str, heads))}"
         )
     vocabulary, width = parameters["tok_emb.weight"].shape
     cfg = {
@@ -109,7 +109,7 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
         "context_length": parameters["pos_emb.weight"].shape[0],
         "emb_dim": width,
         "n_layers": len(blocks),
-        "n_heads": told or 1,
+        "n_heads": n_heads or 1,
         "drop_rate": 0.0,
         "qkv_bias": any(".att.W_" in key and key.endswith("bias") for key in parameters),
     }

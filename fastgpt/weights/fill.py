@@ -170,9 +170,9 @@ class Plan:
         return True
 
     def _refuse(self, faults: Mapping[str, list[str]]) -> None:
-        told = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
-        if told:
-            raise WeightsError(f"{self.source.label} does not fit the model" + "".join(told))
+        lists = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
+        if lists:
+            raise WeightsError(f"{self.source.label} does not fit the model" + "".join(lists))
 
 
 def _has_shape(shape: Shape, right: Shape) -> bool:

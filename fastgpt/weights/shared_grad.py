@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Cut = Callable[[Tensor], Tensor]  # from a tensor of the whole's shape to a view of it
+_LINKS: MutableMapping[Tensor, _Link] = WeakTensorKeyDictionary()  # by their wholes
 
 
 def shared_parts(whole: nn.Parameter, cuts: Sequence[Cut]) -> list[nn.Parameter]:
     """Parameters that are these views of the whole; a second call returns the same ones."""
-    for hook in (whole._backward_hooks or {}).values():
-        link = getattr(hook, "__self__", None)
-        if isinstance(link, _Link) and link.is_of(whole, cuts):
-            return link.parts
-    return _Link(whole, cuts).parts
+    link = _LINKS.get(whole)
+    if link is None or not link.is_of(whole, cuts):
+        link = _LINKS[whole] = _Link(whole, cuts)
+    return link.parts
 
 
 class _Link:

@@ -124,8 +124,8 @@ def completed(
     apart = [k for k in _KEYS if k in known and k in given and known[k] != given[k]]
     apart = [key for key in apart if key != "drop_rate"]
     if apart:
-        told = ", ".join(f"{key} is {known[key]!r}, not {given[key]!r}" for key in apart)
-        raise WeightsError(f"cfg contradicts the config of these weights: {told}")
+        faults = ", ".join(f"{key} is {known[key]!r}, not {given[key]!r}" for key in apart)
+        raise WeightsError(f"cfg contradicts the config of these weights: {faults}")
     cfg = _shown(style, shapes) | known | given
     heads = _HEADS.get((cfg.get("emb_dim", 0), cfg.get("n_layers", 0)))
     if "n_heads" not in cfg and heads:
