@@ -43,7 +43,9 @@ def add_to(commands: Commands) -> None:
         "--temperature", type=number(0), default=0.0, metavar="T", help="0: the likeliest token (0)"
     )
     sub.add_argument("--top-k", type=positive, metavar="N", help="sample from the N likeliest")
-    sub.add_argument("--top-p", type=_share, metavar="P", help="sample from the top share P")
+    sub.add_argument(
+        "--top-p", type=_share, metavar="P", help="sample from the likeliest, up to probability P"
+    )
     sub.add_argument("--seed", type=seed, default=123, metavar="N", help="(%(default)s)")
     sub.add_argument(
         "--stop",

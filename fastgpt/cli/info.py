@@ -66,7 +66,7 @@ def collect() -> dict[str, dict[str, Any]]:
         if versions[name] is None
     }
     if said := conflict():
-        missing["own folder"] = said
+        missing["fastgpt"] = said
     if versions["triton"] is None:
         missing["triton"] = f"{OPTIONAL['triton']}: {triton.how_to_install()}"
     for row in backends().values():

@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
     sub.add_argument("--resume", action="store_true", help="continue the run in DIR")
     sub.add_argument("--epochs", type=number(0), metavar="N", help="passes over the text (1)")
     _add_settings(sub)
-    sub.add_argument("--tokens", type=Path, metavar="DIR", help="of token files (OUT/tokens)")
+    sub.add_argument("--tokens", type=Path, metavar="DIR", help="for token files (OUT/tokens)")
     add_device(sub)
     sub.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP")
     sub.add_argument(
