@@ -7,6 +7,7 @@ whole batch.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -133,12 +134,9 @@ def calc_loss_loader(
     if available == 0:
         return float("nan")
     wanted = available if num_batches is None else min(num_batches, available)
-    total = 0.0
-    for number, (inputs, targets) in enumerate(data_loader):
-        if number >= wanted:
-            break
-        total += calc_loss_batch(inputs, targets, model, device).item()
-    return total / wanted
+    batches = itertools.islice(data_loader, wanted)
+    losses: list[float] = [calc_loss_batch(x, y, model, device).item() for x, y in batches]
+    return sum(losses) / wanted
 
 
 def evaluate_model(
