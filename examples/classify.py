@@ -1,8 +1,8 @@
-"""Chapter 6: fine-tune a classifier, with a head of two classes read at the last token.
+"""Chapter 6: fine-tune a classifier, whose head has two classes and is read at the last token.
 
     python examples/classify.py --model run
 
-Only the last block, the final norm and the new head are trained; all that is frozen stays fused.
+Only the last block, the final norm and the new head are trained; the frozen part stays fused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def last_token_loss(model: nn.Module, inputs: Tensor, classes: Tensor) -> Tensor
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader, device: str) -> float:
-    """The share of messages that the model puts into their class."""
+    """The share of messages that the model classifies correctly."""
     model.eval()
     right = [
         (model(inputs.to(device))[:, -1, :].argmax(-1) == classes.to(device)).float()
@@ -69,7 +69,7 @@ def train(model: nn.Module, loader: DataLoader, epochs: int, lr: float, device: 
 
 
 def as_classifier(model: nn.Module) -> nn.Module:
-    """Freezes the model, gives it a head of two classes, and thaws the last block and norm."""
+    """Freezes the model except for the last block, the final norm and a new head of two classes."""
     model.requires_grad_(False)
     width = model.out_head.in_features
     model.out_head = nn.Linear(width, len(CLASSES)).to(model.out_head.weight.device)

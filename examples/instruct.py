@@ -1,4 +1,4 @@
-"""Chapter 7: fine-tune on instructions, with the padding masked out of the loss by -100.
+"""Chapter 7: fine-tune on instructions, with padding excluded from the loss by targets of -100.
 
     python examples/instruct.py --model run
 
@@ -41,8 +41,9 @@ def response(entry: Entry) -> str:
 
 
 def collate(batch: list[list[int]], context: int) -> tuple[Tensor, Tensor]:
-    """Token ids of several lengths -> inputs and targets [B, T]; of a row's padding only the first
-    counts in the targets, as the end of the text.
+    """Token ids of different lengths -> inputs and targets [B, T].
+
+    Of a row's padding, only the first token counts in the targets: it ends the text.
     """
     longest = max(map(len, batch))
     inputs, targets = [], []

@@ -1,9 +1,9 @@
-"""Appendix E: the classifier of chapter 6 by LoRA, a low-rank change beside each frozen layer.
+"""Appendix E: chapter 6's classifier with LoRA, a low-rank update beside each frozen layer.
 
     python examples/lora.py --model run --rank 16
 
-The wrappers stand where `nn.Linear` stood and run as the modules they are; norms, attention and
-GELU between them stay fused.
+The wrappers replace `nn.Linear` and run as ordinary modules; norms, attention and GELU between them
+stay fused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 
 class LoRALayer(nn.Module):
-    """x -> alpha x A B, nothing at first; A: [in_dim, rank], B: [rank, out_dim]."""
+    """x -> alpha x A B, zero at first; A: [in_dim, rank], B: [rank, out_dim]."""
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear(module: nn.Module, rank: int, alpha: float) -> None:
-    """Puts a wrapper in the place of every nn.Linear."""
+    """Replaces every nn.Linear by a wrapper of it."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, LinearWithLoRA(child, rank, alpha))
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     total = sum(p.numel() for p in model.parameters())
     replace_linear(model, args.rank, args.alpha)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"trains {trained:,} numbers beside {total:,} frozen ones")
+    print(f"trains {trained:,} parameters; {total:,} are frozen")
 
     messages = read_messages(args.messages, model.cfg["context_length"])
     loader = DataLoader(messages, args.batch, shuffle=True)

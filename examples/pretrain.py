@@ -1,8 +1,8 @@
-"""Chapter 5: pretrain on a text, look at the losses, generate, save.
+"""Chapter 5: pretrain on a text, print the losses, generate, save.
 
     python examples/pretrain.py book.txt
 
-Against the book's code only the imports differ.
+Only the imports differ from the book's code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     """Trains; returns the training losses."""
     parser = arguments(__doc__.split("\n")[0], epochs=10, batch=2, lr=4e-4)
     parser.add_argument("text", nargs="?", type=Path, default=HERE / "story.txt")
-    parser.add_argument("--save", type=Path, help="write the weights there, under the book's keys")
+    parser.add_argument("--save", type=Path, help="save the weights there, under the book's keys")
     args = parser.parse_args(argv)
 
     model = start_model(args)

@@ -1,4 +1,4 @@
-"""What the examples share: the model that each starts from, and its arguments."""
+"""What the examples share: their common arguments and their initial model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def arguments(description: str, *, epochs: int, batch: int, lr: float) -> argpar
     parser.add_argument(
         "--config", default="124M", help="124M, 355M, 774M, 1558M, toy or a JSON file"
     )
-    parser.add_argument("--model", help="start from this: gpt2, or a folder or file of weights")
+    parser.add_argument("--model", help="initial weights: gpt2, or a folder or file")
     parser.add_argument("--context", type=int, default=256, help="tokens (%(default)s)")
     parser.add_argument("--epochs", type=int, default=epochs, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="(%(default)s)")
@@ -28,7 +28,7 @@ def arguments(description: str, *, epochs: int, batch: int, lr: float) -> argpar
 
 
 def start_model(args: argparse.Namespace, **changes: float | bool) -> GPTModel:
-    """The model of --model, or one of --config with random weights."""
+    """The model of --model, or a new one of --config."""
     torch.manual_seed(123)
     if args.model:
         model = GPTModel.from_pretrained(args.model).train()

@@ -3,7 +3,7 @@
 import warnings as _warnings
 
 from fastgpt import cpu, ops
-from fastgpt._distribution import stranger as _stranger
+from fastgpt._distribution import conflict as _conflict
 from fastgpt._version import __version__
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
@@ -15,8 +15,8 @@ from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
-if _said := _stranger():
-    _warnings.warn(_said, stacklevel=2)
+if _sentence := _conflict():
+    _warnings.warn(_sentence, stacklevel=2)
 
 __all__ = [
     "GELU",

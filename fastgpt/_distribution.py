@@ -1,7 +1,7 @@
-"""Whether another distribution writes into this package's folder.
+"""Whether another distribution has been installed over this package.
 
 On the package index the name "fastgpt" belongs to another library; this one is "fastgpt-kernels".
-Where both are installed, whichever came last has overwritten files of the other.
+If both are installed, the later one has overwritten files of the earlier one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 NAME = "fastgpt-kernels"
 
 
-def stranger() -> str | None:
-    """A sentence about the other library where it is installed over this one, else None."""
+def conflict() -> str | None:
+    """One sentence about the other library if it is installed over this one, else None."""
     try:
         other = importlib.metadata.distribution("fastgpt")
-        record = other.read_text("RECORD") or ""  # what pip has put there; a checkout has none
+        record = other.read_text("RECORD") or ""  # pip's list of files; a checkout has none
         ours = Path(__file__).parent / "__init__.py"
         if f"{ours.parent.name}/{ours.name}," not in record:
             return None

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process ends."""
+"""Files and folders that appear complete or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ UNFINISHED = ".unfinished-"
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place at path when the block ends without an error."""
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    """Yields a file to write. It replaces the one at path if the block ends without an error."""
+    unfinished = _unfinished(path)
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -29,8 +29,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at path, which must be free, when the block ends well."""
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    """Yields a folder to fill. It becomes path, which must not exist, if the block ends without
+    an error.
+    """
+    unfinished = _unfinished(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
@@ -44,12 +46,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Runs while no other block of this kind does for the folder, in whatever process.
+    """Holds an exclusive lock on the folder, against all other processes, while the block runs.
 
-    Where the system or the file system has no such locks, all run.
+    Does nothing on Windows, and on file systems without locks.
+
+    Args:
+        wait: until another process releases the lock; if False, raise instead.
 
     Raises:
-        BlockingIOError: another one runs, and this one is not to wait for its end.
+        BlockingIOError: another process holds the lock, and wait is False.
     """
     try:
         import fcntl
@@ -58,7 +63,7 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:  # the end of the process frees it too
+        try:  # if the process dies, the system releases the lock
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
@@ -71,7 +76,7 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def utf_8_path(path: str | Path) -> Iterator[str]:
-    """A name of the file that is UTF-8, as torch and safetensors need it to map the file."""
+    """A path to the file that is valid UTF-8, which torch and safetensors need to map a file."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -82,14 +87,14 @@ def utf_8_path(path: str | Path) -> Iterator[str]:
 
 
 def clear_unfinished(folder: Path, prefix: str = UNFINISHED) -> None:
-    """Removes what killed processes left, as far as the system lets it."""
+    """Removes what killed processes left behind, as far as the system permits."""
     for path in folder.glob(f"{prefix}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Puts source's content at target in one step, without a copy where the file system can."""
-    unfinished = target.with_name(f"{UNFINISHED}{os.getpid()}-{target.name}")
+    """Replaces target by source in one step: by a hard link if the file system has them."""
+    unfinished = _unfinished(target)
     unfinished.unlink(missing_ok=True)
     try:
         os.link(source, unfinished)
@@ -99,7 +104,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Puts a folder's files on the disk."""
+    """Flushes a folder's files to the disk."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -107,7 +112,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts a rename in this folder on the disk; Windows can't open folders, and does so itself."""
+    """Flushes a rename in this folder to the disk; not on Windows, which can't open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -115,3 +120,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where this process writes what will be renamed to path."""
+    return path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")

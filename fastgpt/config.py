@@ -1,4 +1,4 @@
-"""Model sizes, in the book's form."""
+"""Model configs, in the book's form, and checks of configs and token ids."""
 
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -18,7 +18,7 @@ GPT_CONFIG_124M = {
     "qkv_bias": False,
 }
 
-# GPT-2's sizes by the names that the book gives them.
+# GPT-2's sizes, under the book's names.
 GPT2_SIZES: dict[str, dict[str, Any]] = {
     "124M": GPT_CONFIG_124M,
     "355M": GPT_CONFIG_124M | {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -31,8 +31,11 @@ _LEAST = {"vocab_size": 1, "context_length": 1, "emb_dim": 1, "n_heads": 1, "n_l
 
 
 def check_config(cfg: Config) -> None:
-    """Raises KeyError for a missing key and ValueError for values that make no model; ignores
-    extra keys.
+    """Checks a config; extra keys are ignored.
+
+    Raises:
+        KeyError: keys are missing; all of them are named.
+        ValueError: no model can have this value.
     """
     missing = [key for key in _KEYS if key not in cfg]
     if missing:
@@ -47,7 +50,7 @@ def check_config(cfg: Config) -> None:
 
 
 def as_ids(idx: Any) -> torch.Tensor:
-    """Token ids [B, T] in a dtype that torch looks up by: int32 or int64.
+    """Token ids [B, T] as int32 or int64, the dtypes that torch takes as indices.
 
     Raises:
         TypeError: not a tensor of integers.
@@ -58,18 +61,18 @@ def as_ids(idx: Any) -> torch.Tensor:
     if idx.dtype == torch.bool or idx.is_floating_point() or idx.is_complex():
         raise TypeError(f"token ids must be integers, got {idx.dtype}")
     if idx.dim() != 2:
-        way = "; idx[None] makes one sequence a batch" if idx.dim() == 1 else ""
+        way = "; idx[None] makes a batch of one sequence" if idx.dim() == 1 else ""
         raise ValueError(f"token ids must be [batch, tokens], got shape {tuple(idx.shape)}{way}")
     return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
 
 
 def comparable(ids: torch.Tensor) -> torch.Tensor:
-    """Integers as int64 where torch has no comparisons for their dtype."""
+    """The ids, as int64 if torch cannot compare their dtype."""
     return ids.long() if ids.dtype in (torch.uint16, torch.uint32, torch.uint64) else ids
 
 
 def check_ids(idx: torch.Tensor, vocab_size: int) -> None:
-    """Raises IndexError naming an id that is outside the vocabulary."""
+    """Raises IndexError, which names the id, if an id is outside the vocabulary."""
     if idx.numel() == 0:
         return
     low, high = torch.stack(torch.aminmax(idx)).tolist()

@@ -107,7 +107,7 @@ class TestTheBooksFiles:
             GPTModel.from_pretrained(tmp_path / "model.pth")
         (tmp_path / "config.json").write_text(json.dumps(CONFIG))
         assert GPTModel.from_pretrained(tmp_path).cfg == CONFIG
-        with pytest.raises(WeightsError, match=r"n_heads 3 there, 4 in cfg"):
+        with pytest.raises(WeightsError, match=r"n_heads is 3, not 4"):
             GPTModel.from_pretrained(tmp_path, {**CONFIG, "n_heads": 4})
 
     def test_the_heads_of_gpt2s_sizes_are_known(self):
@@ -210,7 +210,7 @@ class TestLoadWeightsIntoGpt:
             "wpe [31, 48], expected [32, 48]",
             "blocks/1/mlp/c_fc/w [192, 48], expected [48, 192]",
             "missing:\n    b\n    blocks/0/ln_1/g",
-            "extra:\n    blocks/0/ln_1/gamma",
+            "unexpected:\n    blocks/0/ln_1/gamma",
         ):
             assert text in str(error.value)
         assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
@@ -267,7 +267,7 @@ class TestLoadWeights:
                 load()
             for text in (
                 "missing:\n    out_head.weight\n    trf_blocks.0.norm1.scale\n",
-                "extra:\n    lora.A\n",
+                "unexpected:\n    lora.A\n",
                 "trf_blocks.1.att.W_key.bias [47], expected [48]",
                 "trf_blocks.1.norm2.shift torch.int64",
             ):
@@ -278,12 +278,12 @@ class TestLoadWeights:
         source, target = pair()
         source.save_pretrained(tmp_path)
         target.out_head.weight = target.tok_emb.weight
-        with pytest.raises(WeightsError, match="two tensors for one parameter"):
+        with pytest.raises(WeightsError, match="one parameter, but two tensors"):
             fastgpt.load_weights(target, tmp_path)
 
     def test_heads_that_differ(self, tmp_path):
         pair()[0].save_pretrained(tmp_path)
-        with pytest.raises(WeightsError, match=r"3 heads, the model has \{4\}"):
+        with pytest.raises(WeightsError, match=r"3 heads, the model 4"):
             fastgpt.load_weights(GPTModel({**CONFIG, "n_heads": 4}), tmp_path)
 
 
@@ -325,16 +325,14 @@ class TestFilesThatCannotBeRead:
     def test_weights_elsewhere_in_a_checkpoint(self, tmp_path):
         state = pair()[0].state_dict()
         torch.save({"epoch": 3, "ema": state, "raw": state}, tmp_path / "model.pth")
-        with pytest.raises(
-            WeightsError, match=r"holds tensors under 'ema' and 'raw': save the one"
-        ):
+        with pytest.raises(WeightsError, match=r"has tensors under 'ema' and 'raw': save the"):
             GPTModel.from_pretrained(tmp_path)
 
     def test_two_models_in_one_file(self, tmp_path):
         state = pair()[0].state_dict()
         both = wrapped(state, "teacher.") | wrapped(state, "student.")
         torch.save(both, tmp_path / "model.pth")
-        with pytest.raises(WeightsError, match=r"holds tok_emb.weight twice"):
+        with pytest.raises(WeightsError, match=r"has tok_emb.weight twice"):
             GPTModel.from_pretrained(tmp_path)
 
     def test_an_index_with_shards_missing_or_outside(self, tmp_path):
@@ -350,13 +348,13 @@ class TestFilesThatCannotBeRead:
             GPTModel.from_pretrained(tmp_path)
 
     def test_nothing_there(self, tmp_path, monkeypatch):
-        with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"contains none of model.safetensors"):
             GPTModel.from_pretrained(tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"nowhere.pth is no file"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere.pth is neither a local path"):
             GPTModel.from_pretrained(tmp_path / "nowhere.pth")
         monkeypatch.chdir(tmp_path)
         Path("gpt2").mkdir()  # as the book's download calls its folder
-        with pytest.raises(FileNotFoundError, match="the hub's is called openai-community/gpt2"):
+        with pytest.raises(FileNotFoundError, match="on the Hub it is openai-community/gpt2"):
             GPTModel.from_pretrained("gpt2")
 
     @pytest.mark.parametrize("name", ["", "124M", "124M/model.ckpt", "124M/checkpoint"])

@@ -10,8 +10,8 @@ from runs import needs_table
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.text_stream import TextStream
-from fastgpt.training import model_files
+from fastgpt.tokenizer import TextStream
+from fastgpt.training.settings import load_model
 
 TEXT = "naïve 猫 café — 👩‍🚀 so what\n"
 CONFIG = {
@@ -121,7 +121,7 @@ def test_greedy_text_is_that_of_generate(capsys, model, encoding):
     out, err = run(capsys, model, "Every effort", "--max-new-tokens", "40")
     ids = torch.tensor([encoding.encode("Every effort")])
     with torch.no_grad():
-        loaded = model_files.load_model(model).eval()
+        loaded = load_model(model).eval()
         expected = fastgpt.generate(loaded, ids, 40, 24, eos_id=encoding.eot_token)
     assert out == encoding.decode(expected[0].tolist()) + "\n"
     assert err.startswith("40 tokens in ")
@@ -170,9 +170,9 @@ def test_what_cannot_be(capsys, model, tmp_path):
         (["--prompts", str(tmp_path / "gone")], "No such file"),
         (["--prompts", str(tmp_path / "latin")], "is not UTF-8 text"),
         (["--prompts", str(tmp_path / "empty")], "is empty"),
-        (["x", "--top-k", "5"], "give a --temperature above 0"),
-        (["x", "--model", str(tmp_path)], "holds none of model.safetensors"),
-        (["Hello", "--model", str(small)], "token 15496, the model a vocabulary of 256"),
+        (["x", "--top-k", "5"], "need a --temperature above 0"),
+        (["x", "--model", str(tmp_path)], "contains none of model.safetensors"),
+        (["Hello", "--model", str(small)], "token 15496, but the vocabulary has 256 tokens"),
     ):
         assert cli.main(["generate", "--model", str(model), *arguments]) == 2
         said = capsys.readouterr()

@@ -12,8 +12,9 @@ from runs import CONFIG, losses, needs_table, train_arguments, write_inputs
 
 import fastgpt
 from fastgpt import cli
-from fastgpt.training import checkpoint, memory, model_files, report, run_setup, trainer
-from fastgpt.training.trainer import Step
+from fastgpt.training import checkpoint, memory, report, run_setup, trainer
+from fastgpt.training.report import Step
+from fastgpt.training.settings import load_model
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def test_a_run_and_what_it_leaves(inputs, capsys):
     assert cli.main(train_arguments(inputs, out, *more)) == 0
     said = capsys.readouterr().err
     for part in (
-        "42,176 parameters, context 16, an epoch is ",
+        "42,176 parameters, context 16, ",
+        " steps per epoch; ",
         "step 1/5  loss ",
         " tokens/s, ",
         "% of peak",
@@ -48,14 +50,14 @@ def test_a_run_and_what_it_leaves(inputs, capsys):
     }  # fmt: skip
 
     assert cli.main(train_arguments(inputs, out)) == 2
-    assert "holds a run at step 5: go on with it by --resume" in capsys.readouterr().err
+    assert "already contains a run at step 5: continue it with --resume" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
     assert len(losses(out)) == 7
     capsys.readouterr()
     for steps in ("7", "3"):
         assert cli.main(["train", "--out", str(out), "--resume", "--steps", steps]) == 0
         said = capsys.readouterr().err
-        assert f"step 7 of {steps} is done: --steps N goes on to more" in said
+        assert f"step 7 of {steps} is already done: --steps N trains longer" in said
         assert "stopped" not in said
     assert settings(out)["lr"] == 1e-3
 
@@ -65,24 +67,24 @@ def test_epochs_and_starting_weights(inputs):
     assert cli.main(train_arguments(inputs, first, "--epochs", "0.25", "--lr", "0")) == 0
     # 1,200 tokens, of which 120 validate: 67 windows of 16.
     assert settings(first)["steps"] == 3
-    trained = model_files.load_model(first)
+    trained = load_model(first)
     torch.manual_seed(123)
     fresh = fastgpt.GPTModel(CONFIG)
     # Only the decay, which goes with lr, could change them.
     assert all(map(torch.equal, trained.parameters(), fresh.parameters()))
     arguments = ["train", str(inputs / "text.txt"), "--out", str(second), "--from", str(first)]
     assert cli.main([*arguments, "--steps", "1", "--lr", "0", "--batch", "2"]) == 0
-    again = model_files.load_model(second)
+    again = load_model(second)
     assert all(map(torch.equal, again.parameters(), fresh.parameters()))
 
 
 def test_no_epoch_leaves_the_model_as_it_starts(inputs, capsys):
     out, other = inputs / "none", inputs / "other"
     assert cli.main(train_arguments(inputs, out, "--epochs", "0")) == 0
-    assert "step 0 of 0 is done" in capsys.readouterr().err
+    assert "step 0 of 0 is already done" in capsys.readouterr().err
     torch.manual_seed(123)
     fresh = fastgpt.GPTModel(CONFIG)
-    saved = model_files.load_model(out)
+    saved = load_model(out)
     assert all(map(torch.equal, saved.parameters(), fresh.parameters()))
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
     assert cli.main(train_arguments(inputs, other, "--steps", "4")) == 0
@@ -116,8 +118,8 @@ def test_names_that_are_no_text(inputs, capsys):
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0
     assert len(losses(out)) == 3
     assert cli.main(["generate", "--model", str(out), "a", "--max-new-tokens", "2"]) == 0
-    torch.save(model_files.load_model(out).state_dict(), strange / "model.pth")
-    assert model_files.load_model(strange).cfg == model_files.load_model(out).cfg
+    torch.save(load_model(out).state_dict(), strange / "model.pth")
+    assert load_model(strange).cfg == load_model(out).cfg
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -126,7 +128,7 @@ def test_a_step_that_memory_cannot_hold_is_refused(inputs, capsys, monkeypatch):
     assert cli.main(train_arguments(inputs, out, "--batch", "100000000")) == 2
     said = capsys.readouterr().err
     assert re.search(
-        r"a step takes at least [\d,]+\.\d GB of memory, [\d,]+\.\d GB are avail", said
+        r"a step needs at least [\d,]+\.\d GB of memory, but [\d,]+\.\d GB are avail", said
     )
     assert not out.exists()
     least = memory.least_bytes(CONFIG, 6, bfloat16=False, tied=False)
@@ -157,9 +159,9 @@ def test_memory_that_ends_on_the_way_is_one_line(inputs, capsys, monkeypatch):
     ("text", "message"),
     [
         (b"", "text.txt is empty"),
-        (b"caf\xe9\n", "text.txt is not UTF-8 text: byte 0xe9 at line 1 or soon after"),
-        (b"a\nb\nc\n", "the text has 6 tokens: too short for a context of 16"),
-        (b"Hello\n" * 99, "the text has token 15496, the model a vocabulary of 256"),
+        (b"caf\xe9\n", "text.txt is not UTF-8 text: byte 0xe9 at line 1 or shortly after"),
+        (b"a\nb\nc\n", "the text has 6 tokens, too short for a context of 16"),
+        (b"Hello\n" * 99, "the text has token 15496, but the vocabulary has 256 tokens"),
     ],
 )
 def test_bad_texts(inputs, capsys, text, message):
@@ -176,18 +178,18 @@ def test_bad_texts(inputs, capsys, text, message):
     ("more", "message"),
     [
         (["--config", "125M"], "config '125M' is neither one of 124M, 355M, 774M, 1558M, toy nor"),
-        (["--min-lr", "1"], "min_lr 1 is not from 0 to lr"),
+        (["--min-lr", "1"], "min_lr 1 is above lr"),
         (["--precision", "float16"], "precision 'float16' is not auto, float32 or bfloat16"),
-        (["--device", "cuda"], "device 'cuda' is not to be had here"),
+        (["--device", "cuda"], "device 'cuda' is not available"),
         (["--fsdp"], "start them with torchrun"),
-        (["--sample", "Hello"], "the sample has token 15496, the model a vocabulary of 256"),
-        (["--sample", ""], "the sample has token 50256, the model a vocabulary of 256"),
-        (["--from", "nowhere"], "--from brings its own --config"),
+        (["--sample", "Hello"], "the sample has token 15496, but the vocabulary has 256 tokens"),
+        (["--sample", ""], "the sample has token 50256, but the vocabulary has 256 tokens"),
+        (["--from", "nowhere"], "--from has its own config"),
     ],
 )
 def test_bad_options(inputs, capsys, more, message):
     if "cuda" in more and torch.cuda.is_available():
-        pytest.skip("it is to be had")
+        pytest.skip("it is available")
     assert cli.main([*train_arguments(inputs, inputs / "run"), *more]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -217,7 +219,7 @@ def test_a_sample_with_a_token_that_no_text_has(inputs, capsys, monkeypatch):
 
 def test_nothing_to_resume(inputs, capsys):
     assert cli.main(["train", "--resume", "--out", str(inputs / "gone")]) == 2
-    assert "gone has no checkpoint to go on from: give the texts" in capsys.readouterr().err
+    assert "gone has no checkpoint to resume from: give the texts" in capsys.readouterr().err
     assert not (inputs / "gone").exists()
 
 
@@ -232,11 +234,11 @@ def test_a_run_without_a_checkpoint_resumes_as_it_was_asked_for(inputs, capsys, 
     assert before["start"] == str(first)
     assert cli.main(["train", "--out", str(out), "--resume"]) == 0
     assert json.loads((out / "run.json").read_text()) == before
-    begun, went_on = (model_files.load_model(folder).parameters() for folder in (first, out))
+    begun, went_on = (load_model(folder).parameters() for folder in (first, out))
     assert all(map(torch.equal, begun, went_on))
     capsys.readouterr()
     assert cli.main(["train", "--out", str(out), "--resume", "--from", str(out)]) == 2
-    assert "holds a run with another --from" in capsys.readouterr().err
+    assert "has a different --from" in capsys.readouterr().err
 
 
 def test_what_can_be_refused_before_the_text_is_read(inputs, capsys, monkeypatch):
@@ -253,11 +255,11 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
     other.write_text("b\n" * 900)
     again = ["train", "--resume", "--out", str(out)]
     for more, message in (
-        (["--seed", "9"], "--seed 9 is not that of the run"),
-        (["--batch", "2"], "--batch 2 is not that of the run"),
-        (["--context", "8"], "holds a run of another --config or --context"),
-        (["--config", "toy"], "holds a run of another --config or --context"),
-        ([str(other)], "holds a run on another text"),
+        (["--seed", "9"], "--seed is 9, but the run in"),
+        (["--batch", "2"], "--batch is 2, but the run in"),
+        (["--context", "8"], "has a different --config or --context"),
+        (["--config", "toy"], "has a different --config or --context"),
+        ([str(other)], "is on a different text"),
     ):
         capsys.readouterr()
         assert cli.main([*again, *more]) == 2
@@ -275,18 +277,18 @@ def test_what_a_resumed_run_keeps(inputs, capsys):
     assert "optimizer.pt can't be loaded" in capsys.readouterr().err
 
 
-def test_no_run_over_a_model_of_another_making(inputs, capsys):
+def test_no_run_over_a_model_from_another_run(inputs, capsys):
     out = inputs / "model"
     out.mkdir()
     fastgpt.GPTModel(CONFIG).save_pretrained(out)
     assert cli.main(train_arguments(inputs, out)) == 2
-    assert "holds a model of another making" in capsys.readouterr().err
+    assert "already contains a model from another run" in capsys.readouterr().err
 
 
 def test_without_matplotlib(inputs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(train_arguments(inputs, inputs / "run", "--steps", "1")) == 0
-    assert "no loss.png: that takes matplotlib" in capsys.readouterr().err
+    assert "no loss.png, because matplotlib is missing" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")

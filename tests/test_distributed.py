@@ -9,7 +9,7 @@ import torch
 from runs import Run, losses, needs_table, steps_done, train_arguments, trained, write_inputs
 
 import fastgpt
-from fastgpt.training import model_files
+from fastgpt.training.settings import load_model
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -45,7 +45,7 @@ def test_the_losses_of_one_process(folder, alone, size, options):
     assert run.said().count("\n  a b") == 3  # the first process alone speaks
     assert "Warning" not in run.said()
     assert_same(losses(out), alone)
-    mine, right = model_files.load_model(out), model_files.load_model(folder / "alone")
+    mine, right = load_model(out), load_model(folder / "alone")
     for ours, theirs in zip(mine.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
 
@@ -77,7 +77,7 @@ def test_shards_are_saved_as_the_model_they_are_of(folder):
     more = ["--fsdp", "--steps", "2", "--batch", "2", "--lr", "0"]
     run = Run(folder, list(map(str, arguments + more)), 2)
     assert run.codes() == [0, 0], run.said()
-    again = model_files.load_model(out)
+    again = load_model(out)
     assert again.out_head.weight is again.tok_emb.weight
     assert again.trf_blocks[1].norm2.eps == again.final_norm.eps == 1e-3
     assert (again.drop_emb.p, again.trf_blocks[0].drop_shortcut.p) == (0.25, 0.1)
@@ -116,9 +116,9 @@ def test_a_lost_process_ends_the_run(folder, number):
     assert run.processes[0].exitcode == 1, run.said()
     run.processes[1].kill()
     said = run.said()
-    assert "process 0 lost another one of the run: " in said
+    assert "process 0 lost contact with the others: " in said
     assert ".cc:" not in said
-    assert "is saved, --resume goes on from it" in said
+    assert "--resume continues from step-" in said
     assert "Traceback" not in said
 
 
@@ -126,7 +126,7 @@ def test_a_lost_process_ends_the_run(folder, number):
     ("text", "more", "message"),
     [
         (b"fine \xff", (), "is not UTF-8 text: byte 0xff"),
-        (b"a\n" * 999, ("--batch", "5"), "a batch of 5 can't be shared evenly among 2 processes"),
+        (b"a\n" * 999, ("--batch", "5"), "a batch of 5 can't be divided evenly among 2 processes"),
     ],
 )
 def test_what_is_wrong_is_said_once(folder, tmp_path, text, more, message):

@@ -28,9 +28,9 @@ from torch import nn
 
 import fastgpt
 from fastgpt import atomic_files, cli, training
-from fastgpt.training import checkpoint, model_files, tokens, trainer
-from fastgpt.training.data import Windows, mix, shuffled
-from fastgpt.training.settings import Settings, SettingsError, read_config
+from fastgpt.training import checkpoint, tokens, trainer
+from fastgpt.training.data import Windows
+from fastgpt.training.settings import Settings, SettingsError, load_model, read_config
 from fastgpt.training.trainer import lr_factor
 
 matplotlib.use("Agg")  # the book's chapter 5 imports pyplot
@@ -266,16 +266,19 @@ def test_windows():
     assert windows.validation_sample(4) == [0, 4, 9, 14]
     assert windows.validation_sample(99) == list(range(19))
     Windows(ids[:22], 10, 0.1, 0)
-    with pytest.raises(tokens.TextError, match="21 tokens: too short for a context of 10"):
+    with pytest.raises(tokens.TextError, match="21 tokens, too short for a context of 10"):
         Windows(ids[:21], 10, 0.1, 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
-def test_shuffled_is_a_permutation(size):
-    order = [shuffled(i, size, mix(7)) for i in range(size)]
+def test_an_epoch_is_a_permutation(size):
+    order, other = (
+        Windows(torch.arange(size + 3), 1, 1e-9, seed).train(0, size)[0].flatten().tolist()
+        for seed in (7, 8)
+    )
     assert sorted(order) == list(range(size))
     if size > 60:
-        assert order != [shuffled(i, size, mix(8)) for i in range(size)]
+        assert order != other
         near = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
         assert near < size / 8
 
@@ -402,14 +405,14 @@ def test_an_interrupt_saves_and_stops(inputs):
     (saved,) = checkpoint.checkpoints(out)
     step = checkpoint.load_step(saved)
     assert step == steps_done(out) < 5000
-    assert f"stopped at step {step}; --resume goes on from there" in run.said()
+    assert f"stopped at step {step}; --resume continues from there" in run.said()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(inputs):
     more = ("--steps", "40", "--lr", "1e9", "--clip", "0", "--warmup", "0")
     run = Run(inputs, train_arguments(inputs, inputs / "run", *more))
     assert run.codes() == [1]
-    assert "try a smaller lr; there is no checkpoint yet" in run.said()
+    assert "try a smaller --lr; there is no checkpoint yet" in run.said()
 
 
 def test_gradients_that_are_no_numbers_are_not_saved(inputs, capsys, monkeypatch):
@@ -425,9 +428,12 @@ def test_gradients_that_are_no_numbers_are_not_saved(inputs, capsys, monkeypatch
     out = inputs / "run"
     arguments = train_arguments(inputs, out, "--steps", "4", "--checkpoint-every", "2")
     assert cli.main(arguments) == 1
-    assert "norm is inf at step 4: try a smaller lr; step-00000002" in capsys.readouterr().err
+    assert (
+        "norm is inf at step 4: try a smaller --lr; --resume continues from step-00000002"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000002"]
-    assert all(p.isfinite().all() for p in model_files.load_model(out).parameters())
+    assert all(p.isfinite().all() for p in load_model(out).parameters())
 
 
 def test_the_model_learns_and_loads_again(inputs, encoding):
@@ -435,7 +441,7 @@ def test_the_model_learns_and_loads_again(inputs, encoding):
     (inputs / "text.txt").write_text(text)
     out = inputs / "run"
     trained(inputs, out, "--steps", "60", "--lr", "3e-3", "--epochs", "9", "--seed", "1")
-    model = model_files.load_model(out).eval()
+    model = load_model(out).eval()
     prompt = torch.tensor([encoding.encode("a\nb\n")])
     ids = fastgpt.generate_text_simple(model, prompt, 8, 16)
     assert encoding.decode(ids[0].tolist()) == "a\nb\nc\nd\ne\nf\n"
@@ -446,12 +452,12 @@ def test_a_tied_head_stays_tied(tmp_path):
     model = fastgpt.GPTModel(CONFIG)
     model.out_head.weight = model.tok_emb.weight
     model.save_pretrained(tmp_path)
-    again = model_files.load_model(tmp_path)
+    again = load_model(tmp_path)
     assert again.out_head.weight is again.tok_emb.weight
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(SettingsError, match=r"model.safetensors cannot be read"):
-        model_files.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
@@ -464,9 +470,9 @@ def test_a_full_disk_ends_a_run_with_what_it_had(inputs, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 1
     said = capsys.readouterr().err
-    assert "step-00000004 can't be written, " in said
-    assert "MB are free there: unexpected pos" in said
-    assert "step-00000002 is saved, --resume goes on from it" in said
+    assert "step-00000004 can't be written (" in said
+    assert "MB free): unexpected pos" in said
+    assert "--resume continues from step-00000002" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
 

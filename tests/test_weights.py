@@ -227,7 +227,7 @@ class TestSavePretrained:
         else:
             before = "old" if config == "other" else FileNotFoundError
             assert found == {before, WeightsError, "new"}
-            assert re.search(r"a save to .* was cut short: save the model there again", message)
+            assert re.search(r"a save to .* was interrupted: save the model there again", message)
 
     def test_over_the_file_that_it_came_from(self, tmp_path):
         ours, _ = pair()

@@ -1,7 +1,6 @@
-"""The `fastgpt` command. One file a subcommand: its arguments, and a function that runs it.
+"""The `fastgpt` command. Each subcommand has a file: its arguments, and a function that runs it.
 
-0: done. 1: what was checked doesn't hold, or a run broke off. 2: it couldn't run as asked.
-130: interrupted.
+Exit codes: 0 success; 1 a check or a run failed; 2 wrong usage; 130 interrupted; 141 broken pipe.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastgpt.cli.usage import Failure, UsageError, out_of_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code; what the user did wrong is one line on stderr."""
+    """Runs the command and returns its exit code; an error is one line on stderr."""
     _take_any_text()
     command = "fastgpt"
     try:
@@ -27,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = f"fastgpt {args.command}"
             code: int = args.run(args)
         finally:
-            sys.stdout.flush()  # a full disk or a closed pipe shows here rather than at the end
+            sys.stdout.flush()  # a full disk or a closed pipe is an error here rather than at exit
     except (UsageError, BackendError) as error:
         return _said(command, error, 2)
     except Failure as error:
         return _said(command, error, 1)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, say `| head`, has ended
         _drop_output()
         return 141
     except OSError as error:
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        return _said(command, f"there is too little memory: {error}", 1)
+        return _said(command, f"out of memory: {error}", 1)
     return code
 
 
@@ -58,8 +57,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _take_any_text() -> None:
-    """Lets both streams take all characters: files and pipes get UTF-8, a terminal what it has,
-    with "?" for what it lacks. A stream that the caller has closed becomes the null device.
+    """Lets stdout and stderr print any character.
+
+    Files and pipes get UTF-8; a terminal keeps its encoding, with "?" for other characters. A
+    closed stream becomes the null device.
     """
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
@@ -71,12 +72,12 @@ def _take_any_text() -> None:
 
 
 def _drop_output() -> None:
-    """What could not be written is dropped, or the interpreter's end would try again."""
+    """Discards unwritten output, which the interpreter would otherwise try to write at exit."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _said(command: str, error: object, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be what can't be written
+    with contextlib.suppress(OSError):  # stderr itself may fail
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""`fastgpt info`: what is here, what is missing and why; for a bug report."""
+"""`fastgpt info`: what this machine has, what is missing and why; for bug reports."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from fastgpt import cpu, triton
-from fastgpt._distribution import stranger
+from fastgpt._distribution import conflict
 from fastgpt.bench.machine import machine
 from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.dispatch import BackendWarning, backends, requested
 
-# Beside the core: what each is for.
+# Optional packages, and what each is for.
 OPTIONAL = {
     "triton": "GPU kernels",
     "rich": "tables and progress bars",
     "safetensors": "training, and loading models",
-    "huggingface_hub": "loading models by their names on the hub",
-    "matplotlib": "the picture of a run's losses, and the charts of bench",
-    "jinja2": "the page of bench",
+    "huggingface_hub": "loading models from the Hugging Face Hub",
+    "matplotlib": "the plot of a run's losses, and the charts of bench",
+    "jinja2": "the report of bench",
 }
 
 
@@ -43,9 +43,9 @@ def run_info(args: argparse.Namespace) -> int:
     try:
         requested()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BackendWarning)  # "missing" says it too
+            warnings.simplefilter("ignore", BackendWarning)  # "missing" has the same reason
             facts = collect()
-    except ValueError as error:  # FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there
+    except ValueError as error:  # FASTGPT_BACKEND or FASTGPT_CPU_ISA has an unknown value
         raise UsageError(error) from None
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -58,15 +58,15 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Everything that is printed, by headings."""
+    """Everything that is printed, by heading."""
     versions = {name: _version(name) for name in ("tiktoken", "numpy", *OPTIONAL)}
     missing = {
         name: f"{use}: pip install {name}"
         for name, use in OPTIONAL.items()
         if versions[name] is None
     }
-    if said := stranger():
-        missing["a folder of its own"] = said
+    if said := conflict():
+        missing["fastgpt"] = said
     if versions["triton"] is None:
         missing["triton"] = f"{OPTIONAL['triton']}: {triton.how_to_install()}"
     for row in backends().values():
@@ -81,8 +81,8 @@ def collect() -> dict[str, dict[str, Any]]:
         "machine": machine(),
         "backends": found,
         "instruction sets": {
-            "in force": cpu.isa() if has_extension else None,
-            "here": ", ".join(cpu.isas()) if has_extension else None,
+            "active": cpu.isa() if has_extension else None,
+            "available": ", ".join(cpu.isas()) if has_extension else None,
         },
         "versions": {name: version or "missing" for name, version in versions.items()},
         "devices": _devices(),
@@ -100,7 +100,7 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        # Brought by a distribution of another name, as triton-windows is.
+        # From a distribution of another name, such as triton-windows.
         others = importlib.metadata.packages_distributions().get(name, [])
         return next((f"{importlib.metadata.version(n)} ({n})" for n in others if n != name), None)
 
@@ -113,7 +113,7 @@ def _devices() -> dict[str, str]:
             if (p := torch.cuda.get_device_properties(number))
         }
     built = torch.version.cuda or torch.version.hip
-    why = "PyTorch finds no GPU" if built else "this PyTorch is built for CPUs alone"
+    why = "PyTorch finds no GPU" if built else "this PyTorch is built for CPUs only"
     return {"mps": "yes"} if torch.backends.mps.is_available() else {"cuda": f"no: {why}"}
 
 

@@ -1,4 +1,4 @@
-"""The bar of a command that measures."""
+"""The progress bar of a command that measures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from fastgpt.cli.usage import UsageError
 
-Show = Callable[[int, int, str], object]  # what is done, of how many, and what comes
+Show = Callable[[int, int, str], object]  # steps done, steps in all, what runs now
 
 
 def need_rich(message: str) -> None:
@@ -19,12 +19,12 @@ def need_rich(message: str) -> None:
 
 
 def silent(done: int, total: int, doing: str) -> None:
-    """In place of a bar."""
+    """Shows nothing."""
 
 
 @contextmanager
 def bar() -> Iterator[Show]:
-    """A bar on stderr for as long as the block lasts; what it gives moves it."""
+    """Shows a bar on stderr while the block runs, and yields the function that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -34,7 +34,7 @@ def bar() -> Iterator[Show]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    # No thread that redraws: it would take time from whatever is being timed.
+    # No thread redraws it: that would disturb the timing.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task("", total=None)
 

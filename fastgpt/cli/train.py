@@ -1,4 +1,4 @@
-"""`fastgpt train`: a text, a size and a folder in, a model out; alone or under torchrun."""
+"""`fastgpt train`: trains a model on texts, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastgpt.cli.usage import (
     Commands,
     Failure,
     UsageError,
+    add_device,
     number,
     out_of_memory,
     positive,
@@ -31,77 +32,53 @@ def add_to(commands: Commands) -> None:
     sub = commands.add_parser(
         "train",
         help="train a model on texts",
-        description="Train a model on UTF-8 texts. DIR receives the model, checkpoints, log.csv "
-        "and loss.png. Ctrl-C saves and stops; --resume goes on from the last checkpoint. "
-        "Under torchrun the processes share each batch.",
+        description="Train a model on UTF-8 texts. DIR will contain the model, checkpoints, "
+        "log.csv and loss.png. Ctrl-C saves and stops; --resume continues from the last "
+        "checkpoint. Under torchrun the processes share each batch.",
     )
     sub.add_argument("text", nargs="*", metavar="TEXT", help="a file, or a folder of .txt files")
-    sub.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the run's folder, made if need be"
-    )
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="the run's folder")
     sub.add_argument("--config", metavar="SIZE", help=f"{', '.join(CONFIGS)} or a JSON file (124M)")
-    sub.add_argument("--context", type=positive, metavar="N", help="in place of the config's")
+    sub.add_argument("--context", type=positive, metavar="N", help="instead of the config's")
     sub.add_argument(
         "--from",
         dest="start",
         metavar="MODEL",
-        help="start from its weights: gpt2, a folder",
+        help="start from these weights: gpt2, or a folder or file",
     )
-    sub.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    sub.add_argument("--resume", action="store_true", help="continue the run in DIR")
     sub.add_argument("--epochs", type=number(0), metavar="N", help="passes over the text (1)")
     _add_settings(sub)
     sub.add_argument("--tokens", type=Path, metavar="DIR", help="for token files (OUT/tokens)")
-    sub.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
-    )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
-    sub.add_argument("--fsdp", action="store_true", help="shard by FSDP2 rather than copy by DDP")
+    add_device(sub)
+    sub.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP")
     sub.add_argument(
         "--timeout",
         type=number(1),
         default=600,
         metavar="SECONDS",
-        help="without an answer, after which other processes are given up (%(default)s)",
+        help="without an answer, after which other processes count as lost (%(default)s)",
     )
     sub.set_defaults(run=run_train)
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
-    """An option for each of Settings; one that isn't given stays out of the namespace."""
-    texts = {
-        "steps": (positive, "updates of the weights, instead of --epochs"),
-        "batch": (positive, "windows of a step, on all processes together"),
-        "micro_batch": (positive, "windows that a process takes at once (its whole share)"),
-        "lr": (number(0), "the largest learning rate"),
-        "min_lr": (number(0), "the last learning rate (a tenth of --lr)"),
-        "warmup": (int, "steps to come to --lr (a tenth of all, at most 100)"),
-        "weight_decay": (number(0), "of matrices"),
-        "clip": (number(0), "the largest norm of the gradients, 0 for none"),
-        "precision": (str, "float32, bfloat16, or auto: bfloat16 on GPUs"),
-        "seed": (seed, "of weights, order and dropout"),
-        "validation": (number(0, 1), "the share of the text that is not trained on"),
-        "eval_every": (positive, "steps between evaluations"),
-        "eval_batches": (positive, "batches of an evaluation"),
-        "checkpoint_every": (positive, "steps between checkpoints"),
-        "keep": (positive, "checkpoints to keep"),
-        "sample": (text, "what a sample after each evaluation goes on from"),
-        "sample_tokens": (positive, "tokens of a sample"),
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    for name, (kind, told) in texts.items():
-        default = defaults[name]
-        silent = default is dataclasses.MISSING or default is None or name == "min_lr"
+    """Adds an option for each field of Settings; one not given is absent from the namespace."""
+    parsers = {"int": int, "float": number(), "str": text}
+    for field in dataclasses.fields(Settings):
+        kind, help_text = str(field.type).partition(" ")[0], field.metadata["help"]
+        silent = field.default in (dataclasses.MISSING, None) or help_text.endswith(")")
         sub.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,  # type: ignore[arg-type]
+            f"--{field.name.replace('_', '-')}",
+            type=seed if field.name == "seed" else parsers[kind],  # type: ignore[arg-type]
             default=argparse.SUPPRESS,
-            metavar="TEXT" if kind in (str, text) else "N",
-            help=told if silent else f"{told} ({default})",
+            metavar="TEXT" if kind == "str" else "N",
+            help=help_text if silent else f"{help_text} ({field.default})",
         )
 
 
 def run_train(args: argparse.Namespace) -> int:
-    try:
+    try:  # here, because they need safetensors, which is optional
         from fastgpt.training import checkpoint, parallel, run_setup, trainer
     except ModuleNotFoundError as error:
         raise UsageError(
@@ -116,24 +93,24 @@ def run_train(args: argparse.Namespace) -> int:
         with parallel.join(args.device, args.fsdp, args.timeout) as group:
             finished = run_setup.train(request, group)
         return 0 if finished else 130
-    except parallel.SaidElsewhere:
+    except parallel.FailedOnRank0:
         return 2
     except (TextError, SettingsError, EncodingError) as error:
         raise UsageError(error) from None
     except BrokenPipeError:
         raise
     except parallel.PeersLost as error:
-        message = _with_way_on(checkpoint.checkpoints(args.out), error)
+        message = _with_checkpoint(checkpoint.checkpoints(args.out), error)
         print(f"fastgpt train: {message}", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary exit would wait for what is left of the group
+        os._exit(1)  # a normal exit would wait for the lost processes
     except (OSError, MemoryError, RuntimeError) as error:
         expected = isinstance(error, (trainer.Diverged, OSError)) or out_of_memory(error)
         if not expected:
             raise
-        raise Failure(_with_way_on(checkpoint.checkpoints(args.out), error)) from None
+        raise Failure(_with_checkpoint(checkpoint.checkpoints(args.out), error)) from None
 
 
-def _with_way_on(saved: list[Path], error: Exception) -> str:
+def _with_checkpoint(saved: list[Path], error: Exception) -> str:
     if not saved:
         return f"{error}; there is no checkpoint yet"
-    return f"{error}; {saved[-1].name} is saved, --resume goes on from it"
+    return f"{error}; --resume continues from {saved[-1].name}"

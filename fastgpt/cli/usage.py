@@ -1,4 +1,4 @@
-"""What the subcommands share: their errors, and the kinds of argument."""
+"""What the subcommands share: their errors, and types of arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastgpt.dispatch import backends, requested
 
-# What add_subparsers returns; quoted, for it is generic to the type checker alone.
+# What add_subparsers returns; quoted, because it is generic only for the type checker.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -21,36 +21,36 @@ class UsageError(Exception):
 
 
 class Failure(Exception):
-    """The command ran, and broke off; the message is one line for the user."""
+    """The command started but failed; the message is one line for the user."""
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """An argument that ``torch.manual_seed`` takes."""
+    """Parses a number that ``torch.manual_seed`` accepts."""
     try:
         value = int(text)
     except ValueError:
         value = 1 << 64
     if not -(1 << 63) <= value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 64 bits")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a 64-bit integer")
     return value
 
 
 def text(value: str) -> str:
-    """An argument that is text: UTF-8, whatever encoding the system has.
+    """Parses text as UTF-8, whatever encoding the system has.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is not UTF-8.
     """
     try:
         value.encode()
-    except UnicodeEncodeError:  # bytes that Python could not decode
+    except UnicodeEncodeError:  # Python could not decode its bytes
         try:
             return os.fsencode(value).decode()
         except UnicodeError:
@@ -58,9 +58,10 @@ def text(value: str) -> str:
     return value
 
 
-def number(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argument that is a finite number within [low, high]."""
-    limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """A parser of finite numbers within [low, high]."""
+    limits = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+    limits = "" if low == -math.inf else limits
 
     def parse(text: str) -> float:
         try:
@@ -68,23 +69,31 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number{limits}")
         return value
 
     return parse
 
 
+def add_device(sub: argparse.ArgumentParser) -> None:
+    """Adds --device and --threads."""
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory is what lacked; on the CPU, torch's error has no class of its own."""
+    """Whether memory ran out; on the CPU, torch's error for it has no class of its own."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def missing_kernels() -> str | None:
-    """Why the C++ kernels can't run here, or None.
+    """Why the C++ kernels can't run on this machine, or None if they can.
 
     Raises:
-        UsageError: FASTGPT_BACKEND or FASTGPT_CPU_ISA names what isn't there.
+        UsageError: FASTGPT_BACKEND or FASTGPT_CPU_ISA has an unknown value.
     """
     try:
         requested()

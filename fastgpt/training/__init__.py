@@ -1,4 +1,4 @@
-"""Training: chapter 5 of the book under its names, and the trainer behind `fastgpt train`."""
+"""Training: chapter 5's functions under the book's names, and what `fastgpt train` runs."""
 
 from fastgpt.training.book import (
     GPTDatasetV1,

@@ -1,13 +1,14 @@
 """Chapter 5's functions, and chapter 2's data loader, under the book's names.
 
-They draw, print and return what the book's do; the loss of a plain GPTModel comes from
-``GPTModel.loss``, which never holds the logits of a whole batch.
+They draw the same random numbers, print the same lines and return the same values as the book's.
+The loss of an unmodified GPTModel comes from ``GPTModel.loss``, which never holds the logits of a
+whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, overload
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from fastgpt.model.fusable import is_unmodified
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
-from fastgpt.text_stream import decoded
-from fastgpt.tokenizer import END_OF_TEXT, gpt2_encoding
+from fastgpt.tokenizer import END_OF_TEXT, decoded, gpt2_encoding
 
 Device = torch.device | str
 
 
-class _Windows(Sequence[Tensor]):
-    """Windows of a text's tokens, each cut when it is asked for, into memory of its own.
+class _Windows:
+    """Windows of a text's tokens; each is copied out when it is accessed.
 
     Args:
         ids: [N] token ids.
-        starts: where each window begins.
+        starts: index of each window's first token.
         length: tokens in a window.
     """
 
@@ -38,28 +38,24 @@ class _Windows(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(len(self))[index]]
         start = self.starts[index]
         return self.ids[start : start + self.length].clone()
 
 
 class GPTDatasetV1(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of max_length tokens, stride apart, each with the window one token further on.
+    """Windows of max_length tokens, each with the same window shifted by one token as its target.
 
     Args:
         txt: the text.
-        tokenizer: tiktoken's "gpt2" encoding, or anything with its encode.
+        tokenizer: tiktoken's "gpt2" encoding, or any object with its ``encode``.
         max_length: tokens in a window.
-        stride: how far on the next window begins.
+        stride: tokens from the start of one window to the start of the next.
 
-    ``input_ids`` and ``target_ids`` are sequences of windows. The tokens are held once, and a
-    window that is handed out is a copy: whoever changes it changes nothing else.
+    ``input_ids`` and ``target_ids`` take indices and slices, like lists of windows. The tokens are
+    held once, and every window that is returned is a copy, so changing it changes nothing else.
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
@@ -88,7 +84,7 @@ def create_dataloader_v1(
     """Batches of (inputs, targets), [batch_size, max_length] each, of txt in GPT-2's tokens.
 
     Raises:
-        EncodingError: tiktoken's table isn't to be had.
+        EncodingError: tiktoken's table is not available.
     """
     return DataLoader(
         GPTDatasetV1(txt, gpt2_encoding(), max_length, stride),
@@ -106,11 +102,11 @@ def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
-    """Token ids [1, T] or [T] -> text, with U+FFFD for an id that a tiktoken encoding lacks."""
+    """Token ids [1, T] or [T] -> text, with U+FFFD for ids unknown to a tiktoken encoding."""
     ids = token_ids.reshape(-1).tolist() if len(token_ids) == 1 else token_ids.tolist()
     try:
         text: str = tokenizer.decode(ids)
-    except KeyError:  # a padded vocabulary has more ids
+    except KeyError:  # a padded vocabulary has more ids than the encoding
         if not hasattr(tokenizer, "decode_single_token_bytes"):
             raise
         return decoded(tokenizer, ids)
@@ -120,7 +116,7 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
 def calc_loss_batch(
     input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device
 ) -> Tensor:
-    """Mean cross-entropy of a batch's next tokens, [B, T] each; it carries the gradient."""
+    """Mean cross-entropy of a batch [B, T] and its targets [B, T], with its gradient graph."""
     inputs, targets = input_batch.to(device), target_batch.to(device)
     if isinstance(model, GPTModel) and is_unmodified(model, GPTModel):
         return model.loss(inputs, targets)
@@ -133,17 +129,14 @@ def calc_loss_loader(
     device: Device,
     num_batches: int | None = None,
 ) -> float:
-    """Mean of the losses of the loader's first num_batches, or of all; NaN where it has none."""
+    """Mean loss of the loader's first num_batches batches (None: all); NaN if it has no batch."""
     available = len(data_loader)
     if available == 0:
         return float("nan")
     wanted = available if num_batches is None else min(num_batches, available)
-    total = 0.0
-    for number, (inputs, targets) in enumerate(data_loader):
-        if number >= wanted:
-            break
-        total += calc_loss_batch(inputs, targets, model, device).item()
-    return total / wanted
+    batches = itertools.islice(data_loader, wanted)
+    losses: list[float] = [calc_loss_batch(x, y, model, device).item() for x, y in batches]
+    return sum(losses) / wanted
 
 
 def evaluate_model(
@@ -153,7 +146,7 @@ def evaluate_model(
     device: Device,
     eval_iter: int,
 ) -> tuple[float, float]:
-    """Training and validation loss over eval_iter batches each; the model trains afterwards."""
+    """Training and validation loss over eval_iter batches each; leaves the model in train mode."""
     model.eval()
     with torch.no_grad():
         losses = [
@@ -167,9 +160,9 @@ def evaluate_model(
 def generate_and_print_sample(
     model: nn.Module, tokenizer: Any, device: Device, start_context: str
 ) -> None:
-    """Prints start_context and 50 greedy tokens on one line; the model trains afterwards.
+    """Prints start_context and 50 greedy tokens on one line; leaves the model in train mode.
 
-    An empty start_context starts a new text, from <|endoftext|>.
+    An empty start_context starts a new text, after <|endoftext|>.
     """
     model.eval()
     positions: Any = model.pos_emb
@@ -194,12 +187,12 @@ def train_model_simple(
     """The book's training loop.
 
     Args:
-        eval_freq: steps between evaluations, the first step among those evaluated.
+        eval_freq: steps between evaluations; the first is after the first step.
         eval_iter: batches of each loader in an evaluation.
-        start_context: the text that the sample printed after each epoch goes on from.
+        start_context: the beginning of the sample that is printed after each epoch.
 
     Returns:
-        Training losses, validation losses and tokens seen, one of each an evaluation.
+        Training losses, validation losses and tokens seen, one of each per evaluation.
     """
     train_losses: list[float] = []
     val_losses: list[float] = []

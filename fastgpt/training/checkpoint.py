@@ -1,10 +1,10 @@
-"""Checkpoints of a run: a folder each, there whole or not at all.
+"""Checkpoints of a run: a folder each, complete or not there at all.
 
-    DIR/run.json                     what was asked for
+    DIR/run.json                     the run's settings
     DIR/config.json, *.safetensors   the model of the newest checkpoint
     DIR/checkpoints/step-00000100/   that model, optimizer.pt and state.json
 
-A checkpoint holds whole tensors under the parameters' names, so it fits any number of processes.
+A checkpoint holds full tensors under the parameters' names, so any number of processes can load it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastgpt.atomic_files import (
     whole_folder,
 )
 from fastgpt.model.gpt import GPTModel
-from fastgpt.training.parallel import Group, whole
+from fastgpt.training.parallel import Group, gathered
 from fastgpt.training.settings import SettingsError
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
@@ -45,7 +45,7 @@ OPTIMIZER, STATE = "optimizer.pt", "state.json"
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, the oldest first."""
+    """A run's checkpoints, oldest first."""
     return sorted((out / CHECKPOINTS).glob("step-*"))
 
 
@@ -57,12 +57,12 @@ def save(
     group: Group,
     keep: int,
 ) -> None:
-    """Writes the checkpoint of a step, then removes those older than the newest keep.
+    """Writes the checkpoint of a step, then removes all but the newest ``keep``.
 
     Raises:
-        OSError: it can't be written; the checkpoints before it stand.
+        OSError: it can't be written; earlier checkpoints stay.
     """
-    tensors = _gathered(model, group)
+    tensors = _full_tensors(model, group)
     optimizer_state = get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=group.sharded)
     )
@@ -71,8 +71,8 @@ def save(
         _write(path, model, tensors, optimizer_state, {"step": step, "processes": group.size})
         _publish(path, out)
         for old in checkpoints(out)[:-keep]:
-            # Renamed first: a removal cut short leaves nothing that looks whole. What the system
-            # keeps from removal now, the next save or start removes.
+            # Renamed first, so that an interrupted removal leaves nothing that looks complete.
+            # What can't be removed now is removed at the next start.
             with contextlib.suppress(OSError):
                 shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
 
@@ -90,39 +90,39 @@ def _write(
             model.save_pretrained(folder, tensors)
             torch.save(optimizer_state, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
-    except (RuntimeError, SafetensorError) as error:  # so both say that a disk is full
+    except (RuntimeError, SafetensorError) as error:  # for example when the disk is full
         free, reason = shutil.disk_usage(path.parent).free, " ".join(str(error).split())
-        message = f"{path} can't be written, {free / 1e6:,.0f} MB are free there: {reason}"
+        message = f"{path} can't be written ({free / 1e6:,.0f} MB free): {reason}"
         raise OSError(message) from error
 
 
 def _publish(checkpoint: Path, out: Path) -> None:
-    """Makes a checkpoint's model the run's: the config first, which stays the same in a run."""
+    """Makes a checkpoint's model the run's: first the config, which never changes in a run."""
     for file in sorted(checkpoint.iterdir()):
         if file.name not in (OPTIMIZER, STATE):
             link_or_copy(file, out / file.name)
 
 
 def load_step(checkpoint: Path) -> int:
-    """The step that a checkpoint was written after."""
+    """The step after which a checkpoint was written."""
     try:
         return int(json.loads((checkpoint / STATE).read_text())["step"])
     except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"{checkpoint} is no whole checkpoint: {error}") from None
+        raise SettingsError(f"{checkpoint} is not a complete checkpoint: {error}") from None
 
 
 def load_optimizer(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> None:
-    """Fills the optimiser of a wrapped model from a checkpoint.
+    """Loads the optimiser of a wrapped model from a checkpoint.
 
     Raises:
-        SettingsError: the file is missing, broken, or another model's.
+        SettingsError: the file is missing, broken, or of another model.
     """
     try:
         with utf_8_path(checkpoint / OPTIMIZER) as path:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # The optimiser would hold the mapped file, and keep it from being removed.
+        # Copied, or the optimiser would keep the file mapped, which then can't be removed.
         state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
@@ -132,7 +132,7 @@ def load_optimizer(
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """What a run's first start wrote with ``write_run``, or None where none has been."""
+    """The run.json of an earlier start, or None."""
     path = out / RUN
     if not path.exists():
         return None
@@ -145,10 +145,10 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Makes a run's folder, for this process alone.
+    """Creates a run's folder and locks it for this process.
 
     Raises:
-        SettingsError: another process trains there.
+        SettingsError: another process is training there.
     """
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -160,7 +160,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def write_run(out: Path, run: dict[str, Any]) -> None:
-    """Writes what a run is asked to do, and makes good what killed processes left in its folder."""
+    """Writes run.json, after repairing what killed processes left in the folder."""
     for folder in (out, out / CHECKPOINTS):
         clear_unfinished(folder)
     for newest in checkpoints(out)[-1:]:
@@ -169,13 +169,13 @@ def write_run(out: Path, run: dict[str, Any]) -> None:
         file.write(json.dumps(run, indent=1).encode())
 
 
-def _gathered(model: GPTModel, group: Group) -> dict[str, Tensor] | None:
-    """A sharded model's tensors, whole, for the first process; None of one that is whole."""
+def _full_tensors(model: GPTModel, group: Group) -> dict[str, Tensor] | None:
+    """A sharded model's tensors, gathered on rank 0; None if the model is not sharded."""
     if not group.sharded:
         return None
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = whole(parameter.detach())  # every process takes part
+        tensor = gathered(parameter.detach())  # on every process
         if group.rank == 0:
             tensors[name] = tensor.cpu()
     return tensors

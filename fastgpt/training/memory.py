@@ -1,4 +1,4 @@
-"""Whether a training step can fit into memory, told before anything is allocated."""
+"""Whether a training step can fit into memory, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fastgpt.training.settings import SettingsError
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-KEPT = 10  # numbers a token that each block keeps for its backward pass, in widths of the model
+KEPT = 10  # numbers that a block keeps per token for backward, in multiples of the width
 
 
 def check_memory(
@@ -25,33 +25,35 @@ def check_memory(
     shards: int = 1,
     beside: int = 1,
 ) -> None:
-    """
+    """Checks that a step can fit into the memory that is available.
+
     Args:
-        cfg: the model's sizes, in the book's form.
-        windows: what a process takes at once.
-        device: where it trains.
-        bfloat16: whether the products take bfloat16.
+        cfg: the model's config, in the book's form.
+        windows: per pass of a process.
+        device: to train on.
+        bfloat16: whether products run in bfloat16.
         tied: whether the head may be the token embedding.
-        shards: the processes that share the weights.
-        beside: the processes that share this device's memory.
+        shards: processes that share the weights.
+        beside: processes that share this device's memory.
 
     Raises:
-        SettingsError: the least that a step takes is more than the memory that is available.
+        SettingsError: the least that a step needs is more than is available.
     """
     needed = beside * least_bytes(cfg, windows, bfloat16=bfloat16, tied=tied, shards=shards)
     available = available_bytes(device)
     if available is not None and needed > available:
         raise SettingsError(
-            f"a step takes at least {needed / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB "
-            "are available: choose a smaller --micro-batch, --batch, --context or --config"
+            f"a step needs at least {needed / 1e9:,.1f} GB of memory, but "
+            f"{available / 1e9:,.1f} GB are available: choose a smaller --micro-batch, "
+            "--batch, --context or --config"
         )
 
 
 def least_bytes(
     cfg: Mapping[str, Any], windows: int, *, bfloat16: bool, tied: bool, shards: int = 1
 ) -> int:
-    """What a step must hold at once: weights and AdamW's two moments in float32, and at one end of
-    the backward pass what the blocks kept, at the other the gradients.
+    """The least memory of a step: weights and AdamW's two moments in float32, and what the blocks
+    keep for backward (at its start) or the gradients (at its end), whichever is more.
     """
     width, layers, context = (cfg[key] for key in ("emb_dim", "n_layers", "context_length"))
     tables = context + cfg["vocab_size"] * (1 if tied else 2)
@@ -61,7 +63,7 @@ def least_bytes(
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that nothing uses yet, or where only that is known the device's; None if unknown."""
+    """Free memory, or the machine's memory if only that is known; None if neither is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -76,7 +78,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _limit(path: str) -> int | None:
-    """A container's limit; "max" where there is none."""
+    """A container's memory limit; None if there is none (the file then says "max")."""
     try:
         return int(Path(path).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""One process or several: who this one is, how the model is shared out, what all agree on."""
+"""The processes of a run: this one's rank, how they share the model, how they communicate."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgpt.model.gpt import GPTModel
-from fastgpt.training.device import pick_device
-from fastgpt.training.settings import SettingsError
+from fastgpt.training.settings import SettingsError, pick_device
 from fastgpt.training.tokens import TextError
 
 
 class PeersLost(RuntimeError):
-    """Another process of the run died or answers no more."""
+    """Another process of the run died or no longer answers."""
 
 
-class SaidElsewhere(SettingsError):
-    """The first process has failed, and says so."""
+class FailedOnRank0(SettingsError):
+    """Rank 0 has failed, and reports the error itself."""
 
 
 class LossOf(nn.Module):
-    """A model whose call is its loss: what DDP can wrap."""
+    """A model whose forward is its loss, so that DDP can wrap it."""
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
@@ -44,24 +43,36 @@ class LossOf(nn.Module):
 
 @dataclass
 class Group:
-    """The processes of a run, seen from this one; a single process is a group too."""
+    """The processes of a run, seen from this one; a single process is a group of one."""
 
     rank: int
     size: int
     device: torch.device
     sharded: bool  # by FSDP2; else every process has the whole model
-    store: Any = None  # torch's, where there are several processes
-    answers: int = 0
+    store: Any = None  # torch's key-value store, if there are several processes
+    answers: int = 0  # how often on_rank0 was called
+
+    def share(self, batch: int) -> int:
+        """This process's windows of a batch.
+
+        Raises:
+            SettingsError: the batch can't be divided evenly.
+        """
+        if batch % self.size:
+            raise SettingsError(
+                f"a batch of {batch} can't be divided evenly among {self.size} processes"
+            )
+        return batch // self.size
 
     def wrap(self, model: GPTModel) -> Callable[[Tensor, Tensor], Tensor]:
-        """The model's loss such that its backward shares gradients; shards the model in place."""
+        """The model's loss, whose backward averages gradients; FSDP shards the model in place."""
         if self.size > 1 and not self.sharded:
             return nn.parallel.DistributedDataParallel(LossOf(model), gradient_as_bucket_view=True)
         if self.sharded:
             try:
                 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
             except ImportError:
-                raise SettingsError("--fsdp takes PyTorch 2.6 or newer") from None
+                raise SettingsError("--fsdp needs PyTorch 2.6 or newer") from None
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
             for module in [*model.trf_blocks, model]:
                 fully_shard(module, mesh=mesh)
@@ -70,7 +81,7 @@ class Group:
 
     @contextlib.contextmanager
     def accumulating(self, model: GPTModel, loss_of: Any, last: bool) -> Iterator[None]:
-        """Gradients are shared among the processes by the last backward of a step only."""
+        """Lets only the last backward of a step exchange gradients."""
         if self.sharded:
             sharded: Any = model
             sharded.set_requires_gradient_sync(last)
@@ -79,7 +90,7 @@ class Group:
             yield
 
     def reshard(self, model: GPTModel) -> None:
-        """Back to shards after a pass without a backward, which leaves the outermost gathered."""
+        """Frees gathered weights, which FSDP keeps after a forward pass without a backward."""
         if self.sharded:
             sharded: Any = model
             sharded.reshard()
@@ -93,9 +104,13 @@ class Group:
             dist.all_reduce(total)
         return total.tolist()
 
-    def first(self, work: Callable[[], Any]) -> Any:
-        """What work, done by the first process alone, returns, as JSON has it; the others wait
-        for as long as it takes, and fail with SaidElsewhere if it fails.
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
+        """Runs work on rank 0 and returns its result, which must fit into JSON, on all ranks.
+
+        The others wait for as long as it takes.
+
+        Raises:
+            FailedOnRank0: on the other ranks, if work fails on rank 0.
         """
         if self.size == 1:
             return work()
@@ -106,7 +121,7 @@ class Group:
                 answer = work()
             except Exception as error:
                 self.store.set(key, json.dumps({"error": str(error)}))
-                self._heard(key)
+                self._wait_for_readers(key)
                 raise
             self.store.set(key, json.dumps({"answer": answer}))
             return answer
@@ -115,39 +130,39 @@ class Group:
         said = json.loads(self.store.get(key))
         if "error" in said:
             self.store.add(f"{key} heard", 1)
-            raise SaidElsewhere(said["error"])
+            raise FailedOnRank0(said["error"])
         return said["answer"]
 
-    def _heard(self, key: str, limit: float = 10.0) -> None:
-        """Waits for the others to have read it: the first process's end is the store's."""
+    def _wait_for_readers(self, key: str, limit: float = 10.0) -> None:
+        """Waits until the others have read an answer: the store ends with rank 0."""
         end = time.monotonic() + limit
         while self.store.add(f"{key} heard", 0) < self.size - 1 and time.monotonic() < end:
             time.sleep(0.05)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter, gathered from its shards; all processes must ask at once."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if it is sharded; all processes must call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def join(device: str = "auto", fsdp: bool = False, timeout: float = 600) -> Iterator[Group]:
-    """The group that torchrun's environment names, or this process alone.
+    """The group that torchrun's environment variables describe, or this process alone.
 
     Args:
-        device: cpu, cuda, mps or auto: the best there is.
-        fsdp: shard weights, gradients and optimiser with FSDP2 instead of copying them with DDP.
-        timeout: seconds without an answer after which the other processes are given up.
+        device: cpu, cuda, mps, or auto for the best available.
+        fsdp: shard weights, gradients and optimiser with FSDP2 instead of replicating with DDP.
+        timeout: seconds without an answer after which other processes count as lost.
 
     Raises:
-        SettingsError: the device is not to be had, or fsdp is asked of a single process.
-        PeersLost: the others can't be reached, or were lost on the way.
+        SettingsError: the device is not available, or fsdp is set for a single process.
+        PeersLost: other processes can't be reached, or were lost during the run.
     """
     rank, size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
     chosen = pick_device(device)
     if size <= 1:
         if fsdp:
-            raise SettingsError("--fsdp shards a model among processes: start them with torchrun")
+            raise SettingsError("--fsdp needs several processes: start them with torchrun")
         yield Group(0, 1, chosen, False)
         return
     if chosen.type == "cuda":
@@ -168,13 +183,13 @@ def join(device: str = "auto", fsdp: bool = False, timeout: float = 600) -> Iter
 
 @contextlib.contextmanager
 def _losing_peers(rank: int) -> Iterator[None]:
-    """Errors of the transport between processes become PeersLost."""
+    """Turns errors of the communication between processes into PeersLost."""
     try:
         yield
     except RuntimeError as error:
         said = str(error)
         if not isinstance(error, dist.DistError) and "gloo" not in said.lower():
             raise
-        # "[/its/source.cc:537] What happened. Advice." says more than a user can use.
+        # Of "[/its/source.cc:537] What happened. Advice." a user needs the middle.
         reason = re.sub(r"^\[\S+\] ", "", said.partition("\n")[0]).partition(". ")[0]
-        raise PeersLost(f"process {rank} lost another one of the run: {reason}") from error
+        raise PeersLost(f"process {rank} lost contact with the others: {reason}") from error

@@ -1,54 +1,66 @@
-"""What a run says as it goes: a bar or lines, log.csv, and a picture of the losses."""
+"""A run's progress: a bar or lines on stderr, log.csv, and a plot of the losses."""
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from fastgpt.atomic_files import whole_file
 
-if TYPE_CHECKING:
-    from fastgpt.training.trainer import Step
-
 LOG, PICTURE = "log.csv", "loss.png"
 DRAW_EVERY = 30.0  # seconds
-SAY_EVERY = 10.0  # seconds, where no bar moves
+SAY_EVERY = 10.0  # seconds, if there is no bar
+
+
+class Step(NamedTuple):
+    """The results of one step: a row of the log."""
+
+    step: int  # counted from 1
+    tokens: int  # trained on so far
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    share_of_peak: float | None  # of what speed.peak measures; None if it can't
+    memory_bytes: int  # this process's peak so far
+    validation_loss: float | None
 
 
 class Report:
-    """Tells nobody: that of every process but the first."""
+    """Reports nothing: for every process but the first."""
 
     shown = False
 
     def start(self, step: int, steps: int, line: str) -> None:
-        """Training begins after this many steps; line says on what."""
+        """Training starts after this step; the line describes the run."""
 
     def step(self, row: Step, steps: int) -> None:
-        """A step was done."""
+        """A step is done."""
 
     def sample(self, text: str) -> None:
-        """The model wrote this."""
+        """The model generated this text."""
 
     def saved(self, step: int) -> None:
-        """The checkpoint of a step is on the disk."""
+        """The checkpoint of this step is saved."""
 
     def reading(self, done: int, total: int) -> None:
-        """So many bytes of the text were turned into tokens."""
+        """This many bytes of the texts have been tokenised."""
 
     def end(self, step: int, finished: bool) -> None:
-        """Training came to its last step, or was stopped."""
+        """Training has finished its last step, or was stopped."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """The run is over."""
 
 
 class Console(Report):
-    """Says it on stderr, by rich where that is installed and a person looks on, and logs it."""
+    """Reports on stderr, with a bar if rich is installed and it is a terminal, and in the log."""
 
     shown = True
 
@@ -62,7 +74,7 @@ class Console(Report):
     def start(self, step: int, steps: int, line: str) -> None:
         self._say(line)
         if step >= steps:
-            self._say(f"step {step} of {steps} is done: --steps N goes on to more")
+            self._say(f"step {step} of {steps} is already done: --steps N trains longer")
         self._log = open_log(self.out / LOG, step)
         if self._bar is not None:
             self._bar.update(self._task, total=steps, completed=step, description="")
@@ -71,7 +83,7 @@ class Console(Report):
         self._write(row)
         left = self._time_left(row, steps)
         line = _line(row, left)
-        if self._bar is not None:  # which has no room for more than that
+        if self._bar is not None:  # which has no room for the validation loss
             shown = _line(row._replace(validation_loss=None), left)
             self._bar.update(self._task, completed=row.step, description=shown)
         silent = time.monotonic() - self._said > SAY_EVERY
@@ -95,9 +107,9 @@ class Console(Report):
 
     def end(self, step: int, finished: bool) -> None:
         if not finished:
-            self._say(f"stopped at step {step}; --resume goes on from there")
+            self._say(f"stopped at step {step}; --resume continues from there")
         if not draw(self.out / LOG, self.out / PICTURE):
-            self._say(f"no {PICTURE}: that takes matplotlib, pip install matplotlib")
+            self._say(f"no {PICTURE}, because matplotlib is missing: pip install matplotlib")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -121,7 +133,7 @@ class Console(Report):
         self._log.flush()
 
     def _time_left(self, row: Step, steps: int) -> float:
-        """Seconds, by a mean over the last steps in which each weighs less than the next."""
+        """Seconds to the last step, by an exponential moving average of the speed."""
         seconds = 1 / row.tokens_per_second
         old = self._seconds_a_token
         self._seconds_a_token = seconds if old is None else 0.9 * old + 0.1 * seconds
@@ -129,7 +141,7 @@ class Console(Report):
 
 
 def open_log(path: Path, step: int) -> TextIO:
-    """The log, opened behind the row of that step: rows after it were never saved."""
+    """The log, opened for appending after the row of this step; later rows are removed."""
     kept = read_log(path, step)
     if kept:
         text = io.StringIO(newline="")
@@ -144,7 +156,7 @@ def open_log(path: Path, step: int) -> TextIO:
 
 
 def read_log(path: Path, last: int | None = None) -> list[dict[str, str]]:
-    """The log's whole rows by their columns' names, up to a step."""
+    """The log's complete rows, as dictionaries by column, up to a step."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -153,7 +165,7 @@ def read_log(path: Path, last: int | None = None) -> list[dict[str, str]]:
 
 
 def draw(log: Path, picture: Path) -> bool:
-    """Draws the losses over the steps; returns whether matplotlib is there to do so."""
+    """Plots the losses over the steps; returns False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -180,14 +192,12 @@ def _line(row: Step, left: float) -> str:
     parts += [f"{row.tokens_per_second:,.0f} tokens/s", f"{share} of peak"]
     if row.memory_bytes:
         parts.append(f"{row.memory_bytes / 2**30:.2f} GiB")
-    minutes, seconds = divmod(round(left), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts.append(f"{hours}:{minutes:02}:{seconds:02} left")
+    parts.append(f"{datetime.timedelta(seconds=round(left))} left")
     return ", ".join(parts)
 
 
 def _rich_bar(stream: TextIO) -> tuple[Any, Any]:
-    """A bar that runs, and its task; None where rich is missing or the stream no terminal."""
+    """A running bar and its task; None if rich is missing or the stream is not a terminal."""
     if not stream.isatty():
         return None, None
     try:

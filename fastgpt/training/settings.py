@@ -1,15 +1,19 @@
-"""What a run is asked to do, and the sizes of models."""
+"""What a run is asked to do: its settings, and configs, models and devices by their names."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
+import torch
 
-# GPT-2's, and one that a laptop trains in minutes.
+from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
+from fastgpt.model.gpt import GPTModel
+
+# GPT-2's sizes, and one that a laptop trains in minutes.
 CONFIGS: dict[str, dict[str, Any]] = GPT2_SIZES | {
     "toy": GPT_CONFIG_124M
     | {"context_length": 64, "emb_dim": 64, "n_layers": 2, "n_heads": 4, "drop_rate": 0.0},
@@ -17,41 +21,51 @@ CONFIGS: dict[str, dict[str, Any]] = GPT2_SIZES | {
 
 
 class SettingsError(ValueError):
-    """Settings that can't be carried out; the message is one line for the user."""
+    """A run can't do what it is asked to; the message is one line for the user."""
+
+
+def _setting(help_text: str, default: Any = dataclasses.MISSING, least: float | None = None) -> Any:
+    """A field of Settings, with what --help says about it and its least value."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to train. A step is one update of the weights."""
+    """How to train: the options of `fastgpt train`, with their help and their least values.
 
-    steps: int  # 0: the model is saved as it starts
-    batch: int = 8  # windows of a step, on all processes together
-    micro_batch: int | None = None  # windows that a process takes at once; None: all its own
-    lr: float = 4e-4  # the largest learning rate, after the warm-up
-    min_lr: float = 4e-5  # the last, at the end of the cosine
-    warmup: int | None = None  # steps; None: a tenth of all, at most 100
-    weight_decay: float = 0.1  # of matrices; not of biases and norms
-    clip: float = 1.0  # the largest norm of the gradients; 0: as they come
-    precision: str = "auto"  # float32, bfloat16 (autocast), auto: bfloat16 on GPUs that have it
-    seed: int = 123
-    validation: float = 0.1  # the share of the tokens, at their end, that is not trained on
-    eval_every: int = 100  # steps
-    eval_batches: int = 8  # batches of an evaluation
-    checkpoint_every: int = 100  # steps
-    keep: int = 2  # checkpoints
-    sample: str | None = None  # what the sample after each evaluation goes on from
-    sample_tokens: int = 50
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    steps: int = _setting("updates of the weights, instead of --epochs", least=0)
+    batch: int = _setting("windows per step, over all processes", 8, 1)
+    micro_batch: int | None = _setting(
+        "windows per pass of a process (its share of the batch)", None, 1
+    )
+    lr: float = _setting("peak learning rate", 4e-4, 0)
+    min_lr: float = _setting("last learning rate (a tenth of --lr)", 4e-5, 0)
+    warmup: int | None = _setting(
+        "steps until --lr is reached (a tenth of all, at most 100)", None, 0
+    )
+    weight_decay: float = _setting("of matrices only", 0.1, 0)
+    clip: float = _setting("largest norm of the gradients, 0: no clipping", 1.0, 0)
+    precision: str = _setting("float32, bfloat16, or auto: bfloat16 on GPUs that have it", "auto")
+    seed: int = _setting("for weights, order and dropout", 123)
+    validation: float = _setting("share of the text, at its end, kept for validation", 0.1)
+    eval_every: int = _setting("steps between evaluations", 100, 1)
+    eval_batches: int = _setting("batches per evaluation", 8, 1)
+    checkpoint_every: int = _setting("steps between checkpoints", 100, 1)
+    keep: int = _setting("checkpoints to keep", 2, 1)
+    sample: str | None = _setting("prompt of a sample after each evaluation", None)
+    sample_tokens: int = _setting("tokens per sample", 50, 1)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "eval_every", "eval_batches", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} {getattr(self, name)} is below 1")
-        for name, least in (("steps", 0), ("micro_batch", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{name} {value} is below {least}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise SettingsError(f"min_lr {self.min_lr:g} is not from 0 to lr {self.lr:g}")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if value is not None and least is not None and not value >= least:
+                raise SettingsError(f"{field.name} {value:g} is below {least}")
+        if self.min_lr > self.lr:
+            raise SettingsError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         if not 0 < self.validation < 1:
             raise SettingsError(f"validation {self.validation:g} is not between 0 and 1")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -63,10 +77,10 @@ class Settings:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """A model's config by its name in CONFIGS, or from a JSON file with the book's keys.
+    """A model's config: by its name in CONFIGS, or from a JSON file with the book's keys.
 
     Raises:
-        SettingsError: there is neither, or the file makes no model.
+        SettingsError: the name is neither, or no model can have this config.
     """
     if name in CONFIGS:
         return dict(CONFIGS[name])
@@ -81,3 +95,43 @@ def read_config(name: str) -> dict[str, Any]:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise SettingsError(f"config {name}: {reason}") from None
     return dict(cfg)
+
+
+def check_token(what: str, token: int, cfg: dict[str, Any]) -> None:
+    """Raises SettingsError if a model of this config has no such token."""
+    if token >= cfg["vocab_size"]:
+        raise SettingsError(
+            f"{what} has token {token}, but the vocabulary has {cfg['vocab_size']} tokens"
+        )
+
+
+def load_model(name_or_path: str | Path) -> GPTModel:
+    """The model that ``GPTModel.from_pretrained`` loads by this name or path, in train mode.
+
+    Raises:
+        SettingsError: there is no such model, or its files are broken.
+    """
+    try:
+        return GPTModel.from_pretrained(name_or_path).train()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(" ".join(str(error).split())) from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the best available; of several GPUs, this process's.
+
+    Raises:
+        SettingsError: it is not available.
+    """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+        name = "cuda" if has["cuda"] else "mps" if has["mps"] and alone else "cpu"
+    if not has.get(name):
+        raise SettingsError(f"device {name!r} is not available: PyTorch finds no such device")
+    if name != "cuda":
+        return torch.device(name)
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise SettingsError(f"process {local} of this machine has no GPU: there are only {found}")
+    return torch.device("cuda", local)

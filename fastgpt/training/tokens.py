@@ -1,8 +1,8 @@
-"""Texts as a file of token ids: made once, then mapped into memory, whatever its size.
+"""Texts as a file of token ids: written once, then memory-mapped, so it may be of any size.
 
-The ids stand one after another as uint16, or as uint32 where the vocabulary needs it, the texts
-with <|endoftext|> between them. A JSON file beside says how many there are and of what; it is
-written last, so a token file without one was never finished.
+The ids are stored as uint16, or as uint32 if the vocabulary needs it, with <|endoftext|> between
+texts. A JSON file beside them has their count and source. It is written last, so a token file
+without one is unfinished.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastgpt.tokenizer import END_OF_TEXT
 if TYPE_CHECKING:
     import tiktoken
 
-PIECE = 1 << 18  # characters that go to the tokenizer at a time
-LONGEST = 16 * PIECE  # a piece without a place to cut is cut anyway
+PIECE = 1 << 18  # characters per call of the tokenizer
+LONGEST = 16 * PIECE  # characters at which a piece is cut even without a good place
 ORDINARY_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 class TextError(ValueError):
-    """A text can't be trained on; the message names it."""
+    """A text that can't be trained on; the message names it."""
 
 
 class TokenFile(NamedTuple):
@@ -46,28 +46,28 @@ class TokenFile(NamedTuple):
     dtype: torch.dtype
 
     def ids(self) -> Tensor:
-        """[length], mapped from the file: memory holds only what is looked at."""
+        """[length], memory-mapped from the file."""
         with utf_8_path(self.path) as path:
             return torch.from_file(path, shared=False, size=self.length, dtype=self.dtype)
 
 
 def text_files(texts: Iterable[str | Path]) -> list[Path]:
-    """The files named, and for a folder every *.txt below it, in the order of their names.
+    """The files given, and for each folder every *.txt file below it, sorted by path.
 
     Raises:
-        TextError: one is missing or empty, or a folder holds no text.
+        TextError: a file is missing or empty, or a folder has no .txt file.
     """
     files: list[Path] = []
     for text in map(Path, texts):
         if text.is_dir():
             found = sorted(path for path in text.rglob("*.txt") if path.is_file())
             if not found:
-                raise TextError(f"{text} holds no .txt file")
+                raise TextError(f"{text} has no .txt file")
             files += found
         elif text.is_file():
             files.append(text)
         else:
-            raise TextError(f"{text}: there is no such file")
+            raise TextError(f"{text}: no such file")
     for path in files:
         if path.stat().st_size == 0:
             raise TextError(f"{path} is empty")
@@ -80,13 +80,13 @@ def tokenise(
     encoding: tiktoken.Encoding,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> TokenFile:
-    """The texts' token file in that folder, made now if it isn't there.
+    """The token file of these texts in the folder; it is written if it doesn't exist.
 
     Args:
-        files: UTF-8 texts; one that changed since makes a new token file.
-        folder: made where it is missing.
+        files: UTF-8 texts; if one has changed, a new token file is written.
+        folder: created if missing.
         encoding: tiktoken's.
-        progress: called with the bytes read and those there are.
+        progress: called with the bytes read so far and their total.
 
     Raises:
         TextError: a text isn't UTF-8. Nothing is left behind.
@@ -106,12 +106,12 @@ def tokenise(
         out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
     made = open_tokens(path)
     if made is None:
-        raise TextError(f"{path} was changed while it was being written")
+        raise TextError(f"{path} was changed by another program while it was written")
     return made
 
 
 def open_tokens(path: Path) -> TokenFile | None:
-    """The token file at that path, or None where there is no finished one."""
+    """The token file at this path, or None if there is none or it is unfinished."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
         dtype = {2: torch.uint16, 4: torch.uint32}[facts["bytes_per_id"]]
@@ -131,7 +131,7 @@ def _write(
     code = "H" if encoding.n_vocab <= 1 << 16 else "I"
     digest, count, largest, before = hashlib.sha256(), 0, 0, 0
     for number, path in enumerate(files):
-        # A byte order mark is no text.
+        # utf-8-sig: a byte order mark is not text.
         with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
             for rows in _encoded(pieces(text, path), encoding, first=number == 0):
                 ids = array(code, itertools.chain.from_iterable(rows))
@@ -156,32 +156,28 @@ def _encoded(
 
 
 def pieces(text: TextIO, path: Path, size: int = PIECE) -> Iterator[str]:
-    """The text in pieces of about that many characters, whose tokens are those of the whole text.
+    """Cuts a text into pieces of about that many characters without changing its tokens.
 
-    GPT-2's pattern lets no token reach from a visible character over the space or line break
-    behind it, so that is where the pieces are cut.
+    No token of GPT-2 contains a visible character followed by a space or line break, so the text
+    is cut between the two.
 
     Raises:
         TextError: the text isn't UTF-8.
     """
     held, lines = "", 1
-    while chunk := _read(text, path, size, lines):
-        lines += chunk.count("\n")
-        held += chunk
-        match = ORDINARY_CUT.match(held)
-        cut = match.end() if match else len(held) if len(held) > LONGEST else 0
-        if cut:
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
-
-
-def _read(text: TextIO, path: Path, size: int, lines: int) -> str:
     try:
-        return text.read(size)
+        while chunk := text.read(size):
+            lines += chunk.count("\n")
+            held += chunk
+            match = ORDINARY_CUT.match(held)
+            cut = match.end() if match else len(held) if len(held) > LONGEST else 0
+            if cut:
+                yield held[:cut]
+                held = held[cut:]
+        if held:
+            yield held
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise TextError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at line {lines} or soon after"
+            f"{path} is not UTF-8 text: byte 0x{byte:02x} at line {lines} or shortly after"
         ) from None

@@ -1,4 +1,4 @@
-"""The training loop: the same losses however often it is stopped, and on however many processes."""
+"""The training loop: its losses don't depend on interruptions or on the number of processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,49 +17,34 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
-from fastgpt.text_stream import decoded
-from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.tokenizer import END_OF_TEXT, decoded
 from fastgpt.training import checkpoint
-from fastgpt.training.data import Windows, mix
-from fastgpt.training.parallel import Group, whole
-from fastgpt.training.report import Report
-from fastgpt.training.settings import Settings, SettingsError
+from fastgpt.training.data import Windows, derived_seed
+from fastgpt.training.parallel import Group, gathered
+from fastgpt.training.report import Report, Step
+from fastgpt.training.settings import Settings
 from fastgpt.training.speed import flops_per_token, memory_used, peak
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradients are no longer numbers."""
-
-
-class Step(NamedTuple):
-    """What one step came to; a row of the log."""
-
-    step: int  # counted from 1
-    tokens: int  # trained on so far
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    share_of_peak: float | None  # of what speed.peak says; None where that can't be measured
-    memory_bytes: int  # the most that this process held so far
-    validation_loss: float | None
+    """The loss or the gradients became NaN or infinite."""
 
 
 class Trainer:
     """Trains a model on a text's windows, with checkpoints in a folder.
 
     Args:
-        model: on the CPU or the group's device; every process has the same.
+        model: on the CPU or the group's device, the same in every process.
         windows: of the text.
         settings: how to train.
-        out: the folder; a run's first start wrote ``run.json`` there.
-        group: of ``join``.
-        report: told of every step by the first process.
-        encoding: of the samples; None prints none.
-        resume: a checkpoint of this folder to go on from.
+        out: the run's folder, which has a ``run.json``.
+        group: from ``join``.
+        report: is told of every step.
+        encoding: for the samples; None: no samples.
+        resume: a checkpoint of this folder to continue from.
 
     Raises:
-        SettingsError: the batch can't be shared among the processes, or the checkpoint is broken.
+        SettingsError: the batch can't be divided among the processes, or the checkpoint is broken.
     """
 
     def __init__(
@@ -73,13 +58,9 @@ class Trainer:
         encoding: Any = None,
         resume: Path | None = None,
     ) -> None:
-        if settings.batch % group.size:
-            raise SettingsError(
-                f"a batch of {settings.batch} can't be shared evenly among {group.size} processes"
-            )
+        self.local = group.share(settings.batch)
         self.model, self.windows, self.settings = model.to(group.device), windows, settings
         self.out, self.group, self.report, self.encoding = out, group, report, encoding
-        self.local = settings.batch // group.size
         self.micro = min(settings.micro_batch or self.local, self.local)
         self.autocast = torch.autocast(
             group.device.type,
@@ -91,9 +72,9 @@ class Trainer:
         self.loss_of = group.wrap(self.model)
         self.optimizer = _optimizer(self.model, settings, group)
         self._saved = None if resume is None else self.step
-        if resume is not None and self.step > 0:  # at step 0 it was saved as good as new, not new
+        if resume is not None and self.step > 0:  # at step 0 the optimiser has no state
             checkpoint.load_optimizer(resume, self.model, self.optimizer, group)
-        # The checkpoint brought its own; these are to be had anew.
+        # The checkpoint restored the old settings; restore the current ones.
         for param_group, decay in zip(
             self.optimizer.param_groups, (settings.weight_decay, 0.0), strict=True
         ):
@@ -104,13 +85,13 @@ class Trainer:
         self._stop = threading.Event()
 
     def run(self) -> bool:
-        """Trains to the last step, or until a signal; returns whether it came to the last.
+        """Trains until the last step or a signal; returns whether the last step was reached.
 
-        SIGINT and SIGTERM end it after the step they come in, with a checkpoint; a second SIGINT
-        ends it at once.
+        SIGINT and SIGTERM stop it after the current step, with a checkpoint; a second SIGINT stops
+        it at once.
 
         Raises:
-            Diverged: the loss or the gradients became NaN or infinite. The last checkpoint stands.
+            Diverged: the loss or the gradients became NaN or infinite; the last checkpoint stays.
             PeersLost: another process of the run was lost (raised by ``join``).
         """
         self.peak = self.group.sum(peak(self.group.device, self.autocast))[0]
@@ -128,7 +109,7 @@ class Trainer:
         return self.step >= self.settings.steps
 
     def evaluate(self) -> float:
-        """The mean loss over the validation windows of an evaluation; the model trains after it."""
+        """The mean loss over an evaluation's validation windows; leaves the model in train mode."""
         settings, group = self.settings, self.group
         numbers = self.windows.validation_sample(settings.eval_batches * settings.batch)
         total = torch.zeros((), device=group.device)
@@ -136,8 +117,8 @@ class Trainer:
         with torch.no_grad(), self.autocast:
             for first in range(0, len(numbers), group.size * self.micro):
                 mine = numbers[first + group.rank * self.micro :][: self.micro]
-                # FSDP gathers weights in each pass: a process without windows passes too.
-                idx, targets = self._placed(self.windows.validation(mine or numbers[:1]))
+                # FSDP gathers weights in each pass, so a process without windows runs one too.
+                idx, targets = self._to_device(self.windows.validation(mine or numbers[:1]))
                 total += self.model.loss(idx, targets) * len(mine)
         group.reshard(self.model)
         self.model.train()
@@ -148,13 +129,13 @@ class Trainer:
         loss = self._gradients()
         value, stops = self.group.sum(loss / self.group.size, float(self._stop.is_set()))
         if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {self.step + 1}: try a smaller lr")
+            raise Diverged(f"the loss is {value} at step {self.step + 1}: try a smaller --lr")
         limit = self.settings.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        grad_norm = float(whole(norm))
-        if not math.isfinite(grad_norm):  # the weights would be no numbers, and be saved
+        grad_norm = float(gathered(norm))
+        if not math.isfinite(grad_norm):  # otherwise NaN weights would be checkpointed
             raise Diverged(
-                f"the gradients' norm is {grad_norm} at step {self.step + 1}: try a smaller lr"
+                f"the gradients' norm is {grad_norm} at step {self.step + 1}: try a smaller --lr"
             )
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
@@ -183,14 +164,14 @@ class Trainer:
         return row, stops > 0
 
     def _gradients(self) -> Tensor:
-        """Adds up the gradients of this process's windows; returns their mean loss."""
+        """Accumulates the gradients of this process's windows; returns their mean loss."""
         first = self.step * self.settings.batch + self.group.rank * self.local
         total = torch.zeros((), device=self.group.device)
         for begin in range(0, self.local, self.micro):
             count = min(self.micro, self.local - begin)
-            idx, targets = self._placed(self.windows.train(first + begin, count))
-            # Dropout by the windows it falls on, not by what was drawn before.
-            torch.manual_seed(mix(self.settings.seed, first + begin) >> 1)
+            idx, targets = self._to_device(self.windows.train(first + begin, count))
+            # Dropout depends on the windows alone, not on earlier random numbers.
+            torch.manual_seed(derived_seed(self.settings.seed, first + begin))
             last = begin + count == self.local
             with self.group.accumulating(self.model, self.loss_of, last):
                 with self.autocast:
@@ -199,7 +180,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _placed(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self.group.device.type != "cuda":
             return batch[0].to(self.group.device), batch[1].to(self.group.device)
         idx, targets = (t.pin_memory().to(self.group.device, non_blocking=True) for t in batch)
@@ -211,7 +192,7 @@ class Trainer:
             return
         idx = torch.tensor([sample_ids(text, self.encoding)])
         self.model.eval()
-        # Sharded, every process takes part.
+        # If the model is sharded, every process takes part.
         with self.autocast:
             ids = generate_text_simple(
                 self.model,
@@ -232,13 +213,13 @@ class Trainer:
 
 
 def sample_ids(text: str, encoding: Any) -> list[int]:
-    """The ids that a sample goes on from; an empty text starts a new one."""
+    """The prompt of a sample as token ids; an empty one is <|endoftext|>."""
     ids: list[int] = encoding.encode(text or END_OF_TEXT, allowed_special="all")
     return ids
 
 
 def lr_factor(settings: Settings, step: int) -> float:
-    """The share of lr that the step after this many steps takes: up in a line, down in a cosine."""
+    """The share of lr at a step (from 0): up linearly, then down along a cosine."""
     warmup = settings.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -248,14 +229,14 @@ def lr_factor(settings: Settings, step: int) -> float:
 
 
 def _optimizer(model: GPTModel, settings: Settings, group: Group) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, fused where PyTorch has it fused."""
+    """AdamW that decays matrices only, fused if PyTorch has that for the device."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     for param_group in groups:
-        param_group["initial_lr"] = settings.lr  # as in a checkpoint's groups, which must match
+        param_group["initial_lr"] = settings.lr  # a checkpoint's groups have it, and must match
     fused = group.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
@@ -269,9 +250,9 @@ def takes_bfloat16(precision: str, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event; the second SIGINT interrupts as ever."""
+    """SIGINT and SIGTERM set the event; a second SIGINT raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python takes signals in the main thread only
+        yield  # only the main thread can handle signals
         return
 
     def handle(number: int, frame: Any) -> None:

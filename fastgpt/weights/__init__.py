@@ -1,4 +1,4 @@
-"""Weights in and out: the book's checkpoints, Hugging Face's, OpenAI's."""
+"""Loads and saves weights: the book's checkpoints, Hugging Face's and OpenAI's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     **hub_options: Any,
 ) -> Model:
-    """Makes a model from weights; see ``GPTModel.from_pretrained``."""
+    """Makes a model from weights: see ``GPTModel.from_pretrained``."""
     source, known = hub.locate(name_or_path, **hub_options)
     sizes, plan = _planned(source, known, cfg)
     model = on_meta(cls, sizes.cfg)
@@ -54,35 +54,36 @@ def from_pretrained(
 def load_weights(
     model: nn.Module, name_or_path: str | os.PathLike[str], **hub_options: Any
 ) -> None:
-    """Writes weights into a model that is there, in its dtype, on its device.
+    """Loads weights into an existing model, in its dtype and on its device.
 
-    Its parameters stay the objects they are. Nothing is written unless everything fits.
+    The values of its parameters change, the parameter objects stay. Nothing is written unless
+    every tensor fits.
 
     Args:
         model: the book's GPTModel, from this package or any other, of the same sizes.
         name_or_path: as for ``GPTModel.from_pretrained``.
-        hub_options: as there.
+        hub_options: as for ``GPTModel.from_pretrained``.
 
     Raises:
-        WeightsError: tensors are missing, left over or misshapen; all of them are named.
+        WeightsError: tensors are missing, unexpected or of the wrong shape; all are named.
     """
     source, sizes = hub.locate(name_or_path, **hub_options)
     _load(model, source, sizes)
 
 
 def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
-    """The book's function: writes OpenAI's weights, as its dictionary of arrays, into a model.
+    """The book's function: loads OpenAI's weights, a dictionary of arrays, into a model.
 
-    Unlike the book's, it writes into the parameters that are there, so a tied head stays tied and
-    an optimiser keeps its parameters, and it writes nothing unless everything fits.
+    Unlike the book's, it writes into the existing parameters, so a tied head stays tied and an
+    optimiser keeps its parameters, and it writes nothing unless every array fits.
 
     Args:
         gpt: the book's GPTModel, from this package or any other, with qkv_bias True.
-        params: arrays or tensors, nested (wte, wpe, g, b, blocks) or flat, under any of the names
-            that a file may have.
+        params: arrays or tensors, nested (wte, wpe, g, b, blocks) or flat, under any names that
+            ``load_weights`` takes from a file.
 
     Raises:
-        WeightsError: arrays are missing, left over or misshapen; all of them are named.
+        WeightsError: arrays are missing, unexpected or of the wrong shape; all are named.
     """
     _load(gpt, Memory(params, "params"), Sizes())
 
@@ -94,19 +95,21 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
     if missing or blocks is None:
         raise TypeError(f"{type(model).__name__} is not the book's GPTModel")
     if any(p.is_meta for p in parameters.values()):
-        raise ValueError("the model is on the meta device: model.to_empty(device='cpu') first")
+        raise ValueError("the model is on the meta device: call model.to_empty(device='cpu') first")
     attentions: list[Any] = [getattr(block, "att", None) for block in blocks]
     heads = {att.num_heads for att in attentions if hasattr(att, "num_heads")}
-    told = sizes.cfg.get("n_heads")
-    if told is not None and heads - {told}:
-        raise WeightsError(f"{source.label} is of {told} heads, the model has {heads}")
+    n_heads = sizes.cfg.get("n_heads")
+    if n_heads is not None and heads - {n_heads}:
+        raise WeightsError(
+            f"{source.label} has {n_heads} heads, the model {' and '.join(map(str, heads))}"
+        )
     vocabulary, width = parameters["tok_emb.weight"].shape
     cfg = {
         "vocab_size": vocabulary,
         "context_length": parameters["pos_emb.weight"].shape[0],
         "emb_dim": width,
         "n_layers": len(blocks),
-        "n_heads": told or 1,
+        "n_heads": n_heads or 1,
         "drop_rate": 0.0,
         "qkv_bias": any(".att.W_" in key and key.endswith("bias") for key in parameters),
     }
@@ -123,7 +126,7 @@ def _planned(
     style = style_of(source.stored)
     if style is None:
         found = ", ".join(list(source.stored)[:8]) or "nothing"
-        raise WeightsError(f"{source.label} holds no GPT-2 under a known name, but: {found}")
+        raise WeightsError(f"{source.label} has no tensors named as in a GPT-2, but: {found}")
     shapes = {name: stored.shape for name, stored in source.stored.items()}
     sizes = completed(known, cfg, style, shapes)
     return sizes, fill.Plan(source, style, sizes.cfg, sizes.tied)
@@ -131,7 +134,7 @@ def _planned(
 
 def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) -> None:
     for layer in causal:
-        held = model.trf_blocks[layer].att._buffers.get("mask")
+        held = dict(model.trf_blocks[layer].att.named_buffers(recurse=False)).get("mask")
         if held is not None:
             held.copy_(torch.ones_like(held).triu(1))
     for layer, mask in masks.items():
@@ -141,7 +144,7 @@ def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) 
 
 
 def _set_rates(model: Any, sizes: Sizes) -> None:
-    """What a config.json tells and the book's config has no key for."""
+    """Sets what a config.json has and the book's config has no key for."""
     embedding, attention, shortcut = sizes.drops or (sizes.cfg["drop_rate"],) * 3
     model.drop_emb.p, model.final_norm.eps = embedding, sizes.eps
     for block in model.trf_blocks:

@@ -1,7 +1,7 @@
-"""Tensors in files and in memory: names, shapes and dtypes first, numbers a few rows at a time.
+"""Tensors in files and in memory: names, shapes and dtypes first, then a few rows at a time.
 
-Files are memory-mapped, and mapped anew for every reading, because pages once read stay resident
-as long as their mapping: so a whole checkpoint passes through a small window.
+Files are memory-mapped, and mapped again for every read: pages once read stay resident as long as
+their mapping, so this keeps only a small part of a checkpoint in memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from torch import Tensor
 from fastgpt.atomic_files import utf_8_path
 from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
-NEEDS_HUB = "this needs safetensors and huggingface_hub: pip install safetensors huggingface_hub"
+NEEDS_HUB = "safetensors and huggingface_hub are needed: pip install safetensors huggingface_hub"
 
-# What a safetensors header calls the dtypes that weights and masks come in.
+# The dtypes of weights and masks, by their names in a safetensors header.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# In the order in which they are looked for.
+# Files of weights, in the order in which they are looked for.
 NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -41,47 +41,41 @@ NAMES = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
-# Where checkpoints keep the state dict: the book's, Lightning's, nanoGPT's.
+# The key of the state dict in checkpoints: the book's, Lightning's, nanoGPT's.
 _UNDER = ("model_state_dict", "state_dict", "model")
 Read = Callable[[str], Any]
 
 
 class Stored(NamedTuple):
-    """What is known of a tensor before it is read; tensors with one place are one tensor."""
+    """What is known of a tensor before it is read; tensors with equal places are the same."""
 
     shape: Shape
     dtype: torch.dtype | None
     place: Any
 
 
-class Source(Protocol):
-    """Named tensors. Within ``opened`` a name gives what can be indexed by slices."""
-
-    label: str
-    stored: dict[str, Stored]
-
-    def opened(self) -> Any:
-        """A context manager that yields a ``Read``; nothing of it may be kept beyond."""
-
-
-class _Names:
-    """The names of a source without wrappers, and what each is in the file."""
+class Source:
+    """Named tensors. Names are without wrappers; ``_at`` says where each tensor is."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.stored: dict[str, Stored] = {}
         self._at: dict[str, Any] = {}
 
+    def opened(self) -> AbstractContextManager[Read]:
+        """Yields a function from a name to what can be sliced, as long as the block runs."""
+        raise NotImplementedError
+
     def _add(self, name: str, stored: Stored, at: Any) -> None:
         short = unwrapped(name)
         if short in self.stored:
-            raise WeightsError(f"{self.label} holds {short} twice")
+            raise WeightsError(f"{self.label} has {short} twice")
         self.stored[short] = stored
         self._at[short] = at
 
 
-class Memory(_Names):
-    """A mapping of tensors or arrays, nested or not, that somebody else holds."""
+class Memory(Source):
+    """A mapping of tensors or arrays, nested or flat."""
 
     def __init__(self, tensors: Mapping[str, Any], label: str) -> None:
         super().__init__(label)
@@ -89,7 +83,9 @@ class Memory(_Names):
             try:
                 tensor = _as_tensor(value)
             except (TypeError, ValueError, RuntimeError):
-                raise WeightsError(f"{label}: {name} is a {type(value).__name__}") from None
+                raise WeightsError(
+                    f"{label}: {name} is a {type(value).__name__}, not a tensor"
+                ) from None
             self._add(name, Stored(tuple(tensor.shape), tensor.dtype, _place(tensor)), value)
 
     @contextmanager
@@ -97,7 +93,7 @@ class Memory(_Names):
         yield lambda name: _as_tensor(self._at[name])
 
 
-class Safetensors(_Names):
+class Safetensors(Source):
     """One safetensors file, or the shards of one checkpoint."""
 
     def __init__(self, paths: Sequence[Path], label: str) -> None:
@@ -111,7 +107,7 @@ class Safetensors(_Names):
                     dtype = _DTYPES.get(part.get_dtype())
                     at = (path, name)
                     self._add(name, Stored(tuple(part.get_shape()), dtype, at), at)
-                # save_model keeps one of several names of a tensor, and notes the others here.
+                # save_model stores one name of a shared tensor; its metadata has the others.
                 for name, kept in (file.metadata() or {}).items():
                     if unwrapped(kept) in self.stored and unwrapped(name) not in self.stored:
                         self._add(name, self.stored[unwrapped(kept)], (path, kept))
@@ -130,11 +126,11 @@ class Safetensors(_Names):
             yield read
 
 
-class Pickled(_Names):
-    """Files of torch.save: a state dict, its shards, or a checkpoint that has one under one of the
-    names in ``_UNDER``.
+class Pickled(Source):
+    """Files of torch.save: a state dict, its shards, or a checkpoint with one under a key of
+    ``_UNDER``.
 
-    Files older than PyTorch 1.6 cannot be mapped, and are held whole while they are read.
+    Files from before PyTorch 1.6 cannot be mapped, and are loaded whole.
     """
 
     def __init__(self, paths: Sequence[Path], label: str) -> None:
@@ -152,12 +148,12 @@ class Pickled(_Names):
         if isinstance(state, Mapping):
             state = next((v for n in _UNDER if isinstance(v := state.get(n), Mapping)), state)
         if not isinstance(state, Mapping):
-            raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict")
+            raise WeightsError(f"{path} contains a {type(state).__name__}, not a state dict")
         inside = [f"{name!r}" for name, value in state.items() if _has_tensors(value)]
         if inside:
             raise WeightsError(
-                f"{path} is no state dict, but holds tensors under {' and '.join(inside)}: save "
-                "the one that has the model's weights in a file of its own"
+                f"{path} is not a state dict, but has tensors under {' and '.join(inside)}: save "
+                "the model's weights in a file of their own"
             )
         return state
 
@@ -179,7 +175,7 @@ def open_file(path: Path) -> Source:
     """The tensors of one file, or of the shards that an index names.
 
     Raises:
-        WeightsError: it is damaged, or no such file.
+        WeightsError: the file is missing or damaged.
     """
     if path.name.endswith(".index.json"):
         shards = _shards(path)
@@ -192,7 +188,7 @@ def open_file(path: Path) -> Source:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; WeightsError where it has none."""
+    """The content of a JSON file; WeightsError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -219,7 +215,7 @@ def _safe_open(path: str) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(f"{path}: {NEEDS_HUB}") from None
-    try:  # opened here too, for its error says why, where safetensors calls every file missing
+    try:  # open() says why it fails; safetensors calls every file missing
         with open(path, "rb"), utf_8_path(path) as name:
             return safe_open(name, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -232,15 +228,15 @@ def _loaded(path: Path) -> Any:
         with utf_8_path(path) as name:
             return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        # What stands around it advises to run the file's code.
+        # The rest of the message advises to run the file's code.
         lines = str(error).partition("WeightsUnpickler error:")[2].split("\n")
-        reason = next(filter(str.strip, lines), "no pickle").strip().partition(". ")[0]
+        reason = next(filter(str.strip, lines), "not a pickle").strip().partition(". ")[0]
         raise WeightsError(
-            f"{path} cannot be read as weights alone, which runs no code of the file's. Where it "
-            f"is a whole pickled model, save model.state_dict() instead. ({reason})"
+            f"{path} cannot be read as weights only, which runs no code from the file. If it is a "
+            f"pickled model, save model.state_dict() instead. ({reason})"
         ) from None
     except EOFError:
-        raise WeightsError(f"{path} cannot be read: it is cut short") from None
+        raise WeightsError(f"{path} cannot be read: it is truncated") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
@@ -258,7 +254,7 @@ def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     flags = getattr(value, "flags", None)
-    # PyTorch shares memory only with arrays that may be written, and run forwards.
+    # PyTorch shares memory only with writable arrays without negative strides.
     if flags is None or not flags.writeable or any(step < 0 for step in value.strides):
         return torch.tensor(value)
     return torch.as_tensor(value)

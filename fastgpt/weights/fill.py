@@ -1,4 +1,4 @@
-"""Fits the tensors of a source to a model: all is checked before the first number is written."""
+"""Copies the tensors of a source into a model, after checking that every one fits."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 from fastgpt.weights.files import Source, Stored
 from fastgpt.weights.names import Entry, Shape, Style, WeightsError, expected
 
-WINDOW = 32 << 20  # bytes of a file that are mapped and read at once
+WINDOW = 32 << 20  # bytes of a file that are read at a time
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 class Plan:
-    """What a source holds, fitted to a model of the book's structure and these sizes.
+    """Which tensors of a source fill which parameters of a model with this config.
 
     Args:
         source: the tensors.
-        style: how they are called.
-        cfg: the sizes, in the book's form.
-        tied: whether a config says that the head is the token embedding; None if nothing does.
+        style: of their names.
+        cfg: the book's config.
+        tied: whether a config says that the head is the token embedding; None if there is none.
 
     Raises:
-        WeightsError: tensors are missing, left over or misshapen; all of them are named.
+        WeightsError: tensors are missing, unexpected or of the wrong shape; all are named.
     """
 
     def __init__(
         self, source: Source, style: Style, cfg: Mapping[str, Any], tied: bool | None
     ) -> None:
         self.source, stored = source, source.stored
-        # Hugging Face and OpenAI leave out a head that is the token embedding.
+        # Hugging Face and OpenAI don't store a head that is the token embedding.
         optional = tied if tied is not None else style.head != "out_head.weight"
         entries = expected(style, cfg, head_optional=optional)
         layers, square = cfg["n_layers"], (cfg["context_length"],) * 2
@@ -47,8 +47,8 @@ class Plan:
         self._refuse(
             {
                 "missing": [n for n, e in entries.items() if n not in stored and not e.optional],
-                "extra": [name for name in extra if not style.says_nothing(name, layers)],
-                "misshapen": [
+                "unexpected": [name for name in extra if not style.is_ignored(name, layers)],
+                "of the wrong shape": [
                     f"{name} {list(stored[name].shape)}, expected {list(shape)}"
                     for name, shape in shapes.items()
                     if name in stored and not _has_shape(stored[name].shape, shape)
@@ -62,7 +62,7 @@ class Plan:
         )
         present = {name: entry for name, entry in entries.items() if name in stored}
         zeros = [name for name, entry in present.items() if not entry.targets]
-        self._refuse({"not zero, though qkv_bias is False": [n for n in zeros if self._any(n)]})
+        self._refuse({"not zero although qkv_bias is False": [n for n in zeros if self._any(n)]})
         self.tied = self._is_tied(style, tied)
         if self.tied:
             present.pop(style.head or "", None)
@@ -71,7 +71,7 @@ class Plan:
             self.fills.append((style.tok, Entry(entries[style.tok].shape, ("out_head.weight",))))
 
     def check(self, parameters: Parameters) -> None:
-        """Raises WeightsError where the model's parameters are not those that the source fills."""
+        """Raises WeightsError if the model's parameters are not those that the source fills."""
         wrong: list[str] = []
         filled: set[str] = set()
         for name, entry in self.fills:
@@ -79,20 +79,20 @@ class Plan:
             for key in entry.targets:
                 held = parameters.get(key)
                 if held is not None and held.shape != entry.part:
-                    wrong.append(f"{name} gives {list(entry.part)} to {key} {list(held.shape)}")
+                    wrong.append(f"{key} {list(held.shape)}, but {name} has {list(entry.part)}")
         head, tok = (parameters.get(key) for key in ("out_head.weight", "tok_emb.weight"))
         if not self.tied and head is tok:
-            wrong.append("out_head.weight and tok_emb.weight are two tensors for one parameter")
+            wrong.append("out_head.weight and tok_emb.weight: one parameter, but two tensors")
         self._refuse(
             {
                 "missing": [key for key in parameters if key not in filled],
-                "extra": sorted(filled - parameters.keys()),
-                "misshapen": wrong,
+                "unexpected": sorted(filled - parameters.keys()),
+                "of the wrong shape": wrong,
             }
         )
 
     def edited_masks(self) -> dict[int, Tensor]:
-        """The masks that are not the causal one, by layer. [context_length, context_length]."""
+        """The masks that are not causal, [context_length, context_length] each, by layer."""
         edited = {}
         for layer, name in self.masks.items():
             with self.source.opened() as read:
@@ -104,7 +104,8 @@ class Plan:
     @torch.no_grad()
     def copy_into(self, parameters: Parameters) -> None:
         """Writes each tensor into the parameters that it fills, in their dtype, on their device."""
-        # A few mappings would do, but for what of them stays resident: a twentieth of the model.
+        # Pages once read stay resident while the file is mapped, so it is mapped again after
+        # every twentieth of the model.
         budget = max(WINDOW, sum(p.nbytes for p in parameters.values()) // 20)
         pieces = self._pieces(parameters)
         piece = next(pieces, None)
@@ -126,7 +127,7 @@ class Plan:
     def _copy(
         self, read: Any, name: str, entry: Entry, a: int, b: int, parameters: Parameters
     ) -> int:
-        """Copies rows a to b of a tensor. Returns their bytes."""
+        """Copies rows a to b of a tensor; returns their size in bytes."""
         rows = self._rows(read, name, entry.shape, a, b)
         for i, key in enumerate(entry.targets):
             target = parameters[key].data
@@ -161,7 +162,7 @@ class Plan:
             return True
         if not tied:
             return False
-        # Hugging Face too keeps them apart where both are there and differ, whatever its config.
+        # If both are stored and differ, they are not tied, as in Hugging Face's loader.
         for a, b in self._windows(style.tok, stored[style.tok].shape):
             with self.source.opened() as read:
                 if not torch.equal(read(style.tok)[a:b], read(style.head)[a:b]):
@@ -169,13 +170,13 @@ class Plan:
         return True
 
     def _refuse(self, faults: Mapping[str, list[str]]) -> None:
-        told = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
-        if told:
-            raise WeightsError(f"{self.source.label} does not fit the model" + "".join(told))
+        lists = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
+        if lists:
+            raise WeightsError(f"{self.source.label} does not fit the model" + "".join(lists))
 
 
 def _has_shape(shape: Shape, right: Shape) -> bool:
-    """Whether the shapes are the same, but for the leading 1 of OpenAI's matrices."""
+    """Whether the shapes are equal, apart from the leading 1 of OpenAI's matrices."""
     return shape == right or (len(right) == 2 and shape == (1, *right))
 
 

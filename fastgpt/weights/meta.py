@@ -1,4 +1,4 @@
-"""Models that hold no numbers yet."""
+"""Models whose parameters have no values yet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 
 def on_meta(cls: type[Model], cfg: Mapping[str, Any]) -> Model:
-    """The model of this config on the meta device; no random number is drawn."""
+    """A model of this config on the meta device; draws no random numbers."""
     with torch.device("meta"), _NoDraw():
         return cls(cfg)
 
 
 class _NoDraw(TorchFunctionMode):
-    """Leaves out initial values, which on the meta device would load PyTorch's compiler."""
+    """Skips initialisation, which on the meta device would import PyTorch's compiler."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -34,12 +34,11 @@ class _NoDraw(TorchFunctionMode):
 def make_room(
     model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> None:
-    """Puts uninitialised parameters in the place of those on meta; tied ones stay tied."""
+    """Replaces parameters on meta by uninitialised ones; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in made:
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(p) not in made:
                 empty = torch.empty(p.shape, dtype=dtype, device=device)
                 made[id(p)] = nn.Parameter(empty, p.requires_grad)
-            if p is not None:
-                module._parameters[name] = made[id(p)]
+            setattr(module, name, made[id(p)])

@@ -1,8 +1,8 @@
-"""How the tensors of a GPT-2 are called, and which parameters of the book's model each one fills.
+"""The names of a GPT-2's tensors, and which parameters of the book's model each tensor fills.
 
-Four ways of naming are known: the book's own (with the packed projections and the norms of its
-faster variant), Hugging Face's, OpenAI's variables, and the nested dictionary that the book makes
-of those. Nested names are joined with a slash, as OpenAI's are.
+There are four styles: the book's (also with the packed projections and torch's norms of its faster
+variant), Hugging Face's, OpenAI's variables, and the nested dictionary that the book makes of
+those. Nested names are joined with a slash, as in OpenAI's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 _PROJECTIONS = ("att.W_query", "att.W_key", "att.W_value")
 _LEAVES = ("weight", "bias")
 _WRAPPERS = ("_orig_mod", "module")  # of torch.compile and of data parallelism
-# What a GPT-2 consists of under any of its names: before it stands whose attribute the model was.
+# Where a GPT-2's own names begin; before that are the attributes that lead to the model.
 _PARTS = re.compile(
     r"(?:^|\.)((?:tok_emb|pos_emb|trf_blocks|final_norm|out_head|transformer|lm_head"
     r"|wte|wpe|h\.\d+|ln_f)\..*)"
@@ -25,7 +25,7 @@ _PARTS = re.compile(
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or that do not fit the model; every tensor at fault is named."""
+    """Weights can't be read or don't fit the model; every tensor at fault is named."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Entry:
 
     Args:
         shape: its shape.
-        targets: keys of the book's state dict that it fills, in equal parts of its outputs; none
-            for a tensor that must be zero.
-        transposed: whether it is [in, out], where the parameter is [out, in].
+        targets: keys of the book's state dict that it fills, each with an equal part of its
+            outputs; none if it must be zero.
+        transposed: whether it is [in, out], while the parameter is [out, in].
         optional: whether it may be missing.
     """
 
@@ -54,12 +54,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Style:
-    """A way of naming. Modules are keyed by their names in the book's block."""
+    """A style of names. Modules are keyed by their names in the book's block."""
 
-    block: str  # of layer {}, up to its modules
+    block: str  # prefix of the modules of layer {}
     tok: str
     pos: str
-    final: str  # of the last norm, up to its leaf
+    final: str  # prefix of the last norm's tensors
     head: str | None
     modules: Mapping[tuple[str, ...], str]
     norm: tuple[str, str]
@@ -67,29 +67,29 @@ class Style:
     separator: str = "."
     transposed: bool = False
     mask: str | None = None
-    ignored: tuple[str, ...] = ()  # inside a block: buffers that say nothing
+    ignored: tuple[str, ...] = ()  # buffers of a block that have no information
 
     def layers(self, names: Iterable[str]) -> int:
-        """One more than the highest layer that a name belongs to."""
+        """The number of layers that these names belong to."""
         pattern = re.compile(re.escape(self.block).replace(r"\{\}", r"(\d+)"))
         found = (pattern.match(name) for name in names)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def qkv_bias(self, names: Iterable[str]) -> bool:
-        """Whether a name is the bias of a query, key or value projection."""
+        """Whether one of these names is the bias of a query, key or value projection."""
         projections = [name for keys, name in self.modules.items() if keys[0] in _PROJECTIONS]
         ends = tuple(f"{name}{self.separator}{self.linear[1]}" for name in projections)
         return any(name.endswith(ends) for name in names)
 
-    def says_nothing(self, name: str, layers: int) -> bool:
-        """Whether the tensor of this name is a buffer that a model has no use for."""
+    def is_ignored(self, name: str, layers: int) -> bool:
+        """Whether this name is that of a buffer without information."""
         ends = [self.block.format(layer) + end for layer in range(layers) for end in self.ignored]
         return name in ends
 
 
 def unwrapped(name: str) -> str:
-    """The name without what torch.compile and data parallelism put into it, and without the
-    attributes of a larger module, as of Lightning's, that lead to the model.
+    """The name without the parts that torch.compile, data parallelism or an enclosing module (such
+    as Lightning's) have added.
     """
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     found = _PARTS.search(name)
@@ -97,7 +97,7 @@ def unwrapped(name: str) -> str:
 
 
 def style_of(names: Iterable[str]) -> Style | None:
-    """The way that these names are made, or None if no GPT-2 is called so."""
+    """The style of these names, or None if they are not a GPT-2's."""
     names = list(names)
     if any(re.match(r"trf_blocks\.|tok_emb\.|pos_emb\.|final_norm\.|out_head\.", n) for n in names):
         return _book(names)
@@ -177,8 +177,8 @@ def _openai(root: str, nested: bool) -> Style:
 def expected(style: Style, cfg: Mapping[str, Any], head_optional: bool = False) -> dict[str, Entry]:
     """Every tensor of a GPT-2 of this config, by its name in this style.
 
-    With qkv_bias False, biases of the projections may be there where they come in one packed
-    tensor, which Hugging Face's model always has, if they are zero.
+    With qkv_bias False, a packed bias of the projections, which Hugging Face's model always has,
+    is allowed if it is zero.
     """
     width, separator = cfg["emb_dim"], style.separator
     entries = {

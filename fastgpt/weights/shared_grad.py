@@ -1,39 +1,40 @@
-"""Parameters that are parts of another parameter's memory, and of its gradient's.
+"""Parameters that are views of a larger parameter, and share its gradient too.
 
-Each part is a leaf of its own, so a module can hold it and an optimiser can step it. Hooks keep
-.grad in one memory too: whichever of whole and parts a backward pass reaches, both see it, and one
-set to None by its owner counts as zero for the other at the next backward pass.
+Each part is a leaf, so a module can have it and an optimiser can step it. Hooks make the .grad of
+the parts views of the whole's .grad: a gradient that reaches either shows in both. If the owner
+of one sets it to None, it counts as zero for the other in the next backward pass.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-Cut = Callable[[Tensor], Tensor]  # a view of a tensor of the whole's shape
+Cut = Callable[[Tensor], Tensor]  # from a tensor of the whole's shape to a view of it
+_LINKS: MutableMapping[Tensor, _Link] = WeakTensorKeyDictionary()  # by their wholes
 
 
 def shared_parts(whole: nn.Parameter, cuts: Sequence[Cut]) -> list[nn.Parameter]:
-    """Parameters that are these views of the whole; the same ones again if asked again."""
-    for hook in (whole._backward_hooks or {}).values():
-        link = getattr(hook, "__self__", None)
-        if isinstance(link, _Link) and link.is_of(whole, cuts):
-            return link.parts
-    return _Link(whole, cuts).parts
+    """Parameters that are these views of the whole; a second call returns the same ones."""
+    link = _LINKS.get(whole)
+    if link is None or not link.is_of(whole, cuts):
+        link = _LINKS[whole] = _Link(whole, cuts)
+    return link.parts
 
 
 class _Link:
-    """Keeps the gradients of a whole and its parts in one memory."""
+    """Keeps the gradients of the whole and its parts in the same memory."""
 
     def __init__(self, whole: nn.Parameter, cuts: Sequence[Cut]) -> None:
         self._whole, self._cuts = weakref.ref(whole), cuts
         data = whole.detach()
         self.parts = [nn.Parameter(cut(data), whole.requires_grad) for cut in cuts]
-        # Columns of the whole: PyTorch wants the gradient of such a part without gaps.
+        # For parts that are columns, the whole's gradient is column-major, so that theirs is dense.
         self._across = any(not p.is_contiguous() and not p.mT.is_contiguous() for p in self.parts)
         afters = [functools.partial(self._after_part, cut=cut) for cut in cuts]
         self._hook(whole, self._before_whole, self._after_whole)
@@ -43,13 +44,13 @@ class _Link:
     @staticmethod
     def _hook(tensor: Tensor, before: Callable[..., None], after: Callable[..., None]) -> None:
         wanted = tensor.requires_grad
-        tensor.requires_grad_(True)  # a frozen one takes no hook, and may be unfrozen later
+        tensor.requires_grad_(True)  # a frozen tensor takes no hook, but may be unfrozen later
         tensor.register_hook(before)
         tensor.register_post_accumulate_grad_hook(after)
         tensor.requires_grad_(wanted)
 
     def is_of(self, whole: nn.Parameter, cuts: Sequence[Cut]) -> bool:
-        """Whether the parts still lie in the whole, in these places."""
+        """Whether the parts are still these views of the whole."""
         views = [cut(whole.detach()) for cut in cuts]
         return len(views) == len(self.parts) and all(map(_same_memory, views, self.parts))
 
@@ -61,7 +62,7 @@ class _Link:
 
     @torch.no_grad()
     def _agree(self, columns: bool) -> None:
-        """Makes the gradients one memory, or all None, before any of them accumulates."""
+        """Before accumulation, makes the parts' gradients views of the whole's, or all None."""
         whole = self._whole()
         if whole is None:
             return
@@ -84,7 +85,7 @@ class _Link:
 
     @torch.no_grad()
     def _after_whole(self, whole: Tensor) -> None:
-        # One with a graph of its own (create_graph) is not to be shared.
+        # A gradient with a graph (create_graph) is not shared.
         if whole.grad is not None and not whole.grad.requires_grad:
             self._cut_grad(whole.grad)
 
@@ -102,7 +103,7 @@ class _Link:
 
 
 def _blank(like: Tensor, columns: bool) -> Tensor:
-    """Memory for a gradient, column after column or row after row."""
+    """Memory for a gradient, column-major or row-major."""
     return like.new_empty(like.shape[::-1]).mT if columns else torch.empty_like(like)
 
 

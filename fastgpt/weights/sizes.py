@@ -1,4 +1,4 @@
-"""A model's sizes: in the book's form, in a config.json, as a checkpoint's tensors show them."""
+"""A model's sizes: from the book's config, a config.json and a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
 from fastgpt.weights.names import Shape, Style, WeightsError
 
 _KEYS = tuple(GPT_CONFIG_124M)
-# The book's names, and Hugging Face's for the same.
+# The book's names, and Hugging Face's.
 _THEIRS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -18,7 +18,7 @@ _THEIRS = {
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
-# What no shape tells: the heads of GPT-2's four sizes, by width and layers.
+# The heads of GPT-2's four sizes, by width and layers: no tensor's shape shows them.
 _HEADS = {(c["emb_dim"], c["n_layers"]): c["n_heads"] for c in GPT2_SIZES.values()}
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")
 
@@ -28,11 +28,11 @@ class Sizes:
     """What is known of a model besides its tensors.
 
     Args:
-        cfg: the book's config, or as much of it as is known.
+        cfg: the book's config, or the part of it that is known.
         eps: added to the variance in every norm.
-        drops: probabilities at the embedding, the attention weights and the shortcuts; None where
-            the config's drop_rate holds for all.
-        tied: whether the head is the token embedding; None where only the tensors tell.
+        drops: dropout probabilities at the embedding, the attention weights and the shortcuts; None
+            if all are the config's drop_rate.
+        tied: whether the head is the token embedding; None if only the tensors show it.
     """
 
     cfg: dict[str, Any] = field(default_factory=dict)
@@ -42,9 +42,9 @@ class Sizes:
 
 
 def refused_setting(get: Any, width: int) -> str | None:
-    """The first setting of a Hugging Face GPT-2 that the book's model has not, as 'name value'.
+    """The first setting of a Hugging Face GPT-2 that the book's model lacks, as 'name value'.
 
-    get(name, default) looks a setting up.
+    get(name, default) returns a setting.
     """
     for name, default, right in (
         ("activation_function", "gelu_new", _TANH_GELU),
@@ -63,7 +63,7 @@ def from_json(data: Any, label: str) -> Sizes:
     """Reads a config.json, Hugging Face's or the book's config as JSON.
 
     Raises:
-        WeightsError: it is neither, or of a model that is not the book's.
+        WeightsError: it is neither, or of a model that differs from the book's.
     """
     if isinstance(data, dict) and "emb_dim" in data:
         return Sizes({key: data[key] for key in _KEYS if key in data})
@@ -75,7 +75,7 @@ def from_json(data: Any, label: str) -> Sizes:
         raise WeightsError(f"{label} lacks {', '.join(missing)}")
     refused = refused_setting(data.get, data["n_embd"])
     if refused:
-        raise WeightsError(f"{label}: the book's model has no {refused}")
+        raise WeightsError(f"{label} has {refused}, which the book's model does not support")
     drops = tuple(float(data.get(f"{name}_pdrop", 0.1)) for name in ("embd", "attn", "resid"))
     cfg = {ours: data[theirs] for ours, theirs in _THEIRS.items()}
     cfg["drop_rate"] = drops[2]
@@ -89,14 +89,14 @@ def from_json(data: Any, label: str) -> Sizes:
 
 
 def as_json(sizes: Sizes) -> dict[str, Any]:
-    """The config.json that Hugging Face's GPT2LMHeadModel, and ``from_json``, read."""
+    """The config.json for Hugging Face's GPT2LMHeadModel and ``from_json``."""
     assert sizes.drops is not None
     embedding, attention, shortcut = sizes.drops
     end = 50256 if sizes.cfg["vocab_size"] > 50256 else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        # numpy's integers, which a config may hold, are not JSON's.
+        # int: a config may have numpy's integers, which JSON does not take.
         **{theirs: int(sizes.cfg[ours]) for ours, theirs in _THEIRS.items()},
         "n_inner": None,
         "activation_function": "gelu_new",
@@ -107,7 +107,7 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
         "tie_word_embeddings": sizes.tied,
         "bos_token_id": end,
         "eos_token_id": end,
-        # Not Hugging Face's: its model always has these biases, zero where ours has none.
+        # Only ours: Hugging Face's model always has these biases, zero if ours has none.
         "qkv_bias": bool(sizes.cfg["qkv_bias"]),
     }
 
@@ -115,17 +115,17 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
 def completed(
     sizes: Sizes, given: Mapping[str, Any] | None, style: Style, shapes: Mapping[str, Shape]
 ) -> Sizes:
-    """The sizes with what the caller gave, then what the tensors show, for what is not known.
+    """The sizes, completed by the caller's config, then by the tensors' shapes.
 
     Raises:
-        WeightsError: the caller's config contradicts the file's, or something is still unknown.
+        WeightsError: the caller's config contradicts the file's, or sizes are still unknown.
     """
     known, given = sizes.cfg, dict(given or {})
     apart = [k for k in _KEYS if k in known and k in given and known[k] != given[k]]
     apart = [key for key in apart if key != "drop_rate"]
     if apart:
-        told = ", ".join(f"{key} {known[key]!r} there, {given[key]!r} in cfg" for key in apart)
-        raise WeightsError(f"cfg contradicts the config that comes with the weights: {told}")
+        faults = ", ".join(f"{key} is {known[key]!r}, not {given[key]!r}" for key in apart)
+        raise WeightsError(f"cfg contradicts the config of these weights: {faults}")
     cfg = _shown(style, shapes) | known | given
     heads = _HEADS.get((cfg.get("emb_dim", 0), cfg.get("n_layers", 0)))
     if "n_heads" not in cfg and heads:
@@ -133,18 +133,18 @@ def completed(
     cfg.setdefault("drop_rate", 0.0)
     missing = [key for key in _KEYS if key not in cfg]
     if missing:
-        raise WeightsError(f"no config comes with the weights: pass cfg with {', '.join(missing)}")
+        raise WeightsError(f"these weights have no config: pass cfg with {', '.join(missing)}")
     try:
         check_config(cfg)
     except ValueError as error:
-        raise WeightsError(f"the config of these weights makes no model: {error}") from None
+        raise WeightsError(f"the config of these weights is invalid: {error}") from None
     cfg = {key: cfg[key] for key in _KEYS} | cfg
     drops = None if "drop_rate" in given else sizes.drops
     return Sizes(cfg, sizes.eps, drops, sizes.tied)
 
 
 def _shown(style: Style, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """What the tensors' names and shapes tell."""
+    """What the tensors' names and shapes show."""
     cfg: dict[str, Any] = {"n_layers": style.layers(shapes), "qkv_bias": style.qkv_bias(shapes)}
     tok, pos = shapes.get(style.tok, ()), shapes.get(style.pos, ())
     if len(tok) == 2:
