@@ -32,7 +32,7 @@ def full_document():
 
 
 def _row(number, work):
-    does = work.peers(Models(work.config))
+    does = work.peers(Models(work.cfg))
     peers = [peer for peer in ALL_PEERS if peer in does]
     speeds = [1.0, *(0.1 * 10 ** (3 * i / len(peers)) for i in range(1, len(peers)))]
     return {

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import figures
 from fastgpt import cli, cpu
-from fastgpt.bench import measure, memory, rounds, works
+from fastgpt.bench import measure, memory, rounds, workloads
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.bench.workloads import Work
 
@@ -25,16 +25,16 @@ TINY = (
 @pytest.fixture
 def tiny(monkeypatch):
     """The command on work that takes no time, its memory unmeasured."""
-    monkeypatch.setattr(works, "QUICK", TINY)
-    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(workloads, "QUICK", TINY)
+    monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(measure, "peak_memory", lambda work, peer, threads: 3 * 2**20)
     monkeypatch.setattr(rounds, "MOST_SPREAD", math.inf)  # however busy this machine is
     monkeypatch.setattr(rounds, "MOST_BUSY", math.inf)
-    works._models.cache_clear()
+    workloads._models.cache_clear()
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    works._models.cache_clear()
+    workloads._models.cache_clear()
 
 
 def bench(folder, *arguments):
@@ -110,7 +110,7 @@ def wrong_loss(model):
     ],
 )
 def test_a_wrong_result_exits_with_1(tmp_path, name, spoil):
-    spoil(works._models("toy").fused)
+    spoil(workloads._models("toy").fused)
     code, out = bench(tmp_path)
     assert code == 1
     assert "Does not agree" in out.read_text()
@@ -127,12 +127,12 @@ def test_peers(tmp_path, capsys):
     assert list(document["works"][0]["peers"]) == ["reference", "torch", "fastgpt"]
     with pytest.raises(SystemExit):
         bench(tmp_path, "--peers", "fastgpt,fast")
-    assert "no peer 'fast'" in capsys.readouterr().err
+    assert "unknown peer 'fast'" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(
-        works.libraries, "missing", lambda *packages: f"{packages[-1]} not installed"
+        workloads.libraries, "missing", lambda *packages: f"{packages[-1]} not installed"
     )
     code, out = bench(tmp_path, "--peers", "fastgpt,hf,ct2")
     assert code == 0
@@ -150,8 +150,8 @@ def refuses(*arguments):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_library_that_fails_is_left_out_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(works.libraries, "missing", lambda *packages: None)
-    monkeypatch.setattr(works.libraries, "hugging_face", refuses)
+    monkeypatch.setattr(workloads.libraries, "missing", lambda *packages: None)
+    monkeypatch.setattr(workloads.libraries, "hugging_face", refuses)
     code, out = bench(tmp_path, "--peers", "fastgpt,hf")
     assert code == 0
     document = json.loads(out.with_suffix(".json").read_text())
@@ -160,7 +160,7 @@ def test_a_library_that_fails_is_left_out_and_said(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("tiny")
 def test_fastgpt_is_never_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(works._models("toy").fused, "forward", refuses)
+    monkeypatch.setattr(workloads._models("toy").fused, "forward", refuses)
     with pytest.raises(ImportError, match="no GPT2LMHeadModel"):
         bench(tmp_path)
 
@@ -205,7 +205,7 @@ def test_bad_usage(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.main(["bench", "--out", str(tmp_path / "report.html")]) == 2
-    assert "is not for you to write" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "fastgpt.bench.page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["bench"]) == 2
@@ -216,7 +216,6 @@ def test_quartiles_lie_within_what_was_measured(tiny, monkeypatch):
     def two_rounds(peers, rounds, before_round=None):
         return {peer: [1.0, 9.0][:rounds] for peer in peers}
 
-    monkeypatch.setattr(measure, "interleaved", two_rounds)
     monkeypatch.setattr(rounds, "interleaved", two_rounds)
     document = measure.measure(TINY[:1], ["fastgpt"], rounds=2)
     for peer in document["works"][0]["peers"].values():

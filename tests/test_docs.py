@@ -16,7 +16,7 @@ from runs import needs_table
 
 from benchmarks.figures import REGION, filled
 from fastgpt import cli
-from fastgpt.bench import measure, works
+from fastgpt.bench import rounds, workloads
 from fastgpt.training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,8 +79,8 @@ def reader(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("Every effort moves you a little further.\n" * 120)
     (tmp_path / "prompts.txt").write_text("Every\nmoves you\n")
     monkeypatch.setitem(settings.CONFIGS, "124M", settings.CONFIGS["toy"])
-    monkeypatch.setattr(works, "QUICK", works.QUICK[:1])
-    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(workloads, "QUICK", workloads.QUICK[:1])
+    monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun has no libuv there")

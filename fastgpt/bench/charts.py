@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from fastgpt.bench.case import OURS
 from fastgpt.bench.formatting import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
 
 COLOURS = {
@@ -60,7 +61,7 @@ class Panel(NamedTuple):
 
 
 def charts(document: dict[str, Any]) -> list[Chart]:
-    """The charts for which the document has figures."""
+    """The charts of what the document holds."""
     with rc_context(STYLE):
         drawn = [draw(document["works"]) for draw in (_speed, _bound, _memory, _error)]
     return [chart for chart in drawn if chart is not None]
@@ -87,8 +88,8 @@ def _speed(works: Sequence[Row]) -> Chart | None:
 
     svg = _stacked(shown, draw, "speed_up")
     caption = (
-        "Longer is faster; whiskers are the quartiles of the rounds. The bound is what no code can "
-        "beat on this machine: its peak of multiply-adds, or every weight read once a pass."
+        "Longer is faster; whiskers are the quartiles of the rounds. No code can beat the bound on "
+        "this machine: its peak of multiply-adds, or every weight read once a pass."
     )
     if doubts(works):
         caption += f" {UNTRUSTED}"
@@ -109,7 +110,7 @@ def _bound(works: Sequence[Row]) -> Chart | None:
 
     caption = (
         "At 100 per cent the processor does nothing but multiply-adds at its measured peak, or "
-        "reads weights at the measured bandwidth of memory. More is noise."
+        "reads weights at the measured bandwidth of memory. More than that is noise."
     )
     svg = _single(rows, draw, "share_of_bound") if rows else ""
     return Chart("bound", "Share of the bound", caption, svg) if rows else None
@@ -125,8 +126,8 @@ def _memory(works: Sequence[Row]) -> Chart | None:
         axes.set_xlabel("MiB at the peak", fontsize=8)
 
     caption = (
-        "Shorter is better. The most that a process of its own held above what it held before "
-        "the model was made: weights, activations, gradients."
+        "Shorter is better. The most memory that a process of its own held, above what it held "
+        "before the model was made: weights, activations, gradients."
     )
     svg = _stacked(panels(rows), draw, "memory") if rows else ""
     return Chart("memory", "Memory", caption, svg) if rows else None
@@ -141,9 +142,9 @@ def _error(works: Sequence[Row]) -> Chart | None:
         axes.set_xlabel("largest absolute error against float64", fontsize=8)
 
     caption = (
-        "Further left is more exact. Of a forward pass: of the logits; of a training step: of the "
-        "loss and every gradient, without dropout. Nothing is drawn for an error of 0, nor for a "
-        "step that is too large to repeat in float64."
+        "Further left is more exact. A forward pass: the error of the logits; a training step: "
+        "that of the loss and every gradient, without dropout. An error of 0 is not drawn, nor is "
+        "a step that is too large to repeat in float64."
     )
     svg = _single(rows, draw, "error") if rows else ""
     return Chart("error", "Error", caption, svg) if rows else None
@@ -152,7 +153,7 @@ def _error(works: Sequence[Row]) -> Chart | None:
 def _bars(
     axes: Axes, rows: Sequence[Row], key: str, label: Callable[[float], str], scale: float = 1
 ) -> float:
-    """A group of bars a row, labelled; the largest value drawn, whiskers included."""
+    """Draw a group of labelled bars for each row; return the largest value, whiskers included."""
     position, ticks, longest = 0.0, [], 0.0
     for row in rows:
         peers = {name: p for name, p in row["peers"].items() if p.get(key)}
@@ -172,7 +173,7 @@ def _bars(
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                fontweight="bold" if name in ("fastgpt", "loss") else "normal",
+                fontweight="bold" if name in OURS else "normal",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 zorder=5,
             )
@@ -207,8 +208,8 @@ def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None])
         for name, peer in row["peers"].items():
             at = value(peer)
             if at:
-                ours = name in ("fastgpt", "loss")
-                axes.plot(at, position, "o", color=COLOURS[name], markersize=8 if ours else 6)
+                larger = 8 if name in OURS else 6
+                axes.plot(at, position, "o", color=COLOURS[name], markersize=larger)
     _rows_axis(axes, [(i, row["name"].replace(" GPT-2", "")) for i, row in enumerate(rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
@@ -243,8 +244,8 @@ def _titled(panel: Panel) -> str:
 
 
 def _svg(figure: Figure, rows: Sequence[Row], key: str) -> str:
-    """The figure under a legend of the peers that have `key`, without what would clash with other
-    pictures of a page.
+    """The figure under a legend of the peers that have `key`, without the ids that would clash with
+    other pictures on a page.
     """
     used = {name for row in rows for name, peer in row["peers"].items() if peer.get(key)}
     handles: list[Artist] = [Patch(color=COLOURS[name]) for name in COLOURS if name in used]

@@ -1,31 +1,28 @@
 """The book's model and the fused one side by side: the measurement behind `fastgpt compare`.
 
-Both hold the same random weights in one process, and each round times them one after the other,
-so that a busy neighbour hits both alike; the speed-up is the ratio of the two medians.
-
-How far the outputs may differ is measured rather than guessed. The reference is run once more in
-float64, which tells its own largest rounding error. fastgpt may err twice as much, so the two may
-lie three such errors apart.
+Both hold the same random weights in one process and take turns. The logits of both may differ by as
+much as the error rule allows: the book's own largest error, measured in float64, and twice that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
-from fastgpt.bench.rounds import Peers, doubt_of_seconds, steady_rounds
+from fastgpt import GPT_CONFIG_124M, generate_text_simple, reference
+from fastgpt.bench.errors import TIMES, largest_error
+from fastgpt.bench.rounds import Peers, steady_rounds
+from fastgpt.bench.workloads import Models
 
 PROMPT = "The cat sat"
 PROMPT_IDS = (464, 3797, 3332)  # PROMPT in the gpt2 encoding
 
-ERRORS_APART = 3  # the reference's own error once, fastgpt's at most twice
+ERRORS_APART = 1 + TIMES  # the book's own error once, and fastgpt's
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Row:
     reference_seconds: float  # median over the rounds
     fastgpt_seconds: float
     rounds: int
-    doubt: str | None  # why the times can't be trusted, where they can't
+    doubt: str | None  # why the times cannot be trusted; None if they can
     max_abs_difference: float | None  # between the logits; None for greedy tokens
     tolerance: float
     same_tokens: int | None  # how many greedy tokens agree before the first that differs
@@ -62,7 +59,7 @@ class Row:
 
 
 class Steps:
-    """Counts the steps of a comparison; called with what is about to run."""
+    """Counts the steps of a comparison; called with the next step."""
 
     def __init__(
         self, total: int, rounds: int, progress: Callable[[int, int, str], object]
@@ -74,7 +71,7 @@ class Steps:
         self._done += 1
 
     def once_more(self) -> None:
-        """The rounds of a piece of work are taken again."""
+        """The rounds of a piece of work are repeated."""
         self._total += self._rounds
 
 
@@ -93,19 +90,18 @@ def compare(
 
     One row for a forward pass at [1, T] for each T of `lengths`, on `prompt` followed by random
     ids, then one for `new_tokens` greedy tokens after `prompt`. `progress(done, total, doing)` is
-    called before each step. The fused model runs on whatever backend is in force.
+    called before each step. The fused model runs on the current backend.
     """
     step = Steps(2 + (len(lengths) + 1) * (rounds + 1), rounds, progress)
     step("building both models")
-    torch.manual_seed(seed)
-    book, fused = reference.GPTModel(cfg).eval(), GPTModel(cfg).eval()
-    fused.load_state_dict(book.state_dict())
+    models = Models(cfg, seed=seed)
+    book, fused = models.book, models.fused
     start = torch.tensor(prompt)
     ids = torch.cat([start, torch.randint(cfg["vocab_size"], (max(lengths) - len(start),))])[None]
 
     step("the reference in float64")
-    exact = book.double()(ids)
-    book.float()  # and back, exactly: every float32 is a float64
+    with models.in_float64():
+        exact = book(ids)
 
     rows = []
     for length in lengths:
@@ -126,11 +122,11 @@ def _forward(
 ) -> Row:
     work = f"forward {list(ids.shape)}"
     step(work)
+    peers: Peers = {"reference": lambda: book(ids), "fastgpt": lambda: fused(ids)}
     theirs, ours = book(ids), fused(ids)
-    tolerance = ERRORS_APART * _distance(theirs, exact)
-    difference = _distance(ours, theirs)
+    tolerance = ERRORS_APART * largest_error(theirs, exact)
+    difference = largest_error(ours, theirs)
     del theirs, ours
-    peers = {"reference": lambda: book(ids), "fastgpt": lambda: fused(ids)}
     return Row(
         work=work,
         tokens=ids.numel(),
@@ -174,19 +170,13 @@ def _greedy(
 def _timed(work: str, peers: Peers, rounds: int, step: Steps) -> dict[str, Any]:
     """The fields of a row that come from timing both models."""
     taken = steady_rounds(peers, rounds, lambda: step(work), step.once_more)
-    reasons = {name: doubt_of_seconds(seconds) for name, seconds in taken.seconds.items()}
-    apart = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+    apart = "; ".join(f"{name}: {why}" for name in peers if (why := taken.doubt_of(name)))
     return {
-        "reference_seconds": median(taken.seconds["reference"]),
-        "fastgpt_seconds": median(taken.seconds["fastgpt"]),
+        "reference_seconds": taken.median("reference"),
+        "fastgpt_seconds": taken.median("fastgpt"),
         "rounds": len(taken.seconds["reference"]),
         "doubt": taken.doubt() or apart or None,
     }
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Return max|a - b|; NaN where either has one."""
-    return (a - b).abs_().max().item()
 
 
 def _same_tokens(
@@ -194,8 +184,8 @@ def _same_tokens(
 ) -> tuple[int, bool]:
     """Count the new tokens before the first difference, and say whether the two rows agree.
 
-    They agree if all are the same, or where they part at a tie: each logit may be off by
-    `tolerance`, so two logits that lie within twice that may change places.
+    They agree if all are the same, or if they part at a tie: each logit may be off by `tolerance`,
+    so two logits within twice that may change places.
     """
     different = (theirs != ours).flatten().nonzero()
     if not len(different):

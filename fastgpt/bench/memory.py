@@ -1,7 +1,7 @@
-"""The most memory a peer takes for a piece of work, in a process of its own.
+"""The peak memory of a peer at a piece of work, in a process of its own.
 
-`python -m fastgpt.bench.memory` is that process: it prints the bytes that it held at most, above
-what it held before the model was made.
+`python -m fastgpt.bench.memory` is that process. It prints the most bytes that it held, above what
+it held before the model was made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMEOUT = 900  # seconds
 
 
 def peak_memory(work: object, peer: str, threads: int) -> int | str:
-    """Bytes, or why they aren't known."""
+    """The peak in bytes, or why it is not known."""
     spec = json.dumps(dataclasses.asdict(work))  # type: ignore[call-overload]
     command = [sys.executable, "-m", "fastgpt.bench.memory", spec, peer, str(threads)]
     try:
@@ -35,7 +35,7 @@ def peak_memory(work: object, peer: str, threads: int) -> int | str:
 def peak() -> int:
     """The most bytes that this process has held; 0 if nothing tells.
 
-    Linux's ru_maxrss has the parent's peak in it, hence /proc.
+    On Linux ru_maxrss includes the parent's peak, so /proc comes first.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -61,16 +61,16 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     work = Work(**args.work)
-    models = Models(work.config, alone=True)
+    models = Models(work.cfg, alone=True)
     if args.peer == "hf":
         import transformers.models.gpt2.modeling_gpt2  # noqa: F401
     before = peak()
     if not before:
-        print("this system does not tell a process's peak memory", file=sys.stderr)
+        print("this system does not report a process's peak memory", file=sys.stderr)
         return 1
     run = work.peers(models)[args.peer]
     with torch.set_grad_enabled(work.kind == "train"):
-        for _ in range(2):  # the second beside what the first kept
+        for _ in range(2):  # so that what the first keeps counts
             run()
             models.train(work.kind == "train")
     print(peak() - before)
