@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, outputs, test_of
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops, reference
 
 SIZES = [(8, 12, 8, 64), (8, 12, 128, 64), (1, 12, 256, 64), (1, 12, 1024, 64)]
@@ -24,4 +24,4 @@ def causal_attention(B, H, T, D):
 
 
 CASES = outputs(causal_attention, SIZES) | gradients(causal_attention, SIZES)
-test_causal_attention = test_of(CASES)
+test_causal_attention = benchmark_of(CASES)

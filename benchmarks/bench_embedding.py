@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, test_of
+from benchmarks.cases import benchmark_of, gradients
 from fastgpt import ops
 
 VOCABULARY, CONTEXT, WIDTH = 50257, 1024, 768
@@ -19,4 +19,4 @@ def embedding(B, T):
 
 
 CASES = gradients(embedding, [(2, 512), (8, 1024)])
-test_embedding = test_of(CASES, ("reference", "compile", "fastgpt"))
+test_embedding = benchmark_of(CASES, ("reference", "compile", "fastgpt"))

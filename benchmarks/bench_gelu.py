@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, outputs, test_of
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops, reference
 
 SIZES = [(rows, 4 * 768) for rows in (8, 1024, 8192)]
@@ -30,4 +30,4 @@ def bias_gelu(rows, width):
 
 
 CASES = outputs(gelu, SIZES) | outputs(bias_gelu, SIZES) | gradients(bias_gelu, SIZES)
-test_gelu = test_of(CASES)
+test_gelu = benchmark_of(CASES)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, outputs, test_of
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops, reference
 
 SIZES = [(rows, 768) for rows in (8, 1024, 8192)]
@@ -33,4 +33,4 @@ def add_layer_norm(rows, width):
 
 
 CASES = outputs(layer_norm, SIZES) | outputs(add_layer_norm, SIZES) | gradients(layer_norm, SIZES)
-test_layer_norm = test_of(CASES)
+test_layer_norm = benchmark_of(CASES)

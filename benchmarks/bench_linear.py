@@ -5,7 +5,7 @@ gradients. The reference is PyTorch's product (MKL's, if torch has it), "torch" 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, outputs, test_of
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops
 from fastgpt.bench.case import PEERS
 
@@ -31,5 +31,5 @@ def linear_forward(*size):
 
 FORWARD, BACKWARD = outputs(linear_forward, SIZES), gradients(linear, SIZES)
 CASES = FORWARD | BACKWARD
-test_linear = test_of(FORWARD)
-test_linear_backward = test_of(BACKWARD, [peer for peer in PEERS if peer != "torch"])
+test_linear = benchmark_of(FORWARD)
+test_linear_backward = benchmark_of(BACKWARD, [peer for peer in PEERS if peer != "torch"])

@@ -5,7 +5,7 @@ gradients.
 import torch
 from torch.nn import functional as F
 
-from benchmarks.cases import gradients, outputs, test_of
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops
 
 VOCABULARY = 50257
@@ -22,4 +22,4 @@ def linear_cross_entropy(rows, width):
 
 
 CASES = outputs(linear_cross_entropy, SIZES) | gradients(linear_cross_entropy, SIZES)
-test_linear_cross_entropy = test_of(CASES, ("reference", "compile", "fastgpt"))
+test_linear_cross_entropy = benchmark_of(CASES, ("reference", "compile", "fastgpt"))

@@ -4,7 +4,7 @@ The reference of generation is the book's model with a cache: its own loop, whic
 sequence again for each token, takes some ten times as long.
 """
 
-from benchmarks.cases import test_of
+from benchmarks.cases import benchmark_of
 from fastgpt.bench.workloads import Models, Work
 
 WORKS = (
@@ -30,6 +30,6 @@ def _of(kind):
 (FORWARD, _forward_peers), (TRAIN, _train_peers), (DECODE, _decode_peers) = map(
     _of, ("forward", "train", "decode")
 )
-test_forward = test_of(FORWARD, _forward_peers)
-test_train = test_of(TRAIN, _train_peers)
-test_decode = test_of(DECODE, _decode_peers)
+test_forward = benchmark_of(FORWARD, _forward_peers)
+test_train = benchmark_of(TRAIN, _train_peers)
+test_decode = benchmark_of(DECODE, _decode_peers)

@@ -33,7 +33,7 @@ def _built(kind: Callable[..., Case], operation: Operation, size: Sequence[int])
     return kind(forms, inputs)
 
 
-def test_of(cases: Cases, peers: Sequence[str] = PEERS) -> Callable[..., None]:
+def benchmark_of(cases: Cases, peers: Sequence[str] = PEERS) -> Callable[..., None]:
     """The test that times every peer of every case by pytest-benchmark."""
 
     @pytest.mark.parametrize("peer", peers)

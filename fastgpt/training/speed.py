@@ -11,6 +11,7 @@ import torch
 
 from fastgpt.bench import memory
 from fastgpt.bench.bound import forward_flops, peak_flops
+from fastgpt.bench.rounds import seconds_of
 from fastgpt.model.gpt import GPTModel
 
 
@@ -46,11 +47,7 @@ def _product_peak(
     best, end = 0.0, time.perf_counter() + seconds
     with autocast:
         while best == 0.0 or time.perf_counter() < end:
-            _wait(device)
-            start = time.perf_counter()
-            a @ a
-            _wait(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, 2 * size**3 / seconds_of(lambda: a @ a, device))
     return best
 
 
@@ -59,10 +56,3 @@ def memory_used(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return memory.peak()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
