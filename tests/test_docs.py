@@ -132,6 +132,13 @@ def test_links_lead_somewhere(page):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_readme_names_files_that_are_there():
+    _, _, table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## To change X")
+    paths = re.findall(r"`([\w/]+/[\w/.]*)`", table)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_every_environment_variable_is_in_the_table():
     listed = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs" / "backends.md").read_text()))
     read = re.compile(r"environ(?:\.get\(|\[)\s*\"([A-Z_]+)\"|\"([A-Z_]+)\" not in os\.environ")
