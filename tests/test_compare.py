@@ -105,7 +105,7 @@ def test_json(capsys):
 
 
 def test_agrees_on_every_path(path):
-    assert all(row.agree for row in compare_small(rounds=1))
+    assert all(row["agree"] for row in compare_small(rounds=1))
 
 
 @pytest.mark.usefixtures("small")

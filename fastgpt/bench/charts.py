@@ -62,9 +62,13 @@ class Panel(NamedTuple):
 
 def charts(document: dict[str, Any]) -> list[Chart]:
     """The charts of what the document holds."""
+    drawn = []
     with rc_context(STYLE):
-        drawn = [draw(document["works"]) for draw in (_speed, _bound, _memory, _error)]
-    return [chart for chart in drawn if chart is not None]
+        for name, title, key, draw in CHARTS:
+            rows = [r for r in document["works"] if any(p.get(key) for p in r["peers"].values())]
+            if rows:
+                drawn.append(Chart(name, title, *draw(rows, key)))
+    return drawn
 
 
 def panels(works: Iterable[Row]) -> list[Panel]:
@@ -74,33 +78,26 @@ def panels(works: Iterable[Row]) -> list[Panel]:
     return [panel for panel in found if panel.rows]
 
 
-def _speed(works: Sequence[Row]) -> Chart | None:
-    shown = panels(works)
-    if not shown:
-        return None
-
+def _speed(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes, panel: Panel) -> None:
-        longest = _bars(axes, panel.rows, "speed_up", lambda value: f"{value:.2f}")
+        longest = _bars(axes, panel.rows, key, lambda value: f"{value:.2f}")
         _bounds(axes, panel.rows)
         axes.set_xlim(0, 1.12 * max(longest, *(_bound_of(row) for row in panel.rows)))
         axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
         axes.set_xlabel("times as fast as the book", fontsize=8)
 
-    svg = _stacked(shown, draw, "speed_up")
     caption = (
         "Longer is faster; whiskers are the quartiles of the rounds. No code can beat the bound on "
         "this machine: its peak of multiply-adds, or every weight read once a pass."
     )
-    if doubts(works):
+    if doubts(rows):
         caption += f" {UNTRUSTED}"
-    return Chart("speed", "Speed", caption, svg)
+    return caption, _stacked(panels(rows), draw, key)
 
 
-def _bound(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any(peer["share_of_bound"] for peer in row["peers"].values())]
-
+def _bound(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes) -> None:
-        _dots(axes, rows, lambda peer: 100 * (peer["share_of_bound"] or 0))
+        _dots(axes, rows, lambda peer: 100 * (peer[key] or 0))
         marks = [max(mark(row, name) for name in row["peers"]) for row in rows]
         names = [tick.get_text() for tick in axes.get_yticklabels()]
         axes.set_yticks(range(len(rows)), [a + b for a, b in zip(names, marks, strict=True)])
@@ -112,15 +109,12 @@ def _bound(works: Sequence[Row]) -> Chart | None:
         "At 100 per cent the processor does nothing but multiply-adds at its measured peak, or "
         "reads weights at the measured bandwidth of memory. More than that is noise."
     )
-    svg = _single(rows, draw, "share_of_bound") if rows else ""
-    return Chart("bound", "Share of the bound", caption, svg) if rows else None
+    return caption, _single(rows, draw, key)
 
 
-def _memory(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any("memory" in peer for peer in row["peers"].values())]
-
+def _memory(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes, panel: Panel) -> None:
-        longest = _bars(axes, panel.rows, "memory", lambda value: f"{value:,.0f}", 2**-20)
+        longest = _bars(axes, panel.rows, key, lambda value: f"{value:,.0f}", 2**-20)
         axes.set_xlim(0, 1.12 * longest)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("MiB at the peak", fontsize=8)
@@ -129,16 +123,13 @@ def _memory(works: Sequence[Row]) -> Chart | None:
         "Shorter is better. The most memory that a process of its own held, above what it held "
         "before the model was made: weights, activations, gradients."
     )
-    svg = _stacked(panels(rows), draw, "memory") if rows else ""
-    return Chart("memory", "Memory", caption, svg) if rows else None
+    return caption, _stacked(panels(rows), draw, key)
 
 
-def _error(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any(peer["error"] for peer in row["peers"].values())]
-
+def _error(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
-        _dots(axes, rows, lambda peer: peer["error"] or None)
+        _dots(axes, rows, lambda peer: peer[key] or None)
         axes.set_xlabel("largest absolute error against float64", fontsize=8)
 
     caption = (
@@ -146,8 +137,15 @@ def _error(works: Sequence[Row]) -> Chart | None:
         "that of the loss and every gradient, without dropout. An error of 0 is not drawn, nor is "
         "a step that is too large to repeat in float64."
     )
-    svg = _single(rows, draw, "error") if rows else ""
-    return Chart("error", "Error", caption, svg) if rows else None
+    return caption, _single(rows, draw, key)
+
+
+CHARTS = (  # name, title, the peers' figure, and what draws it and returns a caption and the SVG
+    ("speed", "Speed", "speed_up", _speed),
+    ("bound", "Share of the bound", "share_of_bound", _bound),
+    ("memory", "Memory", "memory", _memory),
+    ("error", "Error", "error", _error),
+)
 
 
 def _bars(

@@ -14,13 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from fastgpt.bench.workloads import Models, Work
+
 WEIGHED = ("reference", "torch", "hf", "fastgpt", "loss")
 TIMEOUT = 900  # seconds
 
 
-def peak_memory(work: object, peer: str, threads: int) -> int | str:
+def peak_memory(work: Work, peer: str, threads: int) -> int | str:
     """The peak in bytes, or why it is not known."""
-    spec = json.dumps(dataclasses.asdict(work))  # type: ignore[call-overload]
+    spec = json.dumps(dataclasses.asdict(work))
     command = [sys.executable, "-m", "fastgpt.bench.memory", spec, peer, str(threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -55,10 +59,6 @@ def main() -> int:
     top.add_argument("peer", choices=WEIGHED)
     top.add_argument("threads", type=int)
     args = top.parse_args()
-    import torch
-
-    from fastgpt.bench.workloads import Models, Work
-
     torch.set_num_threads(args.threads)
     work = Work(**args.work)
     models = Models(work.cfg, alone=True)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.bench import measure, workloads
 from fastgpt.bench.case import ALL_PEERS
 from fastgpt.bench.formatting import UNTRUSTED, doubts
 from fastgpt.cli.progress import add_options, measuring, need_rich
@@ -76,9 +77,6 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from fastgpt.bench.measure import measure
-    from fastgpt.bench.workloads import FULL, QUICK
-
     need_rich("the progress bar needs rich: pip install rich")
     folder = args.out.parent
     try:  # now, rather than after minutes
@@ -91,19 +89,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.peers:
         peers = ["fastgpt", *args.peers]
     with measuring(args.threads) as (show, _):
-        return measure(QUICK if args.quick else FULL, peers, rounds=args.rounds, progress=show)
+        works = workloads.QUICK if args.quick else workloads.FULL
+        return measure.measure(works, peers, rounds=args.rounds, progress=show)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from fastgpt.bench.measure import FORMAT
-
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") != measure.FORMAT:
         raise UsageError(f"{path} contains no figures of this version of fastgpt bench")
     return document
 

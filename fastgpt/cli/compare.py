@@ -53,7 +53,7 @@ def run_compare(args: argparse.Namespace) -> int:
         measured_on, line = machine(), machine_line()
         rows = compare(prompt, **options, progress=show)
 
-    agree = all(row.agree for row in rows)
+    agree = all(row["agree"] for row in rows)
     if args.json:
         document = {
             "command": "compare",
@@ -62,7 +62,7 @@ def run_compare(args: argparse.Namespace) -> int:
             **options,
             "missing_kernels": missing,
             "machine": measured_on,
-            "rows": [{k: finite(v) for k, v in row.as_dict().items()} for row in rows],
+            "rows": [{k: finite(v) for k, v in row.items()} for row in rows],
         }
         print(json.dumps(document, indent=2))
     else:
@@ -81,29 +81,23 @@ def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
     for header in ("seconds", "tokens/s", "speed-up", "largest\ndifference", "tolerance", "agree"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        if row.max_abs_difference is None:
-            difference, tolerance = f"{row.same_tokens}/{row.tokens} same", ""
-        else:
-            difference, tolerance = f"{row.max_abs_difference:.1e}", f"{row.tolerance:.1e}"
-        table.add_row(row.work)
-        table.add_row(
-            "  reference",
-            f"{row.reference_seconds:.3f}",
-            f"{row.reference_tokens_per_second:.0f}",
-        )
-        table.add_row(
-            "  fastgpt",
-            f"{row.fastgpt_seconds:.3f}",
-            f"{row.fastgpt_tokens_per_second:.0f}",
-            f"{row.speed_up:.2f}x" + (" ?" if row.doubt else ""),
-            difference,
-            tolerance,
-            "yes" if row.agree else "NO",
-            end_section=True,
-        )
+        difference = f"{row['same_tokens']}/{row['tokens']} same"
+        if row["max_abs_difference"] is not None:
+            difference = f"{row['max_abs_difference']:.1e}"
+        table.add_row(row["work"])
+        for name in ("reference", "fastgpt"):
+            speeds = f"{row[f'{name}_seconds']:.3f}", f"{row[f'{name}_tokens_per_second']:.0f}"
+            verdict = (
+                f"{row['speed_up']:.2f}x" + (" ?" if row["doubt"] else ""),
+                difference,
+                "" if row["max_abs_difference"] is None else f"{row['tolerance']:.1e}",
+                "yes" if row["agree"] else "NO",
+            )
+            ours = name == "fastgpt"
+            table.add_row(f"  {name}", *speeds, *(verdict if ours else ()), end_section=ours)
     console = Console(highlight=False)
     console.print(table)
-    doubts = [f"{row.work}: {row.doubt}" for row in rows if row.doubt]
+    doubts = [f"{row['work']}: {row['doubt']}" for row in rows if row["doubt"]]
     for text in (
         *((UNTRUSTED, *doubts) if doubts else ()),
         f"Medians of interleaved rounds. Tolerance: {ERRORS_APART} times the reference's own "
