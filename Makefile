@@ -49,7 +49,7 @@ bench: setup $(VENV)/.bench  ## each operation, forward passes and generation ag
 scaling: setup $(VENV)/.bench  ## draw time against tokens, batch, layers and threads
 	$(BIN)/python -m benchmarks.scaling --out docs/scaling.svg
 
-# Everything that the pages show, measured anew: half an hour on a machine that does nothing else.
+# Takes half an hour on an idle machine.
 figures: scaling  ## measure what the README and docs show, and write it there
 	$(BIN)/python -m fastgpt bench --out docs/figures/bench.html --svg docs/figures
 	$(BIN)/python -m benchmarks.figures docs/figures/bench.json README.md docs/benchmarks.md docs/readers.md

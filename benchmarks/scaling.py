@@ -1,5 +1,5 @@
 """`python -m benchmarks.scaling --out FILE.svg`: how the time of a GPT-2 124M forward pass grows
-with tokens, batch, layers and threads, as a table and, with --out, as a picture.
+with tokens, batch, layers and threads, as tables and, with --out, as a picture.
 """
 
 from __future__ import annotations
