@@ -5,7 +5,7 @@ sequence again for each token, takes some ten times as long.
 """
 
 from benchmarks.cases import benchmark_of
-from fastgpt.bench.workloads import Models, Work
+from fastgpt.bench.workloads import Work
 
 WORKS = (
     Work("forward", "GPT-2 124M", 2, 4),
@@ -24,7 +24,7 @@ WORKS = (
 
 def _of(kind):
     works = [work for work in WORKS if work.kind == kind]
-    return {work.name: work.case for work in works}, list(works[0].peers(Models(works[0].cfg)))
+    return {work.name: work.case for work in works}, works[0].peer_names
 
 
 (FORWARD, _forward_peers), (TRAIN, _train_peers), (DECODE, _decode_peers) = map(

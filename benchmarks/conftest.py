@@ -1,4 +1,4 @@
-"""How `pytest benchmarks` measures and prints: a group for each case, its peers by their medians."""
+"""How `pytest benchmarks` measures and prints: a group for each case, peers by their medians."""
 
 from __future__ import annotations
 

@@ -111,6 +111,5 @@ def timed(
 
 
 def _weighed(work: Work, peers: Sequence[str]) -> list[str]:
-    """The peers whose memory is measured: those that do this work at all."""
-    no_peers = {"forward": ("loss",), "train": ("torch",), "decode": ("torch", "loss")}
-    return [peer for peer in peers if peer in WEIGHED and peer not in no_peers[work.kind]]
+    """The peers whose memory is measured."""
+    return [peer for peer in work.peer_names if peer in WEIGHED and peer in peers]

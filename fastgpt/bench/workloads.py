@@ -88,6 +88,11 @@ class Work:
         kinds = {"forward": _forward, "train": _train, "decode": _decode}
         return kinds[self.kind](self, models, self.ids)
 
+    @property
+    def peer_names(self) -> list[str]:
+        """The peers that do this work."""
+        return list(self.peers(Models(self.cfg)))
+
     def case(self) -> Case:
         """The work with its exact result. Models are kept until a case of another config."""
         models = _models(self.config)
