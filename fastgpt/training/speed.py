@@ -1,4 +1,4 @@
-"""How fast a step is, against what the device can do at most."""
+"""How fast a training step is, compared with the device's peak."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from fastgpt.model.gpt import GPTModel
 
 
 def flops_per_token(model: GPTModel, context: int) -> float:
-    """The floating-point operations of a token's forward and backward pass, only the products, in
-    a window of context tokens.
-    """
+    """Floating-point operations of the matrix products per token, forward and backward."""
     return 3 * forward_flops(model.cfg, context) / context
 
 
 def peak(device: torch.device, autocast: contextlib.AbstractContextManager[Any]) -> float:
-    """Floating-point operations a second at most: on the CPU those of fused multiply-adds, on
-    another device those of a large matrix product by PyTorch. NaN where nothing tells.
+    """The device's peak in floating-point operations per second; NaN if it is unknown.
+
+    On the CPU that of fused multiply-adds, elsewhere that of a large matrix product by PyTorch.
     """
     if device.type != "cpu":
         return _product_peak(device, autocast)
@@ -34,7 +33,7 @@ def peak(device: torch.device, autocast: contextlib.AbstractContextManager[Any])
 
 
 def peak_is(device: torch.device) -> str:
-    """What `peak` measures, in words."""
+    """What `peak` measures, for the user."""
     return "fused multiply-adds" if device.type == "cpu" else "a large product by PyTorch"
 
 
@@ -52,7 +51,7 @@ def _product_peak(
 
 
 def memory_used(device: torch.device) -> int:
-    """The most bytes held so far: by PyTorch on a GPU, else by the process; 0 if nothing tells."""
+    """Peak bytes so far: PyTorch's on a GPU, else the process's; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return memory.peak()
