@@ -49,10 +49,10 @@ bench: setup $(VENV)/.bench  ## each operation, forward passes and generation ag
 scaling: setup $(VENV)/.bench  ## draw time against tokens, batch, layers and threads
 	$(BIN)/python -m benchmarks.scaling --out docs/scaling.svg
 
-# Everything that the pages show, measured anew: half an hour on a machine that does nothing else.
-figures: scaling  ## measure what the README and docs/ show, and write it there
+# Takes half an hour on an idle machine.
+figures: scaling  ## measure what the README and docs show, and write it there
 	$(BIN)/python -m fastgpt bench --out docs/figures/bench.html --svg docs/figures
-	$(BIN)/python -m benchmarks.figures docs/figures/bench.json README.md docs/readers.md
+	$(BIN)/python -m benchmarks.figures docs/figures/bench.json README.md docs/benchmarks.md docs/readers.md
 
 # GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
 # with it: AddressSanitizer has to find __cxa_throw when the process starts.

@@ -1,7 +1,7 @@
-"""Every operation, the whole model and generation against their peers: `python -m benchmarks` for a
-table of ratios, or `pytest benchmarks --benchmark-only`. `python -m benchmarks.scaling` draws how
-the model's time grows, `python -m benchmarks.gpu` checks and times all of it on a GPU.
+"""Every operation and the whole model against their peers: `python -m benchmarks` prints a table of
+ratios, `pytest benchmarks --benchmark-only` times them by pytest-benchmark. `python -m
+benchmarks.scaling` draws how the model's time grows, `python -m benchmarks.gpu` checks and times
+everything on a GPU.
 
-Each `bench_*.py` lists its `CASES` by name. A case is one piece of work and how each peer does it:
-`fastgpt/bench/case.py` tells the peers' names.
+Each `bench_*.py` lists its cases by name: `fastgpt/bench/case.py` says what a case is.
 """

@@ -2,72 +2,32 @@
 
 from functools import partial
 
-import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops, reference
-from fastgpt.bench.case import PEERS, Case, both_ways
 
-WIDTH = 4 * 768
-ROWS = (8, 1024, 8192)
+SIZES = [(rows, 4 * 768) for rows in (8, 1024, 8192)]
 
 
-def gelu(rows: int) -> Case:
-    x = torch.randn(rows, WIDTH)
-    compiled = torch.compile(reference.gelu, dynamic=False)
-    return Case(
-        {
-            "reference": lambda: reference.gelu(x),
-            "torch": lambda: F.gelu(x, approximate="tanh"),
-            "compile": lambda: compiled(x),
-            "fastgpt": lambda: ops.gelu(x),
-        },
-        exact=F.gelu(x.double(), approximate="tanh"),
-    )
+def gelu(rows, width):
+    forms = {
+        "reference": reference.gelu,
+        "torch": partial(F.gelu, approximate="tanh"),
+        "fastgpt": ops.gelu,
+    }
+    return forms, [torch.randn(rows, width)]
 
 
-def bias_gelu(rows: int) -> Case:
-    x, bias = torch.randn(rows, WIDTH), torch.randn(WIDTH)
-
-    def book(x, bias):
-        return reference.gelu(x + bias)
-
-    compiled = torch.compile(book, dynamic=False)
-    return Case(
-        {
-            "reference": lambda: book(x, bias),
-            "torch": lambda: F.gelu(x + bias, approximate="tanh"),
-            "compile": lambda: compiled(x, bias),
-            "fastgpt": lambda: ops.bias_gelu(x, bias),
-        },
-        exact=F.gelu(x.double() + bias.double(), approximate="tanh"),
-    )
+def bias_gelu(rows, width):
+    forms = {
+        "reference": lambda x, bias: reference.gelu(x + bias),
+        "torch": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+        "fastgpt": ops.bias_gelu,
+    }
+    return forms, [torch.randn(rows, width), torch.randn(width)]
 
 
-def bias_gelu_backward(rows: int) -> Case:
-    def book(x, bias):
-        return reference.gelu(x + bias)
-
-    return both_ways(
-        {
-            "reference": book,
-            "torch": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
-            "compile": torch.compile(book, dynamic=False),
-            "fastgpt": ops.bias_gelu,
-        },
-        [torch.randn(rows, WIDTH), torch.randn(WIDTH)],
-    )
-
-
-CASES = {
-    f"{build.__name__} [{rows}, {WIDTH}]": partial(build, rows)
-    for build in (gelu, bias_gelu, bias_gelu_backward)
-    for rows in ROWS
-}
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", CASES)
-def test_gelu(measure, name, peer):
-    measure(name, CASES[name], peer)
+CASES = outputs(gelu, SIZES) | outputs(bias_gelu, SIZES) | gradients(bias_gelu, SIZES)
+test_gelu = benchmark_of(CASES)

@@ -1,55 +1,35 @@
-"""The products of a layer, [rows, 768] by [3072, 768], from one row to a long prompt; and backward,
-with the gradients of the rows and of the weight.
+"""The product of a layer, [rows, 768] by [3072, 768], from one row to a long prompt, and its
+gradients. The reference is PyTorch's product (MKL's, if torch has it), "torch" that of oneDNN.
 """
 
-from functools import partial
-
-import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops
-from fastgpt.bench.case import Case, both_ways
+from fastgpt.bench.case import PEERS
 
-N_IN, N_OUT = 768, 4 * 768
-ROWS = (1, 4, 8, 16, 64, 256, 1024)
-# The reference is PyTorch's product (MKL's, where torch has it), "torch" its other one, oneDNN's.
-PEERS = ("reference", "torch", "compile", "fastgpt")
+SIZES = [(rows, 768, 4 * 768) for rows in (1, 4, 8, 16, 64, 256, 1024)]
 
 
-def linear(rows: int) -> Case:
-    x, weight, owner = torch.randn(rows, N_IN), torch.randn(N_OUT, N_IN), torch.nn.Module()
-    compiled = torch.compile(F.linear, dynamic=False)
-    peers = {
-        "reference": lambda: F.linear(x, weight),
-        "compile": lambda: compiled(x, weight),
-        "fastgpt": lambda: ops.linear(x, weight, owner=owner),
-    }
-    if torch.backends.mkldnn.is_available():
-        peers["torch"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return Case(peers, exact=F.linear(x.double(), weight.double()))
-
-
-def linear_backward(rows: int) -> Case:
+def linear(rows, n_in, n_out):
     owner = torch.nn.Module()
-    return both_ways(
-        {
-            "reference": F.linear,
-            "compile": torch.compile(F.linear, dynamic=False),
-            "fastgpt": lambda x, weight: ops.linear(x, weight, owner=owner),
-        },
-        [torch.randn(rows, N_IN), torch.randn(N_OUT, N_IN)],
-    )
+    forms = {
+        "reference": F.linear,
+        "fastgpt": lambda x, weight: ops.linear(x, weight, owner=owner),
+    }
+    return forms, [torch.randn(rows, n_in), torch.randn(n_out, n_in)]
 
 
-CASES = {
-    f"{build.__name__} [{rows}, {N_IN}] x [{N_IN}, {N_OUT}]": partial(build, rows)
-    for build in (linear, linear_backward)
-    for rows in ROWS
-}
+def linear_forward(*size):
+    forms, inputs = linear(*size)
+    if torch.backends.mkldnn.is_available():  # it has no gradient
+        product = torch.ops.mkldnn._linear_pointwise
+        forms["torch"] = lambda x, weight: product(x, weight, None, "none", [], "")
+    return forms, inputs
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", CASES)
-def test_linear(measure, name, peer):
-    measure(name, CASES[name], peer)
+FORWARD, BACKWARD = outputs(linear_forward, SIZES), gradients(linear, SIZES)
+CASES = FORWARD | BACKWARD
+test_linear = benchmark_of(FORWARD)
+test_linear_backward = benchmark_of(BACKWARD, [peer for peer in PEERS if peer != "torch"])

@@ -2,57 +2,24 @@
 gradients.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops
-from fastgpt.bench.case import Case, both_ways
 
-WIDTH, VOCABULARY = 768, 50257
-ROWS = (64, 1024)
-PEERS = ("reference", "compile", "fastgpt")
+VOCABULARY = 50257
+SIZES = [(64, 768), (1024, 768)]
 
 
-def _forms(rows: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def linear_cross_entropy(rows, width):
     targets, owner = torch.randint(VOCABULARY, (rows,)), torch.nn.Module()
-
-    def book(x: Tensor, weight: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight), targets)
-
-    return {
-        "reference": book,
-        "compile": torch.compile(book, dynamic=False),
-        "fastgpt": lambda x, w: ops.linear_cross_entropy(x, w, targets, owner=owner),
+    forms = {
+        "reference": lambda x, weight: F.cross_entropy(F.linear(x, weight), targets),
+        "fastgpt": lambda x, weight: ops.linear_cross_entropy(x, weight, targets, owner=owner),
     }
+    return forms, [torch.randn(rows, width), torch.randn(VOCABULARY, width) * 0.02]
 
 
-def _inputs(rows: int) -> list[Tensor]:
-    return [torch.randn(rows, WIDTH), torch.randn(VOCABULARY, WIDTH) * 0.02]
-
-
-def linear_cross_entropy(rows: int) -> Case:
-    forms, inputs = _forms(rows), _inputs(rows)
-    exact = forms["reference"](*(t.double() for t in inputs))
-    return Case({name: partial(form, *inputs) for name, form in forms.items()}, exact)
-
-
-def linear_cross_entropy_backward(rows: int) -> Case:
-    return both_ways(_forms(rows), _inputs(rows))
-
-
-CASES = {
-    f"{build.__name__} [{rows}, {WIDTH}]": partial(build, rows)
-    for build in (linear_cross_entropy, linear_cross_entropy_backward)
-    for rows in ROWS
-}
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", CASES)
-def test_linear_cross_entropy(measure, name, peer):
-    measure(name, CASES[name], peer)
+CASES = outputs(linear_cross_entropy, SIZES) | gradients(linear_cross_entropy, SIZES)
+test_linear_cross_entropy = benchmark_of(CASES, ("reference", "compile", "fastgpt"))

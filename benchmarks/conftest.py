@@ -1,4 +1,4 @@
-"""How `pytest benchmarks` measures and prints: one group a case, its peers by their medians."""
+"""How `pytest benchmarks` measures and prints: a group for each case, peers by their medians."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastgpt.bench.case import Case
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Defaults for what the command line leaves open."""
+    """Defaults for what the command line does not set."""
     option = config.option
     option.benchmark_columns = option.benchmark_columns or ["median", "iqr", "ops"]
     if option.benchmark_sort == "min":
         option.benchmark_sort = "median"
     if float(option.benchmark_max_time) == 1.0:
         option.benchmark_max_time = "0.5"
-    # torch.compile goes through parts of torch that torch itself calls deprecated.
+    # torch.compile uses parts of torch that torch itself calls deprecated.
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:torch\..*")
 
 
 def pytest_benchmark_group_stats(benchmarks: list[dict], group_by: str) -> list | None:
-    """Groups in the order of the cases; pytest-benchmark's would put [1024] before [8]."""
+    """Groups in the order of the cases; pytest-benchmark would put [1024] before [8]."""
     if group_by != "group":
         return None
     groups: dict[str, list[dict]] = {}
@@ -41,7 +41,7 @@ def _built(build: Callable[[], Case]) -> Case:
 
 @pytest.fixture
 def measure(benchmark):
-    """Time one peer of a case, once its result is checked, and record its error beside."""
+    """Check the result of one peer of a case, time it, and record its error."""
 
     def run(name: str, build: Callable[[], Case], peer: str) -> None:
         case = _built(build)

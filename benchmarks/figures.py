@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastgpt.bench.case import ALL_PEERS
-from fastgpt.bench.formatting import LABELS, UNTRUSTED, doubts, mark, readable
+from fastgpt.bench.formatting import UNTRUSTED, comparison, count_of_threads, doubts
 from fastgpt.bench.measure import FORMAT
 
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -41,48 +40,22 @@ def filled(text: str, document: dict[str, Any]) -> str:
     def write(region: re.Match[str]) -> str:
         kind = region[2]
         assert kind in (*KINDS, "machine"), f"no figures of {kind!r}, only of {KINDS} and machine"
-        lines = machine(document) if kind == "machine" else table(document, kind)
+        works = [row for row in document["works"] if row["kind"] == kind]
+        lines = machine(document) if kind == "machine" else comparison(works)
         return f"{region[1]}{lines}\n{region[3]}"
 
     return REGION.sub(write, text)
-
-
-def table(document: dict[str, Any], kind: str) -> str:
-    """The reference's time, the bound's and every other peer's speed-up over it, and in brackets
-    the errors.
-    """
-    works = [row for row in document["works"] if row["kind"] == kind]
-    peers = [p for p in ALL_PEERS if any(p in row["peers"] for row in works)]
-    lines = [["", *(LABELS[peer] for peer in peers), "bound"], ["---"] * (2 + len(peers))]
-    for row in works:
-        lines.append([row["name"], *(_cell(row, peer) for peer in peers), _bound(row)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def machine(document: dict[str, Any]) -> str:
     """What the figures were measured on, and when."""
     m = document["machine"]
     isa = f" ({m['isa']})" if m["isa"] else ""
-    threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
     return (
-        f"{m['cpu']}, {threads}, backend {m['backend']}{isa}, torch {m['torch']}, "
-        f"{document['date']}." + (f"\n{UNTRUSTED}" if doubts(document["works"]) else "")
+        f"{m['cpu']}, {count_of_threads(m['threads'])}, backend {m['backend']}{isa}, "
+        f"torch {m['torch']}, {document['date']}."
+        + (f"\n{UNTRUSTED}" if doubts(document["works"]) else "")
     )
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    if name not in row["peers"]:
-        return "-"
-    peer = row["peers"][name]
-    text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
-    text += mark(row, name)
-    text = f"**{text}**" if name in ("fastgpt", "loss") else text
-    return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
-
-
-def _bound(row: dict[str, Any]) -> str:
-    seconds = row["peers"]["reference"]["seconds"]
-    return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, 'reference')}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """`python -m benchmarks.scaling --out FILE.svg`: how the time of a GPT-2 124M forward pass grows
-with tokens, batch, layers and threads, as a table and, with --out, as a picture.
+with tokens, batch, layers and threads, as tables and, with --out, as a picture.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 
 from fastgpt import GPT_CONFIG_124M, GPTModel
+from fastgpt.bench.formatting import markdown
 from fastgpt.bench.machine import machine_line
 from fastgpt.bench.rounds import interleaved
 
@@ -29,14 +31,15 @@ class Panel(NamedTuple):
 def main() -> int:
     top = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     top.add_argument("--out", type=Path, help="the picture, a file that ends in .svg or .png")
-    top.add_argument("--rounds", type=int, default=7, help="of which the fastest counts")
+    top.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
     args = top.parse_args()
     measured = []
     for panel, seconds in measure(args.rounds):
         measured.append((panel, seconds))
-        print(f"\n| {panel.quantity} ({panel.fixed}) | ms | to the first |\n| --- | --- | --- |")
-        for value, s in zip(panel.values, seconds, strict=True):
-            print(f"| {value} | {s * 1e3:.1f} | {s / seconds[0]:.2f} |", flush=True)
+        rows = zip(panel.values, seconds, strict=True)
+        cells = [[str(value), f"{s * 1e3:.1f}", f"{s / seconds[0]:.2f}"] for value, s in rows]
+        head = [f"{panel.quantity} ({panel.fixed})", "ms", "to the first"]
+        print(f"\n{markdown(head, cells)}", flush=True)
     print(f"\n{machine_line()}")
     if args.out:
         draw(measured, args.out)
@@ -44,7 +47,7 @@ def main() -> int:
 
 
 def panels() -> Iterator[Panel]:
-    """The four measurements; the models of a panel live as long as it does."""
+    """The four measurements. A panel's models live as long as it does."""
     threads = torch.get_num_threads()
     torch.manual_seed(123)
     model = GPTModel(GPT_CONFIG_124M).eval()
@@ -77,15 +80,15 @@ def panels() -> Iterator[Panel]:
 
 @torch.no_grad()
 def measure(rounds: int) -> Iterator[tuple[Panel, list[float]]]:
-    """Each panel and its seconds, its values in turns within each round, after one to warm up."""
+    """Each panel and its median seconds; its values take turns, after one round to warm up."""
     for panel in panels():
         runs = {str(value): panel.run(value) for value in panel.values}
         interleaved(runs, 1)
-        yield panel, [min(times) for times in interleaved(runs, rounds).values()]
+        yield panel, [median(times) for times in interleaved(runs, rounds).values()]
 
 
 def draw(measured: list[tuple[Panel, list[float]]], out: Path) -> None:
-    """The panels side by side; dashed, what growth in proportion would give."""
+    """Draw the panels side by side, and growth in proportion as a dashed line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +101,7 @@ def draw(measured: list[tuple[Panel, list[float]]], out: Path) -> None:
         first, last = panel.values[0], panel.values[-1]
         if panel.quantity == "threads":
             guide = [ms[0] * first / value for value in panel.values]
-        else:  # straight, and not through 0: some work is there whatever the quantity
+        else:  # straight, but not through 0: some work does not depend on the quantity
             slope = (ms[-1] - ms[0]) / (last - first)
             guide = [ms[0] + slope * (value - first) for value in panel.values]
         axis.plot(panel.values, guide, "--", color="0.6", linewidth=1)

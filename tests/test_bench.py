@@ -26,7 +26,7 @@ TINY = (
 def tiny(monkeypatch):
     """The command on work that takes no time, its memory unmeasured."""
     monkeypatch.setattr(workloads, "QUICK", TINY)
-    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(measure, "peak_memory", lambda work, peer, threads: 3 * 2**20)
     monkeypatch.setattr(rounds, "MOST_SPREAD", math.inf)  # however busy this machine is
     monkeypatch.setattr(rounds, "MOST_BUSY", math.inf)
@@ -127,7 +127,7 @@ def test_peers(tmp_path, capsys):
     assert list(document["works"][0]["peers"]) == ["reference", "torch", "fastgpt"]
     with pytest.raises(SystemExit):
         bench(tmp_path, "--peers", "fastgpt,fast")
-    assert "no peer 'fast'" in capsys.readouterr().err
+    assert "unknown peer 'fast'" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
@@ -205,7 +205,7 @@ def test_bad_usage(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.main(["bench", "--out", str(tmp_path / "report.html")]) == 2
-    assert "is not for you to write" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "fastgpt.bench.page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["bench"]) == 2
@@ -216,7 +216,6 @@ def test_quartiles_lie_within_what_was_measured(tiny, monkeypatch):
     def two_rounds(peers, rounds, before_round=None):
         return {peer: [1.0, 9.0][:rounds] for peer in peers}
 
-    monkeypatch.setattr(measure, "interleaved", two_rounds)
     monkeypatch.setattr(rounds, "interleaved", two_rounds)
     document = measure.measure(TINY[:1], ["fastgpt"], rounds=2)
     for peer in document["works"][0]["peers"].values():

@@ -11,7 +11,7 @@ import torch
 
 import fastgpt
 from fastgpt import GPT_CONFIG_124M, GPTModel, cli
-from fastgpt.bench import compare, rounds
+from fastgpt.bench import compare, rounds, workloads
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.cli import compare as command
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
@@ -41,8 +41,7 @@ def neighbour(monkeypatch):
     """What other programs are said to do to the measurement; at first, nothing."""
     said = {"load": None, "seconds": None}
     monkeypatch.setattr(rounds, "doubt_of_load", lambda others: said["load"])
-    for module in (rounds, compare):
-        monkeypatch.setattr(module, "doubt_of_seconds", lambda seconds: said["seconds"])
+    monkeypatch.setattr(rounds, "doubt_of_seconds", lambda seconds: said["seconds"])
     return said
 
 
@@ -106,13 +105,13 @@ def test_json(capsys):
 
 
 def test_agrees_on_every_path(path):
-    assert all(row.agree for row in compare_small(rounds=1))
+    assert all(row["agree"] for row in compare_small(rounds=1))
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("factor", [1.001, torch.nan, torch.inf])
 def test_disagreement_exits_with_1(monkeypatch, capsys, factor):
-    monkeypatch.setattr(compare, "GPTModel", broken(factor))
+    monkeypatch.setattr(workloads, "GPTModel", broken(factor))
     assert cli.main(["compare", "--json", "--rounds", "1"]) == 1
     document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert document["agree"] is False

@@ -16,7 +16,7 @@ from runs import needs_table
 
 from benchmarks.figures import REGION, filled
 from fastgpt import cli
-from fastgpt.bench import measure, workloads
+from fastgpt.bench import rounds, workloads
 from fastgpt.training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def reader(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("Every\nmoves you\n")
     monkeypatch.setitem(settings.CONFIGS, "124M", settings.CONFIGS["toy"])
     monkeypatch.setattr(workloads, "QUICK", workloads.QUICK[:1])
-    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun has no libuv there")
@@ -130,6 +130,13 @@ def test_links_lead_somewhere(page):
     text = BLOCKS.sub("", (ROOT / page).read_text(encoding="utf-8"))
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_names_files_that_are_there():
+    _, _, table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## To change X")
+    paths = re.findall(r"`([\w/]+/[\w/.]*)`", table)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_every_environment_variable_is_in_the_table():

@@ -17,17 +17,17 @@ from benchmarks.gpu.measure import Bench
 from fastgpt import GPT_CONFIG_124M
 from fastgpt.triton import missing_reason
 
-# With the share of the time after which each has to have ended, in the order they run in: training
-# last, whose torch.compile takes all that is left.
+# By section, in their order, the share of the time after which it must end. Training comes last:
+# its torch.compile takes all the time that is left.
 UNTIL = {"checks": 0.35, "operations": 0.55, "decoding": 0.75, "training": 1.0}
 SECTIONS = tuple(UNTIL)
 SMALL = GPT_CONFIG_124M | {"vocab_size": 61, "context_length": 12, "emb_dim": 32, "n_heads": 2}
 
 
 def main() -> int:
-    """Runs the sections asked for; 1 where a check or fastgpt failed, 2 where there is no GPU."""
+    """Run the sections asked for; 1 if a check or fastgpt failed, 2 if there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
-    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("section", nargs="*", help=f"some of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder to write to")
     parser.add_argument("--budget", type=float, default=450, help="seconds that it may take")
@@ -37,14 +37,14 @@ def main() -> int:
     if (reason := missing_reason()) is None and not asked.dry_run and not torch.cuda.is_available():
         reason = "torch finds no GPU"
     if reason is not None:
-        print(f"Nothing was measured: {reason}. --dry-run goes the same way without a GPU.")
+        print(f"Nothing was measured: {reason}. --dry-run needs no GPU.")
         return 2
     asked.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     with _interpreted() if asked.dry_run else contextlib.nullcontext():
         bench = Bench("cpu" if asked.dry_run else "cuda", asked.budget)
         for _ in run(bench, asked.section or SECTIONS, results):
-            # After each row: what a crash or a kill leaves is all that was measured.
+            # After each row, so that a crash loses nothing that was measured.
             (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             (asked.out / "table.md").write_text(table.render(results))
     print(table.render(results))
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(bench: Bench, sections: Collection[str], results: dict[str, Any]) -> Iterator[None]:
-    """Puts the machine and the rows of each section into the results; a step for each row."""
+    """Puts the machine and the rows of each section into the results; yields after each row."""
     from benchmarks.gpu import checks, models, times  # which import triton
 
     cfg = GPT_CONFIG_124M | {"drop_rate": 0.0}

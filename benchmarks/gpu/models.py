@@ -11,24 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.gpu.measure import Bench
-from benchmarks.gpu.optimised_book import OptimisedBook
-from fastgpt import GPTModel, generate_text_simple, reference
-from fastgpt.bench import libraries
+from fastgpt import generate_text_simple, reference
+from fastgpt.bench.bound import forward_flops
 from fastgpt.bench.cached_book import CachedBook
+from fastgpt.bench.workloads import Models
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _book(cfg: dict[str, Any]) -> nn.Module:
-    torch.manual_seed(123)
-    return reference.GPTModel(cfg)
-
-
-def _ours(cfg: dict[str, Any]) -> GPTModel:
-    model = GPTModel(cfg)
-    model.load_state_dict(_book(cfg).state_dict())
-    return model
+Trained = tuple[nn.Module, Loss]
+Decoder = Callable[[Tensor, int], Tensor]
 
 
 def _loss(model: Callable[[Tensor], Any]) -> Loss:
@@ -48,52 +39,35 @@ def _compiled(bench: Bench, model: nn.Module) -> Callable[[Tensor], Any]:
     return torch.compile(model, mode="max-autotune")
 
 
-def _training_peers(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], tuple]]:
+def _training_peers(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Trained]]:
     """By name, what makes the model and its loss; the quick ones come first."""
     dropout = cfg | {"drop_rate": 0.1}
 
-    def of(model: nn.Module) -> tuple[nn.Module, Loss]:
-        return model, _loss(model)
+    def peer(name: str, cfg: dict[str, Any] = cfg, compiled: bool = False) -> Callable[[], Trained]:
+        def build() -> Trained:
+            model = getattr(Models(cfg), name)
+            if name == "fused":
+                return model, model.loss
+            if name == "hf":
+                return model, _loss(partial(model, use_cache=False))
+            return model, _loss(_compiled(bench, model) if compiled else model)
 
-    def ours(cfg: dict[str, Any]) -> tuple[nn.Module, Loss]:
-        model = _ours(cfg)
-        return model, getattr(model, "loss", None) or _loss(model)
-
-    def hugging_face() -> tuple[nn.Module, Loss]:
-        if reason := libraries.missing("transformers"):
-            raise ModuleNotFoundError(reason)
-        model = libraries.hugging_face(_book(cfg), cfg)
-        return model, _loss(partial(model, use_cache=False))
-
-    def compiled(book: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, Loss]:
-        model = book(cfg)
-        return model, _loss(_compiled(bench, model))
+        return build
 
     return {
-        "fastgpt": lambda: ours(cfg),
-        "optimised book": lambda: of(OptimisedBook(_book(cfg), cfg)),
-        "HF": hugging_face,
-        "book": lambda: of(_book(cfg)),
-        "fastgpt, dropout 0.1": lambda: ours(dropout),
-        "optimised book, dropout 0.1": lambda: of(OptimisedBook(_book(dropout), dropout)),
-        "optimised book, max-autotune": lambda: compiled(
-            lambda cfg: OptimisedBook(_book(cfg), cfg)
-        ),
-        "book, max-autotune": lambda: compiled(_book),
+        "fastgpt": peer("fused"),
+        "optimised book": peer("torch"),
+        "HF": peer("hf"),
+        "book": peer("book"),
+        "fastgpt, dropout 0.1": peer("fused", dropout),
+        "optimised book, dropout 0.1": peer("torch", dropout),
+        "optimised book, max-autotune": peer("torch", compiled=True),
+        "book, max-autotune": peer("book", compiled=True),
     }
 
 
-def operations_a_token(cfg: dict[str, Any], tokens: int) -> float:
-    """Floating-point operations of training on one token, as nanoGPT counts them: six for each
-    weight of a product, and attention as if nothing were masked.
-    """
-    wide, layers = cfg["emb_dim"], cfg["n_layers"]
-    weights = layers * 12 * wide * wide + wide * cfg["vocab_size"]
-    return 6 * weights + 12 * layers * wide * tokens
-
-
-def _train(bench: Bench, cfg: dict[str, Any], build: Callable[[], tuple], batch: int) -> Row:
-    """Times steps at that batch, or at the largest half, quarter and so on that fits."""
+def _train(bench: Bench, cfg: dict[str, Any], build: Callable[[], Trained], batch: int) -> Row:
+    """Time steps at that batch, or at the largest half, quarter and so on that fits."""
     tokens = cfg["context_length"]
     while True:
         try:
@@ -104,7 +78,7 @@ def _train(bench: Bench, cfg: dict[str, Any], build: Callable[[], tuple], batch:
             batch //= 2
 
 
-def _steps(bench: Bench, build: Callable[[], tuple], vocab: int, batch: int, tokens: int) -> Row:
+def _steps(bench: Bench, build: Callable[[], Trained], vocab: int, batch: int, tokens: int) -> Row:
     model, loss_of = build()
     model.to(bench.device, torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not bench.dry)
@@ -127,42 +101,36 @@ def _steps(bench: Bench, build: Callable[[], tuple], vocab: int, batch: int, tok
 
 
 def training(bench: Bench, cfg: dict[str, Any], peak: float | None) -> Iterator[Row]:
-    """A row for each peer: a whole step of AdamW in bfloat16, tokens a second, share, memory."""
+    """A row for each peer: tokens per second of a whole step of AdamW in bfloat16, the share of the
+    peak, the memory.
+    """
     batch = 2 if bench.dry else 64
-    a_token = operations_a_token(cfg, cfg["context_length"])
+    a_token = 3 * forward_flops(cfg, cfg["context_length"]) / cfg["context_length"]
     for name, build in _training_peers(bench, cfg).items():
         row = {"train": name, "tokens": cfg["context_length"]}
         row = bench.attempt(row, lambda b=build: _train(bench, cfg, b, batch))
         if "seconds" in row:
             rate = row["tokens_per_second"] * a_token
-            row["share_of_product_rate"] = rate / bench.rate
+            row["share_of_product_rate"] = rate / bench.peaks["flops"]
             row["share_of_peak"] = rate / peak if peak else None
         torch._dynamo.reset()
         yield row
 
 
-def _decoders(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Callable]]:
+def _decoders(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Decoder]]:
     """By name, what makes a function from a prompt and a number to that many more tokens."""
     context = cfg["context_length"]
 
-    def ready(model: nn.Module) -> nn.Module:
-        return model.to(bench.device, torch.bfloat16).eval()
+    def ready(name: str) -> Any:
+        return getattr(Models(cfg), name).to(bench.device, torch.bfloat16)
 
-    def ours() -> Callable[[Tensor, int], Tensor]:
-        model = ready(_ours(cfg))
-        return lambda prompt, new: generate_text_simple(model, prompt, new, context)
+    def looped(name: str) -> Decoder:
+        model = ready(name)
+        loop = generate_text_simple if name == "fused" else reference.generate_text_simple
+        return lambda prompt, new: loop(model, prompt, new, context)
 
-    def looped(model: Callable[[dict[str, Any]], nn.Module]) -> Callable[[Tensor, int], Tensor]:
-        plain = ready(model(cfg))
-        return lambda prompt, new: reference.generate_text_simple(plain, prompt, new, context)
-
-    def cached() -> Callable[[Tensor, int], Tensor]:
-        return CachedBook(ready(_book(cfg))).generate
-
-    def hugging_face(**options: Any) -> Callable[[Tensor, int], Tensor]:
-        if reason := libraries.missing("transformers"):
-            raise ModuleNotFoundError(reason)
-        model = ready(libraries.hugging_face(_book(cfg), cfg))
+    def hugging_face(**options: Any) -> Decoder:
+        model = ready("hf")
         return lambda prompt, new: model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -173,16 +141,16 @@ def _decoders(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Calla
             **options,
         )
 
-    peers: dict[str, Callable[[], Callable]] = {
-        "fastgpt": ours,
-        "book's loop": lambda: looped(_book),
-        "optimised book's loop": lambda: looped(lambda cfg: OptimisedBook(_book(cfg), cfg)),
-        "book with a cache": cached,
+    peers: dict[str, Callable[[], Decoder]] = {
+        "fastgpt": partial(looped, "fused"),
+        "book's loop": partial(looped, "book"),
+        "optimised book's loop": partial(looped, "torch"),
+        "book with a cache": lambda: CachedBook(ready("book")).generate,
         "HF": hugging_face,
     }
     if not bench.dry:
-        # Its compiled steps; transformers compiles where the cache is static.
-        peers["HF, static cache"] = lambda: hugging_face(cache_implementation="static")
+        # transformers compiles its steps if the cache is static.
+        peers["HF, static cache"] = partial(hugging_face, cache_implementation="static")
     return peers
 
 

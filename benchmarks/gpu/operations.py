@@ -1,4 +1,4 @@
-"""Each operation as fastgpt's launchers do it, as it is defined, and as its peers do it."""
+"""Each operation by fastgpt's launchers, by its definition, and by its peers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Work:
     peers: dict[str, Function] = field(default_factory=dict)
     moved: tuple[float, float] = (0.0, 0.0)  # bytes: forward, backward
     operations: tuple[float, float] = (0.0, 0.0)
-    whole: bool = False  # backward() does forward's work too, and only both are timed
+    whole: bool = False  # backward() does forward's work too; only both together are timed
 
 
 def _bytes(*tensors: Tensor) -> float:
@@ -73,7 +73,7 @@ def _bytes(*tensors: Tensor) -> float:
 
 
 def _liger(name: str, call: Callable[..., Function]) -> dict[str, Function]:
-    """Liger's function as a peer, where it is installed; call: makes the peer from it."""
+    """Liger's function as a peer, if Liger is installed; `call` makes the peer of it."""
     if find_spec("liger_kernel") is None:
         return {}
     from liger_kernel.transformers import functional
@@ -256,12 +256,8 @@ def _linear_cross_entropy(s: Scale, new: partial[Tensor]) -> Work:
     rows = min(s.rows, 16384)
     x, weight = new(rows, s.width), new(s.vocabulary, s.width) * s.width**-0.5
     targets = torch.randint(s.vocabulary, (rows,), device=x.device)
-    loss, dx, dweight = (
-        torch.empty(rows, device=x.device),
-        torch.empty_like(x),
-        torch.empty_like(weight),
-    )
-    upstream = torch.ones_like(loss)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    loss, upstream = torch.empty(rows, device=x.device), torch.ones(rows, device=x.device)
 
     def forward() -> Tensors:
         linear_cross_entropy(x, weight, targets, IGNORED, loss)

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from fastgpt.bench.formatting import markdown, percent, readable
+
 Row = dict[str, Any]
-
-
-def _readable(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.2f} {unit}"
-    return f"{seconds * 1e6:.1f} us"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _lines(head: list[str], rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return ["Not asked for.", ""]
-    cells = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(row)} |" for row in cells] + [""]
 
 
 def _check(row: Row) -> list[str]:
@@ -37,7 +22,7 @@ def _operation(row: Row, ours: dict[tuple[str, str], float]) -> list[str]:
         return [*name, "-", "-", row["failed"]]
     base = ours.get((row["operation"], row["pass"]))
     ratio = "-" if base is None else f"{row['seconds'] / base:.2f}"
-    return [*name, _readable(row["seconds"]), _percent(row["share_of_limit"]), ratio]
+    return [*name, readable(row["seconds"]), percent(row["share_of_limit"]), ratio]
 
 
 def _training(row: Row) -> list[str]:
@@ -48,7 +33,7 @@ def _training(row: Row) -> list[str]:
         row["train"],
         f"[{row['batch']}, {row['tokens']}]",
         f"{row['tokens_per_second']:,.0f}",
-        _percent(row["share_of_peak"]),
+        percent(row["share_of_peak"]),
         memory,
         f"{row['losses'][0]:.3f}, {row['losses'][1]:.3f}",
     ]
@@ -60,7 +45,7 @@ def _decoding(row: Row) -> list[str]:
 
 
 def render(results: dict[str, Any]) -> str:
-    """A heading with the machine, then a table a section."""
+    """A heading with the machine, then a table for each section."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     ours = {
@@ -71,6 +56,11 @@ def render(results: dict[str, Any]) -> str:
     limits = f"{machine['copy_bandwidth'] / 1e12:.2f} TB/s copied, "
     limits += f"{machine['product_rate'] / 1e12:.0f} TFLOP/s in a bfloat16 product"
     note = "A dry run: the kernels were interpreted and the figures mean nothing.\n\n"
+
+    def section(name: str, head: list[str], cells: Callable[[Row], list[str]]) -> str:
+        rows = [cells(row) for row in results[name]]
+        return f"{markdown(head, rows) if rows else 'Not asked for.'}\n"
+
     lines = [
         f"# {machine['device']}, {machine['date']}",
         "",
@@ -78,31 +68,28 @@ def render(results: dict[str, Any]) -> str:
         "",
         "## Checks",
         "",
-        "The largest error against float64, relative to the largest element; ours may be twice",
+        "The largest error against float64, relative to the largest element. Ours may be twice",
         "PyTorch's in the same dtype, and one rounding.",
         "",
-        *_lines(
-            ["what", "dtype", "size", "error", "PyTorch's", ""],
-            [_check(row) for row in results["checks"]],
-        ),
+        section("checks", ["what", "dtype", "size", "error", "PyTorch's", ""], _check),
         "## Operations",
         "",
         "The last column is the peer's time over fastgpt's: above 1, fastgpt is faster.",
         "",
-        *_lines(
+        section(
+            "operations",
             ["operation", "pass", "by", "time", "of PyTorch's copy or product", "over ours"],
-            [_operation(row, ours) for row in results["operations"]],
+            lambda row: _operation(row, ours),
         ),
         "## Training, GPT-2 124M in bfloat16, one step of AdamW",
         "",
-        *_lines(
+        section(
+            "training",
             ["by", "batch", "tokens/s", "of the peak", "memory", "loss: first, last"],
-            [_training(row) for row in results["training"]],
+            _training,
         ),
         "## Greedy decoding, GPT-2 124M in bfloat16",
         "",
-        *_lines(
-            ["by", "batch", "tokens", "tokens/s"], [_decoding(row) for row in results["decoding"]]
-        ),
+        section("decoding", ["by", "batch", "tokens", "tokens/s"], _decoding),
     ]
     return "\n".join(lines)

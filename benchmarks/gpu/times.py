@@ -1,4 +1,4 @@
-"""How long each operation takes, ours and its peers', beside PyTorch's large copy or product."""
+"""The time of each operation, ours and its peers', and its share of the machine's limits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.operations import FULL, TIMED, TINY, Function, Work, build
+from fastgpt.bench.bound import least_seconds
+from fastgpt.bench.errors import as_tuple
 
 Row = dict[str, Any]
 
 
 def _peer_backward(work: Work, peer: Function) -> Callable[[], Any]:
-    """A peer's gradients of all inputs, of a graph made once, or with it where work is whole."""
+    """A peer's gradients: of a graph that is made once, or each time if the work is whole."""
     leaves = [t.detach().requires_grad_() for t in work.inputs]
 
     def graph() -> tuple[Tensor, ...]:
-        results = peer(*leaves)
-        return results if isinstance(results, tuple) else (results,)
+        return as_tuple(peer(*leaves))
 
     def gradients(results: tuple[Tensor, ...], keep: bool) -> Any:
         if results[0].dim() == 0:  # a loss already summed
@@ -38,7 +39,7 @@ def _peer_backward(work: Work, peer: Function) -> Callable[[], Any]:
 
 def _share(bench: Bench, work: Work, backward: bool, seconds: float) -> Row:
     moved, operations = work.moved[backward], work.operations[backward]
-    least = bench.least_seconds(moved, operations)
+    least = least_seconds(bench.peaks, operations, moved)
     return {"seconds": seconds, "share_of_limit": least / seconds if least else None}
 
 
@@ -54,7 +55,7 @@ def operations(bench: Bench) -> Iterator[Row]:
         else:
             yield failed
         if not bench.dry:
-            with contextlib.suppress(RuntimeError):  # where the GPU has failed, each row says so
+            with contextlib.suppress(RuntimeError):  # if the GPU has failed, each row says so
                 torch.cuda.empty_cache()
 
 

@@ -1,7 +1,8 @@
-"""The measurement behind `fastgpt bench` and `python -m benchmarks`: pieces of work, the peers that
-do each, what they cost, and the report on it.
+"""How everything is measured: `fastgpt bench`, `fastgpt compare`, `benchmarks/` and the tests.
 
-`works.py` lists the work, `case.py` says what one is; `libraries.py`, `torch_gpt.py` and
-`cached_book.py` are the peers, `measure.py` and `memory.py` time and weigh them, `charts.py` and
-`page.py` draw the result.
+A case (`case.py`) is a piece of work and the peers that do it; `workloads.py` lists the cases of
+the whole model. The timer and the statistic are in `rounds.py`, the error rule in `errors.py`, the
+bound in `bound.py`, peak memory in `memory.py`. `libraries.py`, `torch_gpt.py` and `cached_book.py`
+are peers. `measure.py` puts the results into a document, `formatting.py`, `charts.py` and `page.py`
+show it.
 """

@@ -1,5 +1,5 @@
-"""The bound: the seconds that no code for this machine can beat, by the fused multiply-adds of its
-active instruction set and by reading its memory, both measured here.
+"""The bound: the seconds that no code for this machine can beat. It is the time of the fused
+multiply-adds in the active instruction set, or of reading memory, both measured here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def machine_peaks(dtype: torch.dtype = torch.float32) -> dict[str, float] | None
     """`flops`, the floating-point operations a second in this dtype (a multiply-add is two), and
     `bandwidth`, the bytes read from memory a second, on as many threads as torch uses.
 
-    None without the C++ extension, or where no kernel measures the dtype.
+    None without the C++ extension, or if no kernel measures the dtype.
     """
     flops, bandwidth = peak_flops(dtype), read_bandwidth()
     if flops is None or bandwidth is None:
@@ -32,16 +32,20 @@ def machine_peaks(dtype: torch.dtype = torch.float32) -> dict[str, float] | None
 
 
 def bound_seconds(flops: float, read: float, dtype: torch.dtype = torch.float32) -> float | None:
-    """The least seconds for this many operations on this many bytes, each read once.
-
-    None where `machine_peaks` is.
+    """The least seconds for so many operations on so many bytes, each read once; None if
+    `machine_peaks` is None.
     """
     peaks = machine_peaks(dtype)
-    return None if peaks is None else max(flops / peaks["flops"], read / peaks["bandwidth"])
+    return None if peaks is None else least_seconds(peaks, flops, read)
+
+
+def least_seconds(peaks: dict[str, float], flops: float, read: float) -> float:
+    """The same for a machine of these peaks."""
+    return max(flops / peaks["flops"], read / peaks["bandwidth"])
 
 
 def peak_flops(dtype: torch.dtype = torch.float32) -> float | None:
-    """`flops` of `machine_peaks`, for which no block of memory is taken."""
+    """`flops` of `machine_peaks`, measured without a block of memory."""
     isa = cpu.isa()
     if isa is None or dtype not in KERNELS:
         return None
@@ -57,12 +61,12 @@ def read_bandwidth() -> float | None:
 def forward_flops(
     cfg: dict[str, Any], tokens: int, past: int = 0, head_rows: int | None = None
 ) -> float:
-    """The floating-point operations of one sequence's forward pass, only the products: linear
-    layers, and causal attention. Backward takes twice as many again.
+    """The floating-point operations of one sequence's forward pass in its matrix products: linear
+    layers and causal attention. The backward pass takes twice as many.
 
     Args:
-        tokens: that are fed, behind `past` whose keys and values are kept.
-        head_rows: of how many tokens the logits are made; None: of all.
+        tokens: how many are fed, after `past` tokens whose keys and values are cached.
+        head_rows: how many tokens get logits; None for all.
     """
     width, layers = cfg["emb_dim"], cfg["n_layers"]
     linear = 12 * layers * width**2 * tokens
@@ -73,7 +77,7 @@ def forward_flops(
 
 
 def weight_bytes(cfg: dict[str, Any]) -> int:
-    """The bytes of every linear layer's weight in float32, which a pass has to read."""
+    """The bytes of all linear layers' weights in float32, which every pass has to read."""
     width = cfg["emb_dim"]
     return 4 * (12 * cfg["n_layers"] * width**2 + cfg["vocab_size"] * width)
 
@@ -88,19 +92,19 @@ def _flops(kernel: str, threads: int, isa: str) -> float:
 @lru_cache
 def _bandwidth(threads: int, isa: str) -> float:
     size = max(LEAST_BLOCK, 8 * _last_level_cache()) // 4 // PIECE * PIECE
-    block = torch.ones(size)  # written, since pages that nobody touched are all one page
+    block = torch.ones(size)  # written: all untouched pages are one
     ends = _ends(PASSES * size // PIECE)
     cpu._C.read_float32(block.data_ptr(), size, PIECE, ends.data_ptr(), len(ends), threads)
     return 4 * PIECE * _best_rate(ends)
 
 
 def _ends(pieces: int) -> Tensor:
-    """Of each piece the time when it was done, and the number of the thread that did it."""
+    """For each piece, when it was done and by which thread."""
     return torch.empty(pieces, 2, dtype=torch.float64)
 
 
 def _best_rate(ends: Tensor) -> float:
-    """Pieces a second: the sum of what each thread did when it was at its fastest."""
+    """Pieces a second: the sum of each thread's fastest stretch."""
     total = 0.0
     for thread in ends[:, 1].unique():
         times = ends[ends[:, 1] == thread, 0]
@@ -110,7 +114,7 @@ def _best_rate(ends: Tensor) -> float:
 
 
 def _last_level_cache() -> int:
-    """Bytes; 0 where the system doesn't tell."""
+    """Bytes; 0 if the system does not tell."""
     name = "SC_LEVEL3_CACHE_SIZE"
     known = name in getattr(os, "sysconf_names", ())
     return max(0, os.sysconf(name)) if known else 0

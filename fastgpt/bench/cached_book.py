@@ -1,7 +1,7 @@
-"""The book's model with a key-value cache, joined by `torch.cat` as the book's package does.
+"""The book's model with a key-value cache that grows by `torch.cat`, as in the book's package.
 
-That package's own cached GPT-2 (llms-from-scratch 1.0.19) is no peer: its generate never fills the
-cache, so each new token sees itself alone, and with `use_cache=True` its mask has a wrong shape.
+That package's own cached GPT-2 (llms-from-scratch 1.0.19) is not a peer: its generate never fills
+the cache, so each new token sees only itself, and with `use_cache=True` its mask has a wrong shape.
 """
 
 from __future__ import annotations

@@ -20,6 +20,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastgpt.bench.errors import (
+    Result,
+    allowed_error,
+    as_tuple,
+    largest_error,
+    leaves_of,
+    outputs_and_gradients,
+)
+
 PEERS = ("reference", "torch", "compile", "fastgpt")  # of an operation
 ALL_PEERS = (
     "reference",
@@ -34,13 +43,13 @@ ALL_PEERS = (
 )
 OURS = ("fastgpt", "loss")
 
-Result = Tensor | tuple[Tensor, ...]
+Forms = dict[str, Callable[..., Result]]  # an operation on the same inputs, by peer
 
 
 @dataclass
 class Case:
-    """`peers[name]()` does the work and returns what `exact` is, or None where that can't be held
-    against it.
+    """`peers[name]()` does the work. It returns what `exact` is, or None if its result cannot be
+    compared with that.
     """
 
     peers: dict[str, Callable[[], Result | None]]
@@ -50,25 +59,22 @@ class Case:
 
     @torch.no_grad()
     def error(self, peer: str) -> float | None:
-        """How far a peer's result lies from `exact`, None without one; its first, cold call."""
+        """The largest error of a peer's first, cold call; None if nothing tells."""
         if peer not in self._errors:
             got = self.peers[peer]()
             self._errors[peer] = None if got is None else self.distance(got)
         return self._errors[peer]
 
     def distance(self, got: Result) -> float | None:
-        """Largest absolute difference from `exact`."""
-        if self.exact is None:
-            return None
-        pairs = zip(_tuple(got), _tuple(self.exact), strict=True)
-        return max((a - b).abs_().max().item() for a, b in pairs)
+        """How far a result lies from the exact one; None without an exact one."""
+        return None if self.exact is None else largest_error(got, self.exact)
 
     def why_not(self, peer: str) -> str | None:
-        """Why a peer cannot run on this machine; None where it can."""
+        """Why a peer cannot run on this machine; None if it can."""
         if peer in self.skipped:
             return self.skipped[peer]
         if peer not in self.peers:
-            return "no peer of this work"
+            return "does not do this work"
         try:
             self.error(peer)
         except torch._dynamo.exc.TorchDynamoException:
@@ -80,12 +86,11 @@ class Case:
         return None
 
     def fault(self) -> str | None:
-        """In words, if fastgpt errs more than twice as much as the reference, and one rounding."""
+        """What is wrong with fastgpt's results by the error rule; None if nothing is."""
         theirs = self.error("reference")
         if theirs is None or self.exact is None:
             return None
-        largest = max(t.abs().max().item() for t in _tuple(self.exact))
-        allowed = 2 * theirs + torch.finfo(torch.float32).eps * largest
+        allowed = allowed_error(theirs, self.exact)
         for peer in OURS:
             ours = self.error(peer) if peer in self.peers else None
             if ours is not None and not ours <= allowed:
@@ -98,26 +103,21 @@ class Case:
         assert fault is None, fault
 
 
-def _tuple(result: Result) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def forward(forms: Forms, inputs: Sequence[Tensor]) -> Case:
+    """The case of an operation's outputs. The first form gives the exact ones in float64."""
+    exact = next(iter(forms.values()))(*(t.double() for t in inputs))
+    return Case({name: partial(form, *inputs) for name, form in forms.items()}, exact)
 
 
-def both_ways(forms: dict[str, Callable[..., Result]], inputs: Sequence[Tensor]) -> Case:
-    """A case of forward and backward: the gradients of the inputs by each form of the work, the
-    first of which gives the exact ones in float64.
+def both_ways(forms: Forms, inputs: Sequence[Tensor]) -> Case:
+    """The case of an operation's outputs and the gradients of its inputs. The first form gives the
+    exact ones in float64.
     """
-    first = next(iter(forms.values()))
-    shapes = first(*inputs)
-    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
-    upstream = [torch.randn(y.shape) for y in shapes]
+    first, leaves = next(iter(forms.values())), leaves_of(inputs)
+    upstream = [torch.randn(y.shape) for y in as_tuple(first(*inputs))]
+    exact = outputs_and_gradients(first, leaves_of(inputs, torch.float64), upstream)
 
-    @torch.enable_grad()
-    def gradients(form: Callable[..., Result], leaves: Sequence[Tensor]) -> Result:
-        outputs = form(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        given = [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)]
-        return torch.autograd.grad(outputs, leaves, given)
+    def run(form: Callable[..., Result]) -> Callable[[], Result]:
+        return lambda: outputs_and_gradients(form, leaves, upstream)
 
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    exact = gradients(first, [t.double().requires_grad_() for t in inputs])
-    return Case({name: partial(gradients, form, leaves) for name, form in forms.items()}, exact)
+    return Case({name: run(form) for name, form in forms.items()}, exact)

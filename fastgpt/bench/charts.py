@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from fastgpt.bench.case import OURS
 from fastgpt.bench.formatting import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
 
 COLOURS = {
@@ -60,10 +61,14 @@ class Panel(NamedTuple):
 
 
 def charts(document: dict[str, Any]) -> list[Chart]:
-    """The charts for which the document has figures."""
+    """The charts of what the document holds."""
+    drawn = []
     with rc_context(STYLE):
-        drawn = [draw(document["works"]) for draw in (_speed, _bound, _memory, _error)]
-    return [chart for chart in drawn if chart is not None]
+        for name, title, key, draw in CHARTS:
+            rows = [r for r in document["works"] if any(p.get(key) for p in r["peers"].values())]
+            if rows:
+                drawn.append(Chart(name, title, *draw(rows, key)))
+    return drawn
 
 
 def panels(works: Iterable[Row]) -> list[Panel]:
@@ -73,33 +78,26 @@ def panels(works: Iterable[Row]) -> list[Panel]:
     return [panel for panel in found if panel.rows]
 
 
-def _speed(works: Sequence[Row]) -> Chart | None:
-    shown = panels(works)
-    if not shown:
-        return None
-
+def _speed(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes, panel: Panel) -> None:
-        longest = _bars(axes, panel.rows, "speed_up", lambda value: f"{value:.2f}")
+        longest = _bars(axes, panel.rows, key, lambda value: f"{value:.2f}")
         _bounds(axes, panel.rows)
         axes.set_xlim(0, 1.12 * max(longest, *(_bound_of(row) for row in panel.rows)))
         axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
         axes.set_xlabel("times as fast as the book", fontsize=8)
 
-    svg = _stacked(shown, draw, "speed_up")
     caption = (
-        "Longer is faster; whiskers are the quartiles of the rounds. The bound is what no code can "
-        "beat on this machine: its peak of multiply-adds, or every weight read once a pass."
+        "Longer is faster; whiskers are the quartiles of the rounds. No code can beat the bound on "
+        "this machine: its peak of multiply-adds, or every weight read once a pass."
     )
-    if doubts(works):
+    if doubts(rows):
         caption += f" {UNTRUSTED}"
-    return Chart("speed", "Speed", caption, svg)
+    return caption, _stacked(panels(rows), draw, key)
 
 
-def _bound(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any(peer["share_of_bound"] for peer in row["peers"].values())]
-
+def _bound(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes) -> None:
-        _dots(axes, rows, lambda peer: 100 * (peer["share_of_bound"] or 0))
+        _dots(axes, rows, lambda peer: 100 * (peer[key] or 0))
         marks = [max(mark(row, name) for name in row["peers"]) for row in rows]
         names = [tick.get_text() for tick in axes.get_yticklabels()]
         axes.set_yticks(range(len(rows)), [a + b for a, b in zip(names, marks, strict=True)])
@@ -109,50 +107,51 @@ def _bound(works: Sequence[Row]) -> Chart | None:
 
     caption = (
         "At 100 per cent the processor does nothing but multiply-adds at its measured peak, or "
-        "reads weights at the measured bandwidth of memory. More is noise."
+        "reads weights at the measured bandwidth of memory. More than that is noise."
     )
-    svg = _single(rows, draw, "share_of_bound") if rows else ""
-    return Chart("bound", "Share of the bound", caption, svg) if rows else None
+    return caption, _single(rows, draw, key)
 
 
-def _memory(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any("memory" in peer for peer in row["peers"].values())]
-
+def _memory(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes, panel: Panel) -> None:
-        longest = _bars(axes, panel.rows, "memory", lambda value: f"{value:,.0f}", 2**-20)
+        longest = _bars(axes, panel.rows, key, lambda value: f"{value:,.0f}", 2**-20)
         axes.set_xlim(0, 1.12 * longest)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("MiB at the peak", fontsize=8)
 
     caption = (
-        "Shorter is better. The most that a process of its own held above what it held before "
-        "the model was made: weights, activations, gradients."
+        "Shorter is better. The most memory that a process of its own held, above what it held "
+        "before the model was made: weights, activations, gradients."
     )
-    svg = _stacked(panels(rows), draw, "memory") if rows else ""
-    return Chart("memory", "Memory", caption, svg) if rows else None
+    return caption, _stacked(panels(rows), draw, key)
 
 
-def _error(works: Sequence[Row]) -> Chart | None:
-    rows = [row for row in works if any(peer["error"] for peer in row["peers"].values())]
-
+def _error(rows: Sequence[Row], key: str) -> tuple[str, str]:
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
-        _dots(axes, rows, lambda peer: peer["error"] or None)
+        _dots(axes, rows, lambda peer: peer[key] or None)
         axes.set_xlabel("largest absolute error against float64", fontsize=8)
 
     caption = (
-        "Further left is more exact. Of a forward pass: of the logits; of a training step: of the "
-        "loss and every gradient, without dropout. Nothing is drawn for an error of 0, nor for a "
-        "step that is too large to repeat in float64."
+        "Further left is more exact. A forward pass: the error of the logits; a training step: "
+        "that of the loss and every gradient, without dropout. An error of 0 is not drawn, nor is "
+        "a step that is too large to repeat in float64."
     )
-    svg = _single(rows, draw, "error") if rows else ""
-    return Chart("error", "Error", caption, svg) if rows else None
+    return caption, _single(rows, draw, key)
+
+
+CHARTS = (  # name, title, the peers' figure, and what draws it and returns a caption and the SVG
+    ("speed", "Speed", "speed_up", _speed),
+    ("bound", "Share of the bound", "share_of_bound", _bound),
+    ("memory", "Memory", "memory", _memory),
+    ("error", "Error", "error", _error),
+)
 
 
 def _bars(
     axes: Axes, rows: Sequence[Row], key: str, label: Callable[[float], str], scale: float = 1
 ) -> float:
-    """A group of bars a row, labelled; the largest value drawn, whiskers included."""
+    """Draw a group of labelled bars for each row; return the largest value, whiskers included."""
     position, ticks, longest = 0.0, [], 0.0
     for row in rows:
         peers = {name: p for name, p in row["peers"].items() if p.get(key)}
@@ -172,7 +171,7 @@ def _bars(
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                fontweight="bold" if name in ("fastgpt", "loss") else "normal",
+                fontweight="bold" if name in OURS else "normal",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 zorder=5,
             )
@@ -207,8 +206,8 @@ def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None])
         for name, peer in row["peers"].items():
             at = value(peer)
             if at:
-                ours = name in ("fastgpt", "loss")
-                axes.plot(at, position, "o", color=COLOURS[name], markersize=8 if ours else 6)
+                larger = 8 if name in OURS else 6
+                axes.plot(at, position, "o", color=COLOURS[name], markersize=larger)
     _rows_axis(axes, [(i, row["name"].replace(" GPT-2", "")) for i, row in enumerate(rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
@@ -243,8 +242,8 @@ def _titled(panel: Panel) -> str:
 
 
 def _svg(figure: Figure, rows: Sequence[Row], key: str) -> str:
-    """The figure under a legend of the peers that have `key`, without what would clash with other
-    pictures of a page.
+    """The figure under a legend of the peers that have `key`, without the ids that would clash with
+    other pictures on a page.
     """
     used = {name for row in rows for name, peer in row["peers"].items() if peer.get(key)}
     handles: list[Artist] = [Patch(color=COLOURS[name]) for name in COLOURS if name in used]

@@ -1,68 +1,34 @@
 """The book's model and the fused one side by side: the measurement behind `fastgpt compare`.
 
-Both hold the same random weights in one process, and each round times them one after the other,
-so that a busy neighbour hits both alike; the speed-up is the ratio of the two medians.
-
-How far the outputs may differ is measured rather than guessed. The reference is run once more in
-float64, which tells its own largest rounding error. fastgpt may err twice as much, so the two may
-lie three such errors apart.
+Both hold the same random weights in one process and take turns. Their logits may differ by as much
+as the error rule allows: the book's own largest error, measured in float64, and fastgpt's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
-from fastgpt.bench.rounds import Peers, doubt_of_seconds, steady_rounds
+from fastgpt import GPT_CONFIG_124M, generate_text_simple, reference
+from fastgpt.bench.errors import TIMES, largest_error
+from fastgpt.bench.rounds import steady_rounds
+from fastgpt.bench.workloads import Models
 
 PROMPT = "The cat sat"
 PROMPT_IDS = (464, 3797, 3332)  # PROMPT in the gpt2 encoding
 
-ERRORS_APART = 3  # the reference's own error once, fastgpt's at most twice
+ERRORS_APART = 1 + TIMES  # the book's own error once, and fastgpt's
 
-
-@dataclass(frozen=True)
-class Row:
-    """One piece of work, done by both models."""
-
-    work: str
-    tokens: int  # computed (forward) or new (greedy)
-    reference_seconds: float  # median over the rounds
-    fastgpt_seconds: float
-    rounds: int
-    doubt: str | None  # why the times can't be trusted, where they can't
-    max_abs_difference: float | None  # between the logits; None for greedy tokens
-    tolerance: float
-    same_tokens: int | None  # how many greedy tokens agree before the first that differs
-    agree: bool
-
-    @property
-    def reference_tokens_per_second(self) -> float:
-        return self.tokens / self.reference_seconds
-
-    @property
-    def fastgpt_tokens_per_second(self) -> float:
-        return self.tokens / self.fastgpt_seconds
-
-    @property
-    def speed_up(self) -> float:
-        return self.reference_seconds / self.fastgpt_seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every field and every figure derived from them."""
-        derived = ("reference_tokens_per_second", "fastgpt_tokens_per_second", "speed_up")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+Row = dict[str, Any]
 
 
 class Steps:
-    """Counts the steps of a comparison; called with what is about to run."""
+    """Counts the steps of a comparison; called with the next step."""
 
     def __init__(
         self, total: int, rounds: int, progress: Callable[[int, int, str], object]
@@ -74,7 +40,7 @@ class Steps:
         self._done += 1
 
     def once_more(self) -> None:
-        """The rounds of a piece of work are taken again."""
+        """The rounds of a piece of work are repeated."""
         self._total += self._rounds
 
 
@@ -93,100 +59,78 @@ def compare(
 
     One row for a forward pass at [1, T] for each T of `lengths`, on `prompt` followed by random
     ids, then one for `new_tokens` greedy tokens after `prompt`. `progress(done, total, doing)` is
-    called before each step. The fused model runs on whatever backend is in force.
+    called before each step. The fused model runs on the current backend.
+
+    Each row has the `work`, its `tokens` (computed or new), both models' median seconds and tokens
+    per second, the `speed_up`, the number of `rounds`, a `doubt` if the times cannot be trusted,
+    the `tolerance` and whether the models `agree`. The logits have a `max_abs_difference`, the
+    greedy tokens a number of `same_tokens` before the first that differs; the other one is None.
     """
     step = Steps(2 + (len(lengths) + 1) * (rounds + 1), rounds, progress)
     step("building both models")
-    torch.manual_seed(seed)
-    book, fused = reference.GPTModel(cfg).eval(), GPTModel(cfg).eval()
-    fused.load_state_dict(book.state_dict())
+    models = Models(cfg, seed=seed)
+    book, fused = models.book, models.fused
     start = torch.tensor(prompt)
     ids = torch.cat([start, torch.randint(cfg["vocab_size"], (max(lengths) - len(start),))])[None]
 
     step("the reference in float64")
-    exact = book.double()(ids)
-    book.float()  # and back, exactly: every float32 is a float64
+    with models.in_float64():
+        exact = book(ids)
+
+    def measured(
+        work: str,
+        tokens: int,
+        runs: Mapping[str, Callable[[], Tensor]],
+        verdict: Callable[[Tensor, Tensor], Row],
+    ) -> Row:
+        step(work)
+        found = verdict(runs["reference"](), runs["fastgpt"]())
+        taken = steady_rounds(runs, rounds, lambda: step(work), step.once_more)
+        apart = "; ".join(f"{name}: {why}" for name in runs if (why := taken.doubt_of(name)))
+        row: Row = {"work": work, "tokens": tokens}
+        for name in runs:
+            row[f"{name}_seconds"] = taken.median(name)
+            row[f"{name}_tokens_per_second"] = tokens / taken.median(name)
+        row["speed_up"] = row["reference_seconds"] / row["fastgpt_seconds"]
+        row["rounds"] = len(taken.seconds["reference"])
+        return row | {"doubt": taken.doubt() or apart or None} | found
 
     rows = []
     for length in lengths:
         # Causal: the first tokens of a longer row have the logits of the shorter one.
-        rows.append(_forward(book, fused, ids[:, :length], exact[:, :length], rounds, step))
-    del exact
-    tolerance = max(row.tolerance for row in rows)
-    context_size = cfg["context_length"]
-    rows.append(
-        _greedy(book, fused, start[None], new_tokens, context_size, tolerance, rounds, step)
-    )
+        fed, right = ids[:, :length], exact[:, :length]
+        runs = {"reference": partial(book, fed), "fastgpt": partial(fused, fed)}
+        rows.append(measured(f"forward [1, {length}]", length, runs, partial(_logits, right)))
+    del exact, right
+    tolerance = max(row["tolerance"] for row in rows)
+    loop = (start[None], new_tokens, cfg["context_length"])
+    loops = {
+        "reference": lambda: reference.generate_text_simple(book, *loop),
+        "fastgpt": lambda: generate_text_simple(fused, *loop),
+    }
+
+    def tokens(theirs: Tensor, ours: Tensor) -> Row:
+        same, agree = _same_tokens(book, theirs, ours, len(start), tolerance)
+        return _verdict(None, tolerance, same, agree)
+
+    rows.append(measured(f"{new_tokens} greedy tokens", new_tokens, loops, tokens))
     step("done")
     return rows
 
 
-def _forward(
-    book: Module, fused: Module, ids: Tensor, exact: Tensor, rounds: int, step: Steps
-) -> Row:
-    work = f"forward {list(ids.shape)}"
-    step(work)
-    theirs, ours = book(ids), fused(ids)
-    tolerance = ERRORS_APART * _distance(theirs, exact)
-    difference = _distance(ours, theirs)
-    del theirs, ours
-    peers = {"reference": lambda: book(ids), "fastgpt": lambda: fused(ids)}
-    return Row(
-        work=work,
-        tokens=ids.numel(),
-        **_timed(work, peers, rounds, step),
-        max_abs_difference=difference,
-        tolerance=tolerance,
-        same_tokens=None,
-        agree=difference <= tolerance,
-    )
+def _logits(exact: Tensor, theirs: Tensor, ours: Tensor) -> Row:
+    tolerance = ERRORS_APART * largest_error(theirs, exact)
+    difference = largest_error(ours, theirs)
+    return _verdict(difference, tolerance, None, difference <= tolerance)
 
 
-def _greedy(
-    book: Module,
-    fused: Module,
-    start: Tensor,
-    new_tokens: int,
-    context_size: int,
-    tolerance: float,
-    rounds: int,
-    step: Steps,
-) -> Row:
-    work = f"{new_tokens} greedy tokens"
-    step(work)
-    peers = {
-        "reference": lambda: reference.generate_text_simple(book, start, new_tokens, context_size),
-        "fastgpt": lambda: generate_text_simple(fused, start, new_tokens, context_size),
-    }
-    theirs, ours = peers["reference"](), peers["fastgpt"]()
-    same_tokens, agree = _same_tokens(book, theirs, ours, start.shape[1], tolerance)
-    return Row(
-        work=work,
-        tokens=new_tokens,
-        **_timed(work, peers, rounds, step),
-        max_abs_difference=None,
-        tolerance=tolerance,
-        same_tokens=same_tokens,
-        agree=agree,
-    )
-
-
-def _timed(work: str, peers: Peers, rounds: int, step: Steps) -> dict[str, Any]:
-    """The fields of a row that come from timing both models."""
-    taken = steady_rounds(peers, rounds, lambda: step(work), step.once_more)
-    reasons = {name: doubt_of_seconds(seconds) for name, seconds in taken.seconds.items()}
-    apart = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+def _verdict(difference: float | None, tolerance: float, same: int | None, agree: bool) -> Row:
     return {
-        "reference_seconds": median(taken.seconds["reference"]),
-        "fastgpt_seconds": median(taken.seconds["fastgpt"]),
-        "rounds": len(taken.seconds["reference"]),
-        "doubt": taken.doubt() or apart or None,
+        "max_abs_difference": difference,
+        "tolerance": tolerance,
+        "same_tokens": same,
+        "agree": agree,
     }
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Return max|a - b|; NaN where either has one."""
-    return (a - b).abs_().max().item()
 
 
 def _same_tokens(
@@ -194,8 +138,8 @@ def _same_tokens(
 ) -> tuple[int, bool]:
     """Count the new tokens before the first difference, and say whether the two rows agree.
 
-    They agree if all are the same, or where they part at a tie: each logit may be off by
-    `tolerance`, so two logits that lie within twice that may change places.
+    They agree if all are the same, or if they part at a tie: each logit may be off by `tolerance`,
+    so two logits within twice that may change places.
     """
     different = (theirs != ours).flatten().nonzero()
     if not len(different):

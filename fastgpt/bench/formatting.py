@@ -1,9 +1,12 @@
-"""How a report names things and writes figures."""
+"""How results are named and written: numbers, tables, and what cannot be trusted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+from fastgpt.bench.case import ALL_PEERS, OURS
 
 LABELS = {
     "reference": "the book",
@@ -24,11 +27,11 @@ KINDS = {  # kind, and whether the reference is the book's own loop
 }
 
 UNTRUSTED = (
-    "What is marked with a question mark can't be trusted: the machine was busy with other "
-    "programs, or its speed changed. Measure again while nothing else runs."
+    "Figures with a question mark cannot be trusted: other programs kept the machine busy, or its "
+    "speed changed. Measure again while nothing else runs."
 )
 
-Row = dict[str, Any]  # of the document's works
+Row = dict[str, Any]  # of the document's works, or `measure.timed` with a name
 
 
 def kind(row: Row) -> tuple[str, bool]:
@@ -37,24 +40,75 @@ def kind(row: Row) -> tuple[str, bool]:
 
 
 def size(row: Row) -> str:
-    """A row's batch, tokens and new tokens, behind the model's name where it is not GPT-2 124M."""
+    """A row's batch, tokens and new tokens, after the model's name if it is not GPT-2 124M."""
     batch, tokens, new = row["size"]
     model = "" if row["config"] == "GPT-2 124M" else f"{row['config']} "
     return f"{model}[{batch}, {tokens}]" + (f" + {new}" if new else "")
 
 
 def readable(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """A time in a suitable unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.2f} {unit}"
     return f"{seconds * 1e6:.1f} us"
 
 
-def doubts(works: Sequence[Row]) -> list[str]:
-    """What can't be trusted of a document's works, and why: a line each."""
+def percent(share: float | None) -> str:
+    """A share in per cent; a dash for None."""
+    return "-" if share is None else f"{share:.0%}"
+
+
+def count_of_threads(threads: int) -> str:
+    """A number of threads in words."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def finite(value: Any) -> Any:
+    """None in place of NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = False) -> str:
+    """A table in Markdown, its columns of equal width if `aligned`."""
+    lines = [head, ["---"] * len(head), *rows]
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*lines, strict=True)]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def comparison(rows: Sequence[Row], aligned: bool = False) -> str:
+    """A table with a row for each piece of work: the reference's time, the speed-up of every other
+    peer and of the bound over it, and the errors in brackets.
+    """
+    peers = [peer for peer in ALL_PEERS if any(peer in row["peers"] for row in rows)]
+    bound = ["bound"] if any("bound" in row for row in rows) else []
+    head = ["", *(LABELS[peer] for peer in peers), *bound]
+    lines = [
+        [row["name"], *(_cell(row, peer) for peer in peers), *(_bound(row) for _ in bound)]
+        for row in rows
+    ]
+    return markdown(head, lines, aligned)
+
+
+def _cell(row: Row, name: str) -> str:
+    if name not in row["peers"]:
+        return "-"
+    peer = row["peers"][name]
+    text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
+    text += mark(row, name)
+    text = f"**{text}**" if name in OURS else text
+    return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
+
+
+def _bound(row: Row) -> str:
+    seconds = row["peers"]["reference"]["seconds"]
+    return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, 'reference')}"
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """What cannot be trusted, and why: a line for each row that has something."""
     lines = []
-    for row in works:
+    for row in rows:
         peers = row["peers"].items()
         apart = [f"{LABELS[name]}: {peer['doubt']}" for name, peer in peers if peer["doubt"]]
         if reasons := [row["doubt"]] if row["doubt"] else apart:
@@ -63,7 +117,7 @@ def doubts(works: Sequence[Row]) -> list[str]:
 
 
 def mark(row: Row, peer: str) -> str:
-    """What stands behind a peer's figure: a question mark if it can't be trusted. A ratio needs the
+    """What follows a peer's figure: a question mark if it cannot be trusted. A ratio needs the
     reference's time too.
     """
     apart = (row["peers"][name]["doubt"] for name in (peer, "reference"))

@@ -1,4 +1,4 @@
-"""The book's GPT-2 in other libraries, with the same weights, and its products by PyTorch's."""
+"""The book's GPT-2 in other libraries, with the same weights, and its matrix products alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def missing(*packages: str) -> str | None:
-    """Which of these packages is not installed, in words; None where all are."""
+    """A message that names those of the packages that are not installed; None if all are."""
     absent = [package for package in packages if find_spec(package) is None]
     return f"{', '.join(absent)} not installed" if absent else None
 
@@ -22,7 +22,7 @@ def missing(*packages: str) -> str | None:
 @torch.no_grad()
 def hugging_face(book: Any, cfg: dict[str, Any]) -> Any:
     """transformers' GPT2LMHeadModel in eval mode, with a copy of the book's weights, or with
-    weights of its own where book is None.
+    weights of its own if book is None.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -32,6 +32,7 @@ def hugging_face(book: Any, cfg: dict[str, Any]) -> Any:
         n_embd=cfg["emb_dim"],
         n_layer=cfg["n_layers"],
         n_head=cfg["n_heads"],
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg["drop_rate"]),
         attn_implementation="sdpa",
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -62,14 +63,14 @@ def _copy_norm(into: Any, norm: Any) -> None:
 
 
 def _copy_linear(into: Any, *parts: Any) -> None:
-    """GPT-2 keeps its weights as [in, out], the three projections side by side."""
+    """GPT-2 stores its weights as [in, out], the three projections side by side."""
     into.weight.copy_(torch.cat([part.weight for part in parts]).T)
     biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
     into.bias.copy_(torch.cat(biases))
 
 
 def ctranslate2_generator(model: Any) -> Any:
-    """CTranslate2's float32 form of a Hugging Face GPT-2; its tokens are the ids as text."""
+    """A Hugging Face GPT-2 in CTranslate2, in float32; its tokens are the ids as text."""
     import ctranslate2
     from ctranslate2.converters.converter import Converter
     from ctranslate2.converters.transformers import GPT2Loader
@@ -99,8 +100,8 @@ def ctranslate2_generator(model: Any) -> Any:
 def products(
     rows: int, cfg: dict[str, Any], head_rows: int, backward: bool = False
 ) -> Callable[[], None]:
-    """Only the matrix products of a forward pass, with those of its backward pass where asked,
-    into buffers that are ready. Every layer has weights of its own, as in a model.
+    """Only the matrix products of a forward pass, and of its backward pass if asked, into ready
+    buffers. Every layer has its own weights, as in a model.
     """
     wide = cfg["emb_dim"]
 

@@ -1,19 +1,21 @@
-"""What a measurement ran on: the line that stands beside every figure."""
+"""The machine that a measurement ran on: the line beside every figure."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgpt import cpu, dispatch
 from fastgpt._version import __version__
+from fastgpt.bench.formatting import count_of_threads
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker writes it, or the architecture where nothing tells."""
+    """The processor's name as its maker writes it, or the architecture if nothing tells."""
     try:
         if platform.system() == "Linux":
             for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -30,8 +32,8 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, str | int | None]:
-    """Backend in force for float32 on the CPU, instruction set, threads, versions and processor."""
+def machine() -> dict[str, Any]:
+    """The current backend for float32 on the CPU, instruction set, threads, versions, processor."""
     backend = dispatch.choose("machine", torch.empty(0))
     return {
         "backend": backend,
@@ -46,11 +48,10 @@ def machine() -> dict[str, str | int | None]:
 
 
 def machine_line() -> str:
-    """`machine()` for people, in one line."""
+    """`machine()` in one line, for people."""
     m = machine()
     backend = f"{m['backend']} ({m['isa']})" if m["isa"] else m["backend"]
-    threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
     return (
-        f"backend {backend}, {threads}, fastgpt {m['fastgpt']}, torch {m['torch']}, "
-        f"Python {m['python']}, {m['cpu']}, {m['system']}"
+        f"backend {backend}, {count_of_threads(m['threads'])}, fastgpt {m['fastgpt']}, "
+        f"torch {m['torch']}, Python {m['python']}, {m['cpu']}, {m['system']}"
     )

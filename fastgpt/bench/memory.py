@@ -1,7 +1,7 @@
-"""The most memory a peer takes for a piece of work, in a process of its own.
+"""The peak memory of a peer at a piece of work, in a process of its own.
 
-`python -m fastgpt.bench.memory` is that process: it prints the bytes that it held at most, above
-what it held before the model was made.
+`python -m fastgpt.bench.memory` is that process. It prints the most bytes that it held, above what
+it held before the model was made.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from fastgpt.bench.workloads import Models, Work
+
 WEIGHED = ("reference", "torch", "hf", "fastgpt", "loss")
 TIMEOUT = 900  # seconds
 
 
-def peak_memory(work: object, peer: str, threads: int) -> int | str:
-    """Bytes, or why they aren't known."""
-    spec = json.dumps(dataclasses.asdict(work))  # type: ignore[call-overload]
+def peak_memory(work: Work, peer: str, threads: int) -> int | str:
+    """The peak in bytes, or why it is not known."""
+    spec = json.dumps(dataclasses.asdict(work))
     command = [sys.executable, "-m", "fastgpt.bench.memory", spec, peer, str(threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -35,7 +39,7 @@ def peak_memory(work: object, peer: str, threads: int) -> int | str:
 def peak() -> int:
     """The most bytes that this process has held; 0 if nothing tells.
 
-    Linux's ru_maxrss has the parent's peak in it, hence /proc.
+    On Linux ru_maxrss includes the parent's peak, so /proc comes first.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -55,22 +59,18 @@ def main() -> int:
     top.add_argument("peer", choices=WEIGHED)
     top.add_argument("threads", type=int)
     args = top.parse_args()
-    import torch
-
-    from fastgpt.bench.workloads import Models, Work
-
     torch.set_num_threads(args.threads)
     work = Work(**args.work)
-    models = Models(work.config, alone=True)
+    models = Models(work.cfg, alone=True)
     if args.peer == "hf":
         import transformers.models.gpt2.modeling_gpt2  # noqa: F401
     before = peak()
     if not before:
-        print("this system does not tell a process's peak memory", file=sys.stderr)
+        print("this system does not report a process's peak memory", file=sys.stderr)
         return 1
     run = work.peers(models)[args.peer]
     with torch.set_grad_enabled(work.kind == "train"):
-        for _ in range(2):  # the second beside what the first kept
+        for _ in range(2):  # so that what the first keeps counts
             run()
             models.train(work.kind == "train")
     print(peak() - before)

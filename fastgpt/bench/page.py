@@ -8,8 +8,20 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from fastgpt.bench.case import OURS
 from fastgpt.bench.charts import Chart
-from fastgpt.bench.formatting import LABELS, UNTRUSTED, Row, doubts, kind, mark, readable, span
+from fastgpt.bench.formatting import (
+    LABELS,
+    UNTRUSTED,
+    Row,
+    count_of_threads,
+    doubts,
+    kind,
+    mark,
+    percent,
+    readable,
+    span,
+)
 
 TILES = (  # kind, peer, what the ratio is of
     (("forward", False), "fastgpt", "the book's speed, in a forward pass"),
@@ -29,10 +41,9 @@ def page(document: dict[str, Any], charts: Sequence[Chart]) -> str:
     template = environment.from_string(
         files("fastgpt.bench").joinpath("page.html").read_text(encoding="utf-8")
     )
-    threads = machine["threads"]
     return template.render(
         machine=machine,
-        threads="1 thread" if threads == 1 else f"{threads} threads",
+        threads=count_of_threads(machine["threads"]),
         date=document["date"],
         faults=[f"{row['name']}: {row['fault']}" for row in works if row["fault"]],
         untrusted=UNTRUSTED,
@@ -48,7 +59,7 @@ def page(document: dict[str, Any], charts: Sequence[Chart]) -> str:
 def _peaks(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     peaks = document["peaks"]
     if peaks is None:
-        yield "bound", "not measured, which takes the C++ extension"
+        yield "bound", "not measured: it takes the C++ extension"
     else:
         yield "multiply-adds", f"at most {peaks['flops'] / 1e9:,.0f} GFLOP/s"
         yield "memory", f"at most {peaks['bandwidth'] / 1e9:,.0f} GB/s read"
@@ -79,12 +90,12 @@ def _peers(row: Row) -> Iterator[dict[str, Any]]:
         bound, error, memory = (peer.get(k) for k in ("share_of_bound", "error", "memory"))
         yield {
             "label": LABELS[name],
-            "ours": name in ("fastgpt", "loss"),
+            "ours": name in OURS,
             "cells": [
                 readable(peer["seconds"]),
                 f"{peer['tokens_per_second']:,.0f}",
                 f"{peer['speed_up']:.2f}x{mark(row, name)}",
-                "-" if bound is None else f"{bound:.0%}",
+                percent(bound),
                 "" if error is None else f"{error:.1e}",
                 "" if memory is None else f"{memory / 2**20:,.0f} MiB",
             ],

@@ -1,43 +1,60 @@
-"""The book's model in PyTorch's own fused operations: the fast form without a compiler."""
+"""The book's model in PyTorch's own fused operations: the fast form without new kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class TorchGPT:
-    """Inference on the parameters of a book's model, which it shares, but for query, key and value.
+class _Block(nn.Module):
+    def __init__(self, block: Any, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        parts = (block.att.W_query, block.att.W_key, block.att.W_value)
+        width, bias = cfg["emb_dim"], cfg["qkv_bias"]
+        self.n_heads, self.drop_rate = cfg["n_heads"], cfg["drop_rate"]
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+            if bias:
+                self.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+        self.out_proj, (self.widen, _, self.narrow) = block.att.out_proj, block.ff.layers
+        self.norm1, self.norm2 = _norm(block.norm1, width), _norm(block.norm2, width)
+        self.drop = nn.Dropout(cfg["drop_rate"])
 
-    Those three are packed, so that one product makes all of them.
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        p = self.drop_rate if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        x = x + self.drop(self.out_proj(heads.transpose(1, 2).reshape(B, T, D)))
+        hidden = F.gelu(self.widen(self.norm2(x)), approximate="tanh")
+        return x + self.drop(self.narrow(hidden))
+
+
+class TorchGPT(nn.Module):
+    """Shares the parameters of a book's model, but for query, key and value: those are copied into
+    one weight, so that one product makes all three.
     """
 
     def __init__(self, book: Any, cfg: dict[str, Any]) -> None:
-        self.book, self.n_heads = book, cfg["n_heads"]
-        self.packed = []
-        for block in book.trf_blocks:
-            parts = (block.att.W_query, block.att.W_key, block.att.W_value)
-            weight = torch.cat([part.weight for part in parts]).detach()
-            bias = torch.cat([part.bias for part in parts]).detach() if cfg["qkv_bias"] else None
-            self.packed.append((weight, bias))
+        super().__init__()
+        self.tok_emb, self.pos_emb, self.out_head = book.tok_emb, book.pos_emb, book.out_head
+        self.drop = nn.Dropout(cfg["drop_rate"])
+        self.blocks = nn.Sequential(*[_Block(block, cfg) for block in book.trf_blocks])
+        self.norm = _norm(book.final_norm, cfg["emb_dim"])
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, T]. Returns the logits, [B, T, V]."""
-        B, T = ids.shape
-        x = self.book.tok_emb(ids) + self.book.pos_emb.weight[:T]
-        for block, (weight, bias) in zip(self.book.trf_blocks, self.packed, strict=True):
-            qkv = F.linear(_norm(x, block.norm1), weight, bias).view(B, T, 3, self.n_heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-            heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block.att.out_proj(heads.transpose(1, 2).reshape(x.shape))
-            widen, _, narrow = block.ff.layers
-            x = x + narrow(F.gelu(widen(_norm(x, block.norm2)), approximate="tanh"))
-        logits: Tensor = self.book.out_head(_norm(x, self.book.final_norm))
+        x = self.drop(self.tok_emb(ids) + self.pos_emb.weight[: ids.shape[1]])
+        logits: Tensor = self.out_head(self.norm(self.blocks(x)))
         return logits
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], norm.scale, norm.shift, norm.eps)
+def _norm(norm: Any, width: int) -> nn.LayerNorm:
+    fused = nn.LayerNorm(width, eps=norm.eps)
+    fused.weight, fused.bias = norm.scale, norm.shift
+    return fused

@@ -1,8 +1,11 @@
-"""What is measured of the whole model: forward passes, training steps and greedy generation."""
+"""The work that is measured on the whole model: forward passes, training steps and greedy
+generation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,17 +18,21 @@ from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
 from fastgpt.bench import libraries
 from fastgpt.bench.bound import bound_seconds, forward_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
-from fastgpt.bench.case import Case, Result
+from fastgpt.bench.case import Case
+from fastgpt.bench.errors import Result
 from fastgpt.bench.torch_gpt import TorchGPT
 
 CONFIGS = {
     "GPT-2 124M": GPT_CONFIG_124M,
+    "GPT-2 124M, no dropout": GPT_CONFIG_124M | {"drop_rate": 0.0},
     "toy": GPT_CONFIG_124M
     | {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 2, "n_layers": 2},
 }
 SEED = 123
 TIE = 1e-4  # logits this close may change places in float32
-EXACT_TOKENS = 512  # a training step of more is not repeated in float64
+EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
+
+Peers = dict[str, Callable[[], Result | None]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Work:
     tokens: int
     new: int = 0  # tokens to decode
     uncached: bool = False  # decode: the reference is the book's own loop, without a cache
-    weigh: bool = False  # whether the report tells the peers' peak memory
+    weigh: bool = False  # whether to measure the peers' peak memory
 
     @property
     def name(self) -> str:
@@ -56,9 +63,9 @@ class Work:
 
     @property
     def bound(self) -> float | None:
-        """The seconds that no code for this machine can beat; None where it isn't measured.
+        """The seconds that no code for this machine can beat; None if the peaks are not measured.
 
-        Every pass reads each weight once, and a new token takes a pass.
+        Every pass reads each weight once, and each new token takes a pass.
         """
         cfg, batch = self.cfg, self.batch
         weights = weight_bytes(cfg)
@@ -70,25 +77,37 @@ class Work:
         passes = [bound_seconds(flops, weights) for flops in operations]
         return sum(seconds for seconds in passes if seconds is not None) or None
 
-    def peers(self, models: Models) -> dict[str, Callable[[], Result | None]]:
+    @property
+    def ids(self) -> Tensor:
+        """The token ids, [batch, tokens]."""
+        torch.manual_seed(SEED)
+        return torch.randint(1, self.cfg["vocab_size"], (self.batch, self.tokens))  # 0 is HF's pad
+
+    def peers(self, models: Models) -> Peers:
         """How each peer does the work. What a peer needs is made when it first runs."""
-        ids = _ids(self)
         kinds = {"forward": _forward, "train": _train, "decode": _decode}
-        return kinds[self.kind](self, models, ids)
+        return kinds[self.kind](self, models, self.ids)
+
+    @property
+    def peer_names(self) -> list[str]:
+        """The peers that do this work."""
+        return list(self.peers(Models(self.cfg)))
 
     def case(self) -> Case:
-        """The work with its exact result; models are kept until a work on another config."""
+        """The work with its exact result. Models are kept until a case of another config."""
         models = _models(self.config)
         models.train(False)
         peers = self.peers(models)
         skipped = {peer: why for peer, why in models.missing.items() if peer in peers}
         if self.kind == "decode":
-            case: Case = Generation(peers, None, skipped, models=models, prompt=_ids(self))
-        elif self.kind == "train":
-            case = Training(peers, _exact_step(self, models), skipped, models=models)
-        else:
-            case = Case(peers, _exact_logits(self, models), skipped)
-        return case
+            return Generation(peers, None, skipped, models=models, prompt=self.ids)
+        exact = None
+        if self.kind == "forward" or self.batch * self.tokens <= EXACT_TOKENS:
+            with models.in_float64(), torch.no_grad():
+                exact = peers["reference"]()
+        if self.kind == "train":
+            return Training(peers, exact, skipped, models=models)
+        return Case(peers, exact, skipped)
 
 
 FULL = (
@@ -113,11 +132,15 @@ QUICK = (
 
 
 class Models:
-    """The peers' models of one config, with the same weights, each made when it is asked for."""
+    """The peers' models of one config with the same weights, each made when first needed.
 
-    def __init__(self, config: str, alone: bool = False) -> None:
-        self.cfg = CONFIGS[config]
-        self.alone = alone  # nothing is copied from the book's model
+    Args:
+        cfg: the model's sizes, in the book's form.
+        alone: whether no model copies weights from the book's.
+    """
+
+    def __init__(self, cfg: dict[str, Any], alone: bool = False, seed: int = SEED) -> None:
+        self.cfg, self.alone, self.seed = cfg, alone, seed
         self.missing = {
             peer: why
             for peer, why in (
@@ -129,17 +152,17 @@ class Models:
 
     @cached_property
     def book(self) -> reference.GPTModel:
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         return reference.GPTModel(self.cfg).eval()
 
     @cached_property
     def fused(self) -> GPTModel:
-        torch.manual_seed(SEED)  # which draws the book's weights
+        torch.manual_seed(self.seed)  # which draws the book's weights
         return GPTModel(self.cfg).eval()
 
     @cached_property
     def torch(self) -> TorchGPT:
-        return TorchGPT(self.book, self.cfg)
+        return TorchGPT(self.book, self.cfg).eval()
 
     @cached_property
     def compiled(self) -> Any:
@@ -154,24 +177,27 @@ class Models:
         return libraries.ctranslate2_generator(self.hf)
 
     def train(self, mode: bool) -> None:
-        """Sets the mode of the models that are there."""
+        """Set the mode of the models made so far."""
         for name in ("book", "fused", "hf"):
             if name in self.__dict__:
                 self.__dict__[name].train(mode)
 
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Makes the book's model one in float64, and back, exactly: every float32 is a float64."""
+        self.book.double()
+        try:
+            yield
+        finally:
+            self.book.float()
+
 
 @lru_cache(maxsize=1)
 def _models(config: str) -> Models:
-    return Models(config)
+    return Models(CONFIGS[config])
 
 
-def _ids(work: Work) -> Tensor:
-    # 0 is what transformers pads by.
-    torch.manual_seed(SEED)
-    return torch.randint(1, work.cfg["vocab_size"], (work.batch, work.tokens))
-
-
-def _forward(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Result | None]]:
+def _forward(work: Work, models: Models, ids: Tensor) -> Peers:
     return {
         "reference": lambda: models.book(ids),
         "torch": lambda: models.torch(ids),
@@ -182,7 +208,7 @@ def _forward(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], 
     }
 
 
-def _train(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Result | None]]:
+def _train(work: Work, models: Models, ids: Tensor) -> Peers:
     targets = ids.roll(-1, dims=1)
 
     def step(model: nn.Module, loss: Tensor) -> tuple[Tensor, ...]:
@@ -211,7 +237,7 @@ def _train(work: Work, models: Models, ids: Tensor) -> dict[str, Callable[[], Re
     }
 
 
-def _decode(work: Work, models: Models, prompt: Tensor) -> dict[str, Callable[[], Result | None]]:
+def _decode(work: Work, models: Models, prompt: Tensor) -> Peers:
     new, context = work.new, work.cfg["context_length"]
     words = [list(map(str, row)) for row in prompt.tolist()]
 
@@ -254,30 +280,13 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> dict[str, Callable[[]
 
 
 def _when_called(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
-    """What `make` returns, made at the first call."""
+    """Calls what `make` returns; it is made at the first call."""
     made = lru_cache(maxsize=1)(make)
     return lambda: made()()
 
 
-def _exact_logits(work: Work, models: Models) -> Tensor:
-    with torch.no_grad():
-        exact: Tensor = models.book.double()(_ids(work))
-    models.book.float()  # and back, exactly: every float32 is a float64
-    return exact
-
-
-def _exact_step(work: Work, models: Models) -> Result | None:
-    if work.batch * work.tokens > EXACT_TOKENS:
-        return None
-    models.train(False)
-    models.book.double()
-    exact = work.peers(models)["reference"]()
-    models.book.float()
-    return exact
-
-
 class Training(Case):
-    """Errors are those without dropout; what is timed has it."""
+    """A training step: timed with the config's dropout, its errors measured without."""
 
     def __init__(self, *args: Any, models: Models) -> None:
         super().__init__(*args)
@@ -291,7 +300,7 @@ class Training(Case):
 
 
 class Generation(Case):
-    """A result is judged by the model in float64, fed that very result."""
+    """Generated tokens: the model in float64 judges them, fed those very tokens."""
 
     def __init__(self, *args: Any, models: Models, prompt: Tensor) -> None:
         super().__init__(*args)
@@ -299,22 +308,22 @@ class Generation(Case):
         self.judged: list[tuple[Tensor, float]] = []
 
     def distance(self, got: Result) -> float:
-        """How far a chosen token's logit lies at most below the greatest of its step; 0 if none."""
+        """The most by which a chosen token's logit lies below the greatest of its step."""
         assert isinstance(got, Tensor)
         for ids, known in self.judged:
             if torch.equal(ids, got):
                 return known
-        prompt = self.prompt
-        assert torch.equal(got[:, : prompt.shape[1]], prompt)
-        logits = self.models.book.double()(got[:, :-1])[:, prompt.shape[1] - 1 :]
-        self.models.book.float()
-        chosen = logits.gather(-1, got[:, prompt.shape[1] :, None])[..., 0]
+        start = self.prompt.shape[1]
+        assert torch.equal(got[:, :start], self.prompt)
+        with self.models.in_float64():
+            logits = self.models.book(got[:, :-1])[:, start - 1 :]
+        chosen = logits.gather(-1, got[:, start:, None])[..., 0]
         error: float = (logits.amax(-1) - chosen).max().item()
         self.judged.append((got, error))
         return error
 
     def fault(self) -> str | None:
-        """In words, if fastgpt chose a token that is not the likeliest."""
+        """What is wrong if fastgpt chose a token that is not the likeliest; None if it did not."""
         ours = self.error("fastgpt")
         if ours is None or ours <= TIE:
             return None

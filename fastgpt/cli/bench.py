@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastgpt import BackendWarning
+from fastgpt.bench import measure, workloads
+from fastgpt.bench.case import ALL_PEERS
 from fastgpt.bench.formatting import UNTRUSTED, doubts
-from fastgpt.cli.progress import bar, need_rich
-from fastgpt.cli.usage import Commands, UsageError, missing_kernels, positive
+from fastgpt.cli.progress import add_options, measuring, need_rich
+from fastgpt.cli.usage import Commands, UsageError
 
 if TYPE_CHECKING:
     from fastgpt.bench.charts import Chart
 
-# Beside fastgpt: without them --quick takes seconds, with them it compiles for a minute.
+# With these peers --quick would take a minute rather than seconds.
 SLOW = ("compile", "hf", "ct2")
 
 
@@ -30,28 +28,27 @@ def add_to(commands: Commands) -> None:
         description="Time forward passes, training steps and generation of GPT-2 124M on the CPU: "
         "the book's model, fastgpt's, PyTorch's fused operations, torch.compile and, where "
         "installed, Hugging Face and CTranslate2. Writes one HTML page, and the figures as JSON "
-        "beside it. Exits with 1 if fastgpt's results are off.",
+        "beside it. Exits with 1 if fastgpt's results are wrong.",
     )
     sub.add_argument(
         "--out", type=Path, default=Path("fastgpt-bench.html"), metavar="FILE", help="(%(default)s)"
     )
-    sub.add_argument("--svg", type=Path, metavar="DIR", help="put the charts there as files too")
+    sub.add_argument("--svg", type=Path, metavar="DIR", help="write the charts there, too")
     sub.add_argument(
-        "--quick", action="store_true", help="a toy model, and only PyTorch's own peers: seconds"
+        "--quick",
+        action="store_true",
+        help="a toy model and PyTorch's own peers: takes seconds",
     )
     sub.add_argument(
-        "--peers", type=_peers, metavar="NAME,...", help="only these beside the book and fastgpt"
+        "--peers", type=_peers, metavar="NAME,...", help="only these, the book and fastgpt"
     )
-    sub.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="at least (%(default)s)"
-    )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    add_options(sub)
     sub.add_argument(
         "--from",
         dest="source",
         type=Path,
         metavar="JSON",
-        help="measure nothing; draw the figures of an earlier run",
+        help="measure nothing, draw the figures of an earlier run",
     )
     sub.set_defaults(run=run_bench)
 
@@ -72,7 +69,7 @@ def run_bench(args: argparse.Namespace) -> int:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if not args.source:
             raise
-        raise UsageError(f"{args.source} holds no figures of this version: {error!r}") from None
+        raise UsageError(f"{args.source} contains no figures of this version: {error!r}") from None
     _write(args, document, pictures, html)
     if lines := doubts(document["works"]):
         print(UNTRUSTED, *lines, sep="\n")
@@ -80,42 +77,31 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from fastgpt.bench.case import ALL_PEERS
-    from fastgpt.bench.measure import measure
-    from fastgpt.bench.workloads import FULL, QUICK
-
     need_rich("the progress bar needs rich: pip install rich")
     folder = args.out.parent
-    try:  # now rather than after minutes
+    try:  # now, rather than after minutes
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} is not for you to write")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        raise UsageError(f"{folder} is not writable")
     peers = [p for p in ALL_PEERS if not (args.quick and p in SLOW)]
     if args.peers:
         peers = ["fastgpt", *args.peers]
-    with warnings.catch_warnings(), bar() as show:
-        # The line about missing kernels says what a BackendWarning would.
-        warnings.simplefilter("ignore", BackendWarning)
-        if missing := missing_kernels():
-            print(f"No fused kernels, PyTorch's own operations stand in: {missing}")
-        return measure(QUICK if args.quick else FULL, peers, rounds=args.rounds, progress=show)
+    with measuring(args.threads) as (show, _):
+        works = workloads.QUICK if args.quick else workloads.FULL
+        return measure.measure(works, peers, rounds=args.rounds, progress=show)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from fastgpt.bench.measure import FORMAT
-
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UsageError(f"{path} holds no figures of this version of fastgpt bench")
+    if not isinstance(document, dict) or document.get("format") != measure.FORMAT:
+        raise UsageError(f"{path} contains no figures of this version of fastgpt bench")
     return document
 
 
@@ -136,10 +122,8 @@ def _write(
 
 
 def _peers(text: str) -> list[str]:
-    from fastgpt.bench.case import ALL_PEERS
-
     names = text.split(",")
     if unknown := [name for name in names if name not in ALL_PEERS]:
-        message = f"no peer {', '.join(map(repr, unknown))}; there are {', '.join(ALL_PEERS)}"
+        message = f"unknown peer {', '.join(map(repr, unknown))}; known are {', '.join(ALL_PEERS)}"
         raise argparse.ArgumentTypeError(message)
     return names

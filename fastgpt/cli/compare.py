@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
-import torch
-
-from fastgpt import BackendWarning, use_backend
+from fastgpt import use_backend
 from fastgpt.bench.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
-from fastgpt.bench.formatting import UNTRUSTED
+from fastgpt.bench.formatting import UNTRUSTED, finite
 from fastgpt.bench.machine import machine, machine_line
-from fastgpt.cli.progress import bar, need_rich, silent
-from fastgpt.cli.usage import Commands, missing_kernels, positive, seed
+from fastgpt.cli.progress import add_options, measuring, need_rich
+from fastgpt.cli.usage import Commands, seed
 from fastgpt.dispatch import NAMES
 from fastgpt.tokenizer import EncodingError, gpt2_encoding
 
@@ -33,14 +28,7 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--seed", type=seed, default=123, metavar="N", help="of the weights (%(default)s)"
     )
-    sub.add_argument(
-        "--rounds",
-        type=positive,
-        default=5,
-        metavar="N",
-        help="timed rounds, again if the machine is busy (%(default)s)",
-    )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    add_options(sub)
     sub.add_argument("--backend", choices=NAMES, help="default: $FASTGPT_BACKEND, else auto")
     sub.add_argument("--json", action="store_true", help="print one JSON document, no table")
     sub.set_defaults(run=run_compare)
@@ -48,31 +36,24 @@ def add_to(commands: Commands) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     if not args.json:
-        need_rich("the table needs rich: pip install rich, or take --json")
-    notes = sys.stderr if args.json else sys.stdout
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        need_rich("the table needs rich: pip install rich, or choose --json")
     try:
         prompt, tokenizer = gpt2_encoding().encode(PROMPT), "tiktoken"
     except EncodingError as error:
         prompt, tokenizer = list(PROMPT_IDS), "known ids"
         print(
             f"No gpt2 table for tiktoken ({error.reason}); using the prompt's known ids.",
-            file=notes,
+            file=sys.stderr if args.json else sys.stdout,
         )
-
-    with warnings.catch_warnings(), use_backend(args.backend) if args.backend else nullcontext():
-        # A BackendWarning would repeat what the line about missing kernels says.
-        warnings.simplefilter("ignore", BackendWarning)
-        missing = missing_kernels()
-        if missing:
-            print(f"No fused kernels, PyTorch's own operations stand in: {missing}", file=notes)
+    options = {"seed": args.seed, "rounds": args.rounds}
+    with (
+        use_backend(args.backend) if args.backend else nullcontext(),
+        measuring(args.threads, show_bar=not args.json) as (show, missing),
+    ):
         measured_on, line = machine(), machine_line()
-        options = {"seed": args.seed, "rounds": args.rounds}
-        with nullcontext(silent) if args.json else bar() as show:
-            rows = compare(prompt, **options, progress=show)
+        rows = compare(prompt, **options, progress=show)
 
-    agree = all(row.agree for row in rows)
+    agree = all(row["agree"] for row in rows)
     if args.json:
         document = {
             "command": "compare",
@@ -81,17 +62,12 @@ def run_compare(args: argparse.Namespace) -> int:
             **options,
             "missing_kernels": missing,
             "machine": measured_on,
-            "rows": [{k: _finite(v) for k, v in row.as_dict().items()} for row in rows],
+            "rows": [{k: finite(v) for k, v in row.items()} for row in rows],
         }
         print(json.dumps(document, indent=2))
     else:
         _print_table(rows, args.seed, line)
     return 0 if agree else 1
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
@@ -105,33 +81,27 @@ def _print_table(rows: Sequence[Row], seed: int, line: str) -> None:
     for header in ("seconds", "tokens/s", "speed-up", "largest\ndifference", "tolerance", "agree"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        if row.max_abs_difference is None:
-            difference, tolerance = f"{row.same_tokens}/{row.tokens} same", ""
-        else:
-            difference, tolerance = f"{row.max_abs_difference:.1e}", f"{row.tolerance:.1e}"
-        table.add_row(row.work)
-        table.add_row(
-            "  reference",
-            f"{row.reference_seconds:.3f}",
-            f"{row.reference_tokens_per_second:.0f}",
-        )
-        table.add_row(
-            "  fastgpt",
-            f"{row.fastgpt_seconds:.3f}",
-            f"{row.fastgpt_tokens_per_second:.0f}",
-            f"{row.speed_up:.2f}x" + (" ?" if row.doubt else ""),
-            difference,
-            tolerance,
-            "yes" if row.agree else "NO",
-            end_section=True,
-        )
+        difference = f"{row['same_tokens']}/{row['tokens']} same"
+        if row["max_abs_difference"] is not None:
+            difference = f"{row['max_abs_difference']:.1e}"
+        table.add_row(row["work"])
+        for name in ("reference", "fastgpt"):
+            speeds = f"{row[f'{name}_seconds']:.3f}", f"{row[f'{name}_tokens_per_second']:.0f}"
+            verdict = (
+                f"{row['speed_up']:.2f}x" + (" ?" if row["doubt"] else ""),
+                difference,
+                "" if row["max_abs_difference"] is None else f"{row['tolerance']:.1e}",
+                "yes" if row["agree"] else "NO",
+            )
+            ours = name == "fastgpt"
+            table.add_row(f"  {name}", *speeds, *(verdict if ours else ()), end_section=ours)
     console = Console(highlight=False)
     console.print(table)
-    doubts = [f"{row.work}: {row.doubt}" for row in rows if row.doubt]
+    doubts = [f"{row['work']}: {row['doubt']}" for row in rows if row["doubt"]]
     for text in (
         *((UNTRUSTED, *doubts) if doubts else ()),
-        f"Medians, models interleaved. Tolerance: {ERRORS_APART} x the reference's own largest "
-        "error, measured in float64; fastgpt may err twice as much.",
+        f"Medians of interleaved rounds. Tolerance: {ERRORS_APART} times the reference's own "
+        "largest error, measured in float64; fastgpt may err twice as much.",
         line,
     ):
         console.print(text, soft_wrap=True)

@@ -1,13 +1,31 @@
-"""The progress bar of a command that measures."""
+"""Shared by the commands that measure: options, the bar, and the line about missing kernels."""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from fastgpt.cli.usage import UsageError
+import torch
 
-Show = Callable[[int, int, str], object]  # steps done, steps in all, what runs now
+from fastgpt import BackendWarning
+from fastgpt.cli.usage import UsageError, missing_kernels, positive
+
+Show = Callable[[int, int, str], object]  # steps done, their total, and the next step
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """The options --rounds and --threads."""
+    sub.add_argument(
+        "--rounds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="the least number of timed rounds (%(default)s)",
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
 
 
 def need_rich(message: str) -> None:
@@ -18,13 +36,32 @@ def need_rich(message: str) -> None:
         raise UsageError(message) from None
 
 
-def silent(done: int, total: int, doing: str) -> None:
-    """Shows nothing."""
+@contextmanager
+def measuring(threads: int | None, *, show_bar: bool = True) -> Iterator[tuple[Show, str | None]]:
+    """Sets the number of threads, if one is given, and says if no fused kernels can run.
+
+    Yields what moves the bar, and why the kernels cannot run. Without a bar, stdout stays empty.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    bar = _bar() if show_bar else nullcontext(_silent)
+    with warnings.catch_warnings(), bar as show:
+        # A BackendWarning would repeat this line.
+        warnings.simplefilter("ignore", BackendWarning)
+        missing = missing_kernels()
+        if missing:
+            line = f"No fused kernels, PyTorch's own operations stand in: {missing}"
+            print(line, file=sys.stdout if show_bar else sys.stderr)
+        yield show, missing
+
+
+def _silent(done: int, total: int, doing: str) -> None:
+    """In place of a bar."""
 
 
 @contextmanager
-def bar() -> Iterator[Show]:
-    """Shows a bar on stderr while the block runs, and yields the function that updates it."""
+def _bar() -> Iterator[Show]:
+    """A bar on stderr for as long as the block lasts."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -34,7 +71,7 @@ def bar() -> Iterator[Show]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    # No thread redraws it: that would disturb the timing.
+    # No thread that redraws: it would take time from the measurement.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task("", total=None)
 

@@ -11,6 +11,7 @@ import torch
 
 from fastgpt.bench import memory
 from fastgpt.bench.bound import forward_flops, peak_flops
+from fastgpt.bench.rounds import seconds_of
 from fastgpt.model.gpt import GPTModel
 
 
@@ -45,9 +46,7 @@ def _product_peak(
     best, end = 0.0, time.perf_counter() + seconds
     with autocast:
         while best == 0.0 or time.perf_counter() < end:
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, 2 * size**3 / seconds_of(lambda: a @ a, device))
     return best
 
 
