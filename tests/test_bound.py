@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt import GPT_CONFIG_124M, GPTModel, cpu, reference
 from fastgpt.bench import bound
 from fastgpt.bench.workloads import FULL, QUICK, Work
+from fastgpt.cpu import peak
 from fastgpt.training import report, speed
 from fastgpt.training.trainer import Step
 
@@ -120,12 +121,12 @@ def test_the_best_stretch_of_each_thread_counts():
 def test_every_piece_is_done_once_and_noted(isa, threads):
     with cpu.use_isa(isa):
         ends = bound._ends(50).fill_(torch.nan)
-        operations = cpu._C.multiply_adds_float32(ends.data_ptr(), 50, threads)
+        operations = peak.multiply_adds(ends, threads)
         assert operations > 0
         check_noted(ends, threads)
         block = torch.full((4 * 256,), torch.nan)  # nothing is asked of what is read
         ends = bound._ends(9).fill_(torch.nan)
-        cpu._C.read_float32(block.data_ptr(), block.numel(), 256, ends.data_ptr(), 9, threads)
+        peak.read(block, 256, ends, threads)
         check_noted(ends, threads)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import cpu
+from fastgpt.cpu import peak
 
-KERNELS = {torch.float32: "multiply_adds_float32"}  # of fastgpt._C, by the dtype of the factors
 LEAST_BLOCK, PASSES = 400_000_000, 8  # bytes that are read so many times
 PIECE = 1 << 17  # floats
 WINDOW = 40  # pieces of a thread: about a millisecond
@@ -47,9 +47,9 @@ def least_seconds(peaks: dict[str, float], flops: float, read: float) -> float:
 def peak_flops(dtype: torch.dtype = torch.float32) -> float | None:
     """`flops` of `machine_peaks`, measured without a block of memory."""
     isa = cpu.isa()
-    if isa is None or dtype not in KERNELS:
+    if isa is None or dtype not in peak.DTYPES:
         return None
-    return _flops(KERNELS[dtype], torch.get_num_threads(), isa)
+    return _flops(torch.get_num_threads(), isa)
 
 
 def read_bandwidth() -> float | None:
@@ -83,9 +83,9 @@ def weight_bytes(cfg: dict[str, Any]) -> int:
 
 
 @lru_cache
-def _flops(kernel: str, threads: int, isa: str) -> float:
+def _flops(threads: int, isa: str) -> float:
     ends = _ends(10_000 * threads)  # a piece takes some 10 us
-    operations: int = getattr(cpu._C, kernel)(ends.data_ptr(), len(ends), threads)
+    operations = peak.multiply_adds(ends, threads)
     return operations * _best_rate(ends)
 
 
@@ -94,7 +94,7 @@ def _bandwidth(threads: int, isa: str) -> float:
     size = max(LEAST_BLOCK, 8 * _last_level_cache()) // 4 // PIECE * PIECE
     block = torch.ones(size)  # written: all untouched pages are one
     ends = _ends(PASSES * size // PIECE)
-    cpu._C.read_float32(block.data_ptr(), size, PIECE, ends.data_ptr(), len(ends), threads)
+    peak.read(block, PIECE, ends, threads)
     return 4 * PIECE * _best_rate(ends)
 
 
