@@ -52,12 +52,13 @@ def plain_linear(module: Any) -> bool:
 
 def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
-    None where it is not plainly one.
+    None where it is not plainly one of ours. Another draws PyTorch's mask, as it would by itself.
     """
     if isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN:
         if not plain(dropout, type(dropout)):
             return None
-        return dropout.p if dropout.training else 0.0
+        p = dropout.p if dropout.training else 0.0
+        return None if p and (type(dropout) is nn.Dropout or dropout.inplace) else p
     return 0.0 if plain(dropout, nn.Identity) else None
 
 
