@@ -320,6 +320,23 @@ def test_one_seed_gives_one_mask_in_float64():
     assert_one_mask(wide)
 
 
+@pytest.mark.parametrize("where", ["drop_emb", "dropout", "drop_shortcut"])
+@pytest.mark.parametrize("change", ["another class", "in place"])
+def test_a_dropout_that_draws_pytorchs_mask_does_so_on_every_path(fused, where, change):
+    model, ids, outputs = pair(drop_rate=P)[0], some_ids(), []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == where:
+            if change == "another class":
+                module.__class__ = nn.Dropout
+            else:
+                module.inplace = True
+    for run in (lambda model, ids: model(ids), no_grad, hooked(where)):
+        torch.manual_seed(9)
+        outputs.append([run(model, ids).detach(), torch.rand(())])
+    assert_same(outputs[0], outputs[1])
+    assert_same(outputs[0], outputs[2])
+
+
 def assert_one_mask(way):
     model, ids, outputs = pair(drop_rate=P)[0], some_ids(), []
     for run in (lambda model, ids: model(ids), way):

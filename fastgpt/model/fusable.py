@@ -118,20 +118,25 @@ def linear_obstacle(module: Any, path: str) -> Obstacle | None:
 
 def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
-    None if it is a modified module or no dropout.
+    None if it is a modified module, or one that draws PyTorch's mask rather than ours.
     """
     cls = type(dropout)
     if cls not in KNOWN or not issubclass(cls, nn.Dropout | nn.Identity):
         return None
     if not is_unmodified(dropout, cls):
         return None
-    return dropout.p if dropout.training and cls is not nn.Identity else 0.0
+    p = dropout.p if dropout.training and cls is not nn.Identity else 0.0
+    return None if p and (cls is nn.Dropout or dropout.inplace) else p
 
 
 def dropout_obstacle(dropout: Any, path: str) -> Obstacle:
     """What makes ``drop_probability`` None."""
-    known = isinstance(dropout, nn.Dropout) and type(dropout) in KNOWN
-    return Obstacle(path, modification(dropout, type(dropout) if known else nn.Dropout))
+    cls = type(dropout)
+    if cls not in KNOWN or not issubclass(cls, nn.Dropout):
+        return Obstacle(path, f"{cls.__name__} in place of Dropout")
+    if is_unmodified(dropout, cls):
+        return Obstacle(path, "a dropout that draws PyTorch's mask")
+    return Obstacle(path, modification(dropout, cls))
 
 
 def drops_nothing(dropout: Any) -> bool:
