@@ -208,5 +208,5 @@ def _end(model: GPTModel, run: Run) -> tuple[tuple[int, int], tuple[int, ...]] |
         return None
     norm = _norm(model.final_norm, run.width)
     weight, bias = head._parameters["weight"], head._parameters["bias"]
-    record = linear(weight, bias, run.width, head.out_features)
+    record = linear(weight, bias, run.width, int(head.out_features))
     return None if norm is None or record is None else (norm, record)
