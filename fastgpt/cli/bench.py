@@ -14,7 +14,7 @@ import torch
 from fastgpt import BackendWarning
 from fastgpt.bench.words import UNTRUSTED, doubts
 from fastgpt.cli.progress import bar, need_rich
-from fastgpt.cli.usage import Commands, UsageError, missing_kernels, positive
+from fastgpt.cli.usage import Commands, UsageError, missing_kernels, positive, threads
 
 if TYPE_CHECKING:
     from fastgpt.bench.charts import Chart
@@ -45,7 +45,7 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--rounds", type=positive, default=5, metavar="N", help="at least (%(default)s)"
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
     sub.add_argument(
         "--from",
         dest="source",

@@ -16,7 +16,7 @@ import torch
 from fastgpt import BackendWarning, use_backend
 from fastgpt.bench.words import UNTRUSTED
 from fastgpt.cli.progress import bar, need_rich, silent
-from fastgpt.cli.usage import Commands, missing_kernels, positive, seed
+from fastgpt.cli.usage import Commands, missing_kernels, positive, seed, threads
 from fastgpt.compare import ERRORS_APART, PROMPT, PROMPT_IDS, Row, compare
 from fastgpt.dispatch import NAMES
 from fastgpt.machine import machine, machine_line
@@ -40,7 +40,7 @@ def add_to(commands: Commands) -> None:
         metavar="N",
         help="timed rounds, again if the machine is busy (%(default)s)",
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--backend", choices=NAMES, help="default: $FASTGPT_BACKEND, else auto")
     sub.add_argument("--json", action="store_true", help="print one JSON document, no table")
     sub.set_defaults(run=run_compare)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgpt.cli.usage import Commands, UsageError, number, positive, seed, text
+from fastgpt.cli.usage import Commands, UsageError, number, positive, seed, text, threads
 from fastgpt.generate import generate_stream
 from fastgpt.model import GPTModel
 from fastgpt.text_stream import TextStream
@@ -57,7 +57,7 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
     sub.set_defaults(run=run_generate)
 
 

@@ -19,6 +19,7 @@ from fastgpt.cli.usage import (
     positive,
     seed,
     text,
+    threads,
 )
 from fastgpt.tokenizer import EncodingError
 from fastgpt.training.settings import CONFIGS, Settings, SettingsError
@@ -54,7 +55,7 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
     sub.add_argument("--fsdp", action="store_true", help="shard by FSDP2 rather than copy by DDP")
     sub.add_argument(
         "--timeout",
