@@ -49,6 +49,11 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"emb_dim {cfg['emb_dim']} must be divisible by n_heads {cfg['n_heads']}")
 
 
+def in_plain_ints(cfg: Config) -> dict[str, Any]:
+    """The config with Python's integers as sizes: numpy's narrow ones overflow in arithmetic."""
+    return dict(cfg) | {key: int(cfg[key]) for key in _LEAST}
+
+
 def as_ids(idx: Any) -> torch.Tensor:
     """Token ids [B, T] as int32 or int64, the dtypes that torch takes as indices.
 

@@ -179,6 +179,12 @@ def test_what_cannot_be(capsys, model, tmp_path):
         assert said.out == ""
         assert said.err.count("\n") == 1
         assert message in said.err
-    for option, value in (("--top-p", "0"), ("--seed", str(1 << 64)), ("--seed", "one")):
+    for option, value in (
+        ("--top-p", "0"),
+        ("--seed", str(1 << 64)),
+        ("--seed", "one"),
+        ("--threads", "0"),
+        ("--threads", "100000"),  # which OpenMP would not survive
+    ):
         with pytest.raises(SystemExit):
             cli.main(["generate", "--model", str(model), "x", option, value])

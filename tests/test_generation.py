@@ -139,8 +139,9 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     top_p = ((reached[keeps - 2] + reached[keeps - 1]) / 2).item()
     drawn = fastgpt.generate(ours, idx, 1, 24, temperature=1.0, top_p=top_p)[:, -1]
     assert set(drawn.tolist()) == set(order[:keeps].tolist())
-    least = fastgpt.generate(ours, idx[:9], 4, 24, temperature=1.0, top_p=1e-9)
-    assert torch.equal(least, fastgpt.generate_text_simple(ours, idx[:9], 4, 24))
+    for top_p in (1e-9, 1e-300):  # which is 0 in float32
+        least = fastgpt.generate(ours, idx[:9], 4, 24, temperature=1.0, top_p=top_p)
+        assert torch.equal(least, fastgpt.generate_text_simple(ours, idx[:9], 4, 24))
 
 
 def test_a_batch_ends_when_every_row_has():

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from fastgpt import BackendWarning
-from fastgpt.cli.usage import UsageError, missing_kernels, positive
+from fastgpt.cli.usage import UsageError, missing_kernels, positive, threads
 
 Show = Callable[[int, int, str], object]  # steps done, their total, and the next step
 
@@ -25,7 +25,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the least number of timed rounds (%(default)s)",
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
 
 
 def need_rich(message: str) -> None:

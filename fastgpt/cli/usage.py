@@ -16,6 +16,9 @@ from fastgpt.dispatch import backends, requested
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+MOST_THREADS = 1024  # OpenMP ends the process where it can't start one
+
+
 class UsageError(Exception):
     """The command can't run as asked; the message is one line for the user."""
 
@@ -28,6 +31,13 @@ def positive(text: str) -> int:
     """Parses a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """An argument that is a number of threads that a process can start."""
+    if positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_THREADS} threads")
     return int(text)
 
 
@@ -80,7 +90,7 @@ def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)"
     )
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch uses")
+    sub.add_argument("--threads", type=threads, metavar="N", help="default: as many as torch uses")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -161,6 +161,7 @@ def _likeliest_that_reach(top_p: float, probabilities: Tensor) -> Tensor:
     """[B, V] -> the same with the tokens behind the first that reach top_p at 0."""
     values, order = probabilities.sort(dim=-1, descending=True)
     behind = values.cumsum(dim=-1) - values >= top_p
+    behind[:, 0] = False  # even where top_p is 0 in their dtype
     return probabilities.masked_fill(behind.scatter(-1, order, behind), 0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import dispatch, ops, weights
-from fastgpt.config import Config, as_ids, check_config, check_ids, comparable
+from fastgpt.config import Config, as_ids, check_config, check_ids, comparable, in_plain_ints
 from fastgpt.cpu.forward import Piece, WholePass
 from fastgpt.cpu.records import BlockRecord, EmbeddingRecord, EndRecord, Linear, Norm
 from fastgpt.model.cache import CacheTransaction, KVCache, cached_tokens, idle
@@ -58,7 +58,7 @@ class GPTModel(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         check_config(cfg)
-        self.cfg = dict(cfg)
+        self.cfg = cfg = in_plain_ints(cfg)
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
         self.drop_emb = Dropout(cfg["drop_rate"])

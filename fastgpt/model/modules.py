@@ -131,6 +131,8 @@ class MultiHeadAttention(nn.Module):
         qkv_bias: bool = False,
     ) -> None:
         super().__init__()
+        # numpy's narrow integers would overflow in arithmetic.
+        d_out, num_heads, context_length = int(d_out), int(num_heads), int(context_length)
         if num_heads <= 0 or d_out % num_heads != 0:
             raise ValueError(f"d_out {d_out} must be divisible by num_heads {num_heads}")
         self.d_out = d_out
