@@ -25,6 +25,7 @@ FASTGPT_INLINE Words words(uint32_t x) { return {_mm512_set1_epi32(static_cast<i
 FASTGPT_INLINE Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FASTGPT_INLINE void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
 FASTGPT_INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+FASTGPT_INLINE Words operator+(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
 // The halves of the 64-bit products of a and m.
 FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     const __m512i even = _mm512_mul_epu32(a.v, m.v), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m.v);
@@ -39,6 +40,12 @@ FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Wo
     _mm512_storeu_si512(p + 32, _mm512_unpacklo_epi64(ab1, cd1));
     _mm512_storeu_si512(p + 48, _mm512_unpackhi_epi64(ab1, cd1));
 }
+// to[i] = scale where the number's 31 bits, those of its complement if it is negative, are at least `least`; else 0.
+FASTGPT_INLINE void store_kept(float* to, Words number, int32_t least, float scale) {
+    const __m512i bits = _mm512_xor_si512(number.v, _mm512_srai_epi32(number.v, 31));
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(least));
+    _mm512_storeu_ps(to, _mm512_maskz_mov_ps(kept, _mm512_set1_ps(scale)));
+}
 #elif defined(__AVX2__)
 struct Words {
     static constexpr int lanes = 8;
@@ -48,6 +55,7 @@ FASTGPT_INLINE Words words(uint32_t x) { return {_mm256_set1_epi32(static_cast<i
 FASTGPT_INLINE Words load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 FASTGPT_INLINE void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 FASTGPT_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+FASTGPT_INLINE Words operator+(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
 FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     const __m256i even = _mm256_mul_epu32(a.v, m.v), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), m.v);
     high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
@@ -59,6 +67,11 @@ FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Wo
     store(p, {_mm256_unpacklo_epi64(ab0, cd0)}), store(p + 8, {_mm256_unpackhi_epi64(ab0, cd0)});
     store(p + 16, {_mm256_unpacklo_epi64(ab1, cd1)}), store(p + 24, {_mm256_unpackhi_epi64(ab1, cd1)});
 }
+FASTGPT_INLINE void store_kept(float* to, Words number, int32_t least, float scale) {
+    const __m256i bits = _mm256_xor_si256(number.v, _mm256_srai_epi32(number.v, 31));
+    const __m256i dropped = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), bits);
+    _mm256_storeu_ps(to, _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_set1_ps(scale)));
+}
 #else
 struct Words {
     static constexpr int lanes = 1;
@@ -68,6 +81,7 @@ FASTGPT_INLINE Words words(uint32_t x) { return {x}; }
 FASTGPT_INLINE Words load_words(const uint32_t* p) { return {*p}; }
 FASTGPT_INLINE void store(uint32_t* p, Words a) { *p = a.v; }
 FASTGPT_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
+FASTGPT_INLINE Words operator+(Words a, Words b) { return {a.v + b.v}; }
 FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
     const uint64_t product = uint64_t{a.v} * m.v;
     high.v = static_cast<uint32_t>(product >> 32), low.v = static_cast<uint32_t>(product);
@@ -75,20 +89,33 @@ FASTGPT_INLINE void multiply(Words a, Words m, Words& high, Words& low) {
 FASTGPT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Words d) {
     p[0] = a.v, p[1] = b.v, p[2] = c.v, p[3] = d.v;
 }
+FASTGPT_INLINE void store_kept(float* to, Words number, int32_t least, float scale) {
+    const int32_t drawn = static_cast<int32_t>(number.v);
+    *to = (drawn < 0 ? ~drawn : drawn) >= least ? scale : 0.0f;
+}
 #endif
+
+// The counter of each lane, less the first: the order in which store_interleaved lays the lanes side by side.
+struct LaneOrder {
+    uint32_t lane[Words::lanes];
+    constexpr LaneOrder() : lane() {
+        constexpr uint32_t L = Words::lanes;
+        for (uint32_t l = 0; l < L; ++l) lane[l] = L > 1 ? l % 4 * (L / 4) + l / 4 : 0;
+    }
+};
 
 // Philox4x32-10 under the key `seed` for the counters first + l, l < 16: its four words into out[4 l] .. out[4 l + 3].
 inline void philox16(uint64_t seed, uint64_t first, uint32_t (&out)[kDropoutGroup]) {
-    constexpr int L = Words::lanes;
-    uint32_t low[16], high[16];
-    for (int l = 0; l < 16; ++l) {
-        // The order in which the lanes of store_interleaved's registers come to lie side by side.
-        const int at = l % L, lane = L > 1 ? at % 4 * (L / 4) + at / 4 : 0;
-        const uint64_t counter = first + static_cast<uint64_t>(l - at + lane);
-        low[l] = static_cast<uint32_t>(counter), high[l] = static_cast<uint32_t>(counter >> 32);
-    }
-    for (int l = 0; l < 16; l += L) {
-        Words c0 = load_words(low + l), c1 = load_words(high + l), c2 = words(0), c3 = words(0);
+    static constexpr LaneOrder order;
+    for (int l = 0; l < 16; l += Words::lanes) {
+        const uint64_t counter = first + static_cast<uint64_t>(l);
+        const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
+        Words c0 = words(low) + load_words(order.lane), c1 = words(high), c2 = words(0), c3 = words(0);
+        if (low + (Words::lanes - 1) < low) {  // some lanes carry
+            uint32_t carried[Words::lanes];
+            for (int i = 0; i < Words::lanes; ++i) carried[i] = high + (low + order.lane[i] < low ? 1 : 0);
+            c1 = load_words(carried);
+        }
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < 10; ++round) {
             Words high0, low0, high2, low2;
@@ -134,10 +161,10 @@ struct Dropout {
     void factors(int64_t row, int64_t group, float (&keep)[kDropoutGroup]) const {
         uint32_t number[kDropoutGroup];
         philox16(seed, static_cast<uint64_t>(row) * calls + static_cast<uint64_t>(16 * group), number);
-        for (int i = 0; i < kDropoutGroup; ++i) {
-            const uint32_t bits = number[i] ^ (number[i] >> 31 ? 0xffffffffu : 0u);
-            keep[i] = bits >= threshold ? scale : 0.0f;
-        }
+        // Where the threshold is 2^31, scale is 0 anyway.
+        const int32_t least = static_cast<int32_t>(min(threshold, 0x7fffffff));
+        for (int i = 0; i < kDropoutGroup; i += Words::lanes)
+            store_kept(keep + i, load_words(number + i), least, scale);
     }
 
     // Multiplies the first n <= 64 of group `group` of a row, at x, by their factors.
