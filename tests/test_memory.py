@@ -48,14 +48,14 @@ def test_generating_does_not_grow():
     code = """
 def generate(n):
     fastgpt.generate_text_simple(model, idx[:1, :40], n, 1024)
-generate(200)
-generate(200)  # the allocator keeps what it has once mapped and freed
-before = now()
-for _ in range(4):
+sizes = []
+for _ in range(7):
     generate(200)
-print(now() - before)
+    sizes.append(now())
+# The median: what leaks does so every time, the allocator maps a block for good once or twice.
+print(sorted(b - a for a, b in zip(sizes, sizes[1:]))[3])
 """
-    assert _bytes(code) < 16e6
+    assert _bytes(code) < 1e6
 
 
 STEP = """
