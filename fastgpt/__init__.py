@@ -13,6 +13,7 @@ from fastgpt.model.explanation import explain
 from fastgpt.model.generation import generate, generate_stream, generate_text_simple
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
+from fastgpt.model.quantize import quantize
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 if _sentence := _conflict():
@@ -41,5 +42,6 @@ __all__ = [
     "load_weights",
     "load_weights_into_gpt",
     "ops",
+    "quantize",
     "use_backend",
 ]

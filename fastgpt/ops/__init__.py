@@ -14,6 +14,7 @@ from fastgpt.ops.linear_cross_entropy import (
     linear_cross_entropy,
 )
 from fastgpt.ops.packed_linear import packed_linear
+from fastgpt.ops.quantized_linear import quantized_linear
 from fastgpt.ops.transformer_block import transformer_block
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "packed_linear",
+    "quantized_linear",
     "transformer_block",
 ]

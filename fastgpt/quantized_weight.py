@@ -1,0 +1,184 @@
+"""Weights in 8 and in 4 bits: what they consist of, how they are made, what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("int8", "int8-dynamic", "int4")
+GROUPS = (32, 64)
+RUN = 32  # elements of a row whose halves share the bytes of an Int4Weight
+_FITS = 3  # of a group's grid to what it rounds; more lower the error hardly
+_CHUNK = 1 << 18  # elements quantised at a time, so that what lies in between stays in the cache
+
+
+class Int8Weight(NamedTuple):
+    """W[o, i] = scale[o] * values[o, i].
+
+    values: int8 [n_out, n_in], -127..127. scale: float32 [n_out], 0 for a row of zeros.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+class Int4Weight(NamedTuple):
+    """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g], with q in 0..15 and g the group of i.
+
+    values: uint8 [n_out, n_in / 2]; of each run of 32 elements of a row, byte j holds element j in
+    its low four bits and element j + 16 in its high ones. scale, minimum: bfloat16
+    [n_out, n_in / group], for groups of 32 or 64 neighbours along n_in.
+    """
+
+    values: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+
+QuantizedWeight: TypeAlias = Int8Weight | Int4Weight
+Device: TypeAlias = torch.device | str | None
+
+
+def check_precision(precision: str, group: int) -> None:
+    """Raises ValueError if there is no such precision, or no such group."""
+    if precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise ValueError(f"unknown precision {precision!r}, expected one of {known}")
+    if group not in GROUPS:
+        raise ValueError(f"a group of {group!r} is not possible, expected 32 or 64")
+
+
+def empty_weight(
+    precision: str, shape: Sequence[int], group: int = 32, device: Device = None
+) -> QuantizedWeight:
+    """A weight [n_out, n_in] to be filled by ``write_rows``.
+
+    Raises:
+        ValueError: there is no such precision, or the group does not divide n_in.
+    """
+    check_precision(precision, group)
+    n_out, n_in = shape
+    if precision != "int4":
+        values = torch.empty(n_out, n_in, dtype=torch.int8, device=device)
+        return Int8Weight(values, torch.empty(n_out, dtype=torch.float32, device=device))
+    if n_in % group:
+        raise ValueError(f"its width {n_in} is not a multiple of the group of {group}")
+    values = torch.empty(n_out, n_in // 2, dtype=torch.uint8, device=device)
+    scale = torch.empty(n_out, n_in // group, dtype=torch.bfloat16, device=device)
+    return Int4Weight(values, scale, torch.empty_like(scale))
+
+
+def quantize_weight(weight: Tensor, precision: str, group: int = 32) -> QuantizedWeight:
+    """A weight [n_out, n_in] in this precision: ``quantize_int8`` or ``quantize_int4``."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        kind = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        raise ValueError(f"it is {kind}, not a floating-point matrix")
+    made = empty_weight(precision, weight.shape, group, weight.device)
+    write_rows(made, 0, weight)
+    return made
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """The nearest values on the grid of each row, whose step is the row's largest magnitude / 127.
+
+    Args:
+        weight: [n_out, n_in], any floating dtype.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or it is no such weight.
+    """
+    made = quantize_weight(weight, "int8")
+    assert isinstance(made, Int8Weight)
+    return made
+
+
+def quantize_int4(weight: Tensor, group: int = 32) -> Int4Weight:
+    """The nearest values on a grid of 16 for each group, fitted to it by least squares.
+
+    Args:
+        weight: [n_out, n_in], any floating dtype.
+        group: 32 or 64 neighbours along n_in.
+
+    Raises:
+        ValueError: a value is NaN or infinite, the group does not divide n_in, or it is no such
+            weight.
+    """
+    made = quantize_weight(weight, "int4", group)
+    assert isinstance(made, Int4Weight)
+    return made
+
+
+@torch.no_grad()
+def write_rows(weight: QuantizedWeight, first: int, rows: Tensor) -> None:
+    """Quantises rows [n, n_in], of any floating dtype, into the weight's rows from `first` on.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if rows.is_meta:
+        return
+    groups = None if isinstance(weight, Int8Weight) else weight.scale.shape[1]
+    for part in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        made = _int8(wide) if groups is None else _int4(wide, groups)
+        if not all(bool(t.isfinite().all()) for t in made[1:]):
+            raise ValueError("it has values that are NaN, infinite or too large")
+        for whole, t in zip(weight, made, strict=True):
+            whole[first : first + len(part)] = t
+        first += len(part)
+
+
+def _int8(rows: Tensor) -> Int8Weight:
+    scale = (rows.abs().amax(1) / 127).float()
+    step = scale.where(scale > 0, 1.0).to(rows.dtype)
+    values = (rows / step[:, None]).round_().clamp_(-127, 127)
+    return Int8Weight(values.to(torch.int8), scale)
+
+
+def _int4(rows: Tensor, groups: int) -> Int4Weight:
+    w = rows.unflatten(1, (groups, -1))  # [n, groups, group]
+    low, high = torch.aminmax(w, dim=-1, keepdim=True)
+    minimum = low.bfloat16()
+    scale = ((high - minimum) / 15).clamp_(min=0).bfloat16()
+    q, error = _on_grid(w, scale, minimum)
+    for _ in range(_FITS):
+        fitted = _fitted(w, q)
+        tried, its_error = _on_grid(w, *fitted)
+        better = its_error < error
+        q, error = tried.where(better, q), its_error.where(better, error)
+        scale, minimum = fitted[0].where(better, scale), fitted[1].where(better, minimum)
+    low_half, high_half = q.to(torch.uint8).reshape(len(rows), -1, 2, RUN // 2).unbind(2)
+    values = (low_half | (high_half << 4)).flatten(1)
+    return Int4Weight(values, scale.squeeze(-1), minimum.squeeze(-1))
+
+
+def _on_grid(w: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest q of each element, and the squared error of each group, [..., 1]."""
+    scale, minimum = scale.to(w.dtype), minimum.to(w.dtype)
+    q = (w - minimum).div_(scale.where(scale > 0, 1.0)).round_().clamp_(0, 15)
+    error = torch.addcmul(minimum, q, scale).sub_(w).square_().sum(-1, keepdim=True)
+    return q, error
+
+
+def _fitted(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the minimum of each group with the least squared error for these q."""
+    n, of_q, of_w = w.shape[-1], q.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+    spread = n * q.square().sum(-1, keepdim=True) - of_q.square()
+    scale = (n * (q * w).sum(-1, keepdim=True) - of_q * of_w) / spread.where(spread > 0, 1.0)
+    scale = scale.clamp_(min=0).bfloat16()
+    return scale, ((of_w - scale * of_q) / n).bfloat16()
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """What a weight, or rows of one, stands for: [..., n_in], computed in float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = weight.scale.to(wide).unsqueeze(-1)
+    if isinstance(weight, Int8Weight):
+        return (weight.values.to(wide) * scale).to(dtype)
+    halves = weight.values.unflatten(-1, (-1, 1, RUN // 2))  # [..., runs, 1, 16]
+    q = torch.cat((halves & 15, halves >> 4), dim=-2).flatten(-3)
+    groups = q.unflatten(-1, (weight.scale.shape[-1], -1))
+    return (groups * scale + weight.minimum.to(wide).unsqueeze(-1)).flatten(-2).to(dtype)
