@@ -12,7 +12,7 @@ PRECISIONS = ("int8", "int8-dynamic", "int4")
 GROUPS = (32, 64)
 RUN = 32  # elements of a row whose halves share the bytes of an Int4Weight
 _FITS = 3  # of a group's grid to what it rounds; more lower the error hardly
-_CHUNK = 1 << 18  # elements quantised at a time, so that what lies in between stays in the cache
+_CHUNK = 1 << 17  # elements quantised at a time, so that what lies in between stays in the cache
 
 
 class Int8Weight(NamedTuple):
@@ -40,6 +40,12 @@ class Int4Weight(NamedTuple):
 
 QuantizedWeight: TypeAlias = Int8Weight | Int4Weight
 Device: TypeAlias = torch.device | str | None
+
+
+def named_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a weight under the names that a layer gives them."""
+    values = "weight_int8" if isinstance(weight, Int8Weight) else "weight_int4"
+    return dict(zip((values, *weight._fields[1:]), weight, strict=True))
 
 
 def check_precision(precision: str, group: int) -> None:
@@ -122,7 +128,8 @@ def write_rows(weight: QuantizedWeight, first: int, rows: Tensor) -> None:
         return
     groups = None if isinstance(weight, Int8Weight) else weight.scale.shape[1]
     for part in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        wide = part.to(weight.values.device, torch.promote_types(part.dtype, torch.float32))
+        wide = wide.contiguous()  # sums depend on the layout
         made = _int8(wide) if groups is None else _int4(wide, groups)
         if not all(bool(t.isfinite().all()) for t in made[1:]):
             raise ValueError("it has values that are NaN, infinite or too large")

@@ -12,8 +12,9 @@ from fastgpt.model.modules import (
     MultiHeadAttention,
     TransformerBlock,
 )
+from fastgpt.model.quantization import QuantizedEmbedding, QuantizedLinear
 from fastgpt.weights.save import refuse
-from fastgpt.weights.sizes import Sizes
+from fastgpt.weights.sizes import Quantization, Sizes
 
 
 def described(model: Any) -> Sizes:
@@ -47,24 +48,38 @@ def described(model: Any) -> Sizes:
     for what, values in (("heads", heads), ("eps of the norms", epsilons), ("dropout", drops)):
         if len(values) > 1:
             faults.append(f"{what} differ: {', '.join(map(str, values))}")
+    tok = model.tok_emb
     for name in ("tok_emb", "pos_emb"):
         table = getattr(model, name)
-        if not isinstance(table, nn.Embedding):
+        if not isinstance(table, nn.Embedding) and type(table) is not QuantizedEmbedding:
             faults.append(f"{name} is a {type(table).__name__}, not nn.Embedding")
+    kinds_of = {
+        Quantization(layer.precision, layer.group or 32)
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+    if len(kinds_of) > 1:
+        faults.append(f"precisions differ: {', '.join(sorted(q.precision for q in kinds_of))}")
     refuse(faults)
     rate = model.cfg["drop_rate"]
     attention, shortcut = drops.pop() if drops else (rate, rate)
+    if isinstance(tok, QuantizedEmbedding):
+        vocab_size, width = tok.num_embeddings, tok.embedding_dim
+        tied = tok.shares_weight_with(model.out_head)
+    else:
+        vocab_size, width = tok.weight.shape
+        tied = getattr(model.out_head, "weight", None) is tok.weight
     cfg = {
-        "vocab_size": model.tok_emb.weight.shape[0],
+        "vocab_size": vocab_size,
         "context_length": model.pos_emb.weight.shape[0],
-        "emb_dim": model.tok_emb.weight.shape[1],
+        "emb_dim": width,
         "n_heads": heads.pop() if heads else model.cfg["n_heads"],
         "n_layers": len(model.trf_blocks),
         "drop_rate": shortcut,
         "qkv_bias": any(".att.W_" in n and n.endswith("bias") for n, _ in model.named_parameters()),
     }
-    tied = getattr(model.out_head, "weight", None) is model.tok_emb.weight
-    return Sizes(cfg, epsilons.pop(), (_p(model.drop_emb), attention, shortcut), tied)
+    rates = (_p(model.drop_emb), attention, shortcut)
+    return Sizes(cfg, epsilons.pop(), rates, tied, kinds_of.pop() if kinds_of else None)
 
 
 def _p(dropout: nn.Module) -> float:

@@ -28,6 +28,7 @@ from fastgpt.model.fusable import (
     obstacle,
 )
 from fastgpt.model.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
+from fastgpt.model.quantization import quantized_copy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,8 +83,9 @@ class GPTModel(nn.Module):
             name_or_path: a path, or a repository of the hub such as "gpt2" or "gpt2-xl".
             cfg: sizes that the files do not tell, which for the book's model.pth is n_heads, unless
                 it has one of GPT-2's sizes; drop_rate overrides theirs.
-            options: dtype and device, by default those of a new module; revision, cache_dir, token
-                and local_files_only, for the hub.
+            options: dtype and device, by default those of a new module; quantize, a precision of
+                ``fastgpt.quantize``, and group, which quantise each tensor as it is read; revision,
+                cache_dir, token and local_files_only, for the hub.
 
         Raises:
             WeightsError: a file cannot be read, or tensors are missing, left over or misshapen; all
@@ -91,19 +93,23 @@ class GPTModel(nn.Module):
             FileNotFoundError: there is no such file, and the hub cannot be reached.
             ImportError: safetensors or huggingface_hub is missing.
         """
-        return weights.from_pretrained(cls, name_or_path, cfg, **options)
+        return weights.from_pretrained(cls, name_or_path, cfg, convert=quantized_copy, **options)
 
     def save_pretrained(
         self,
         directory: str | os.PathLike[str],
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes model.safetensors and config.json for Hugging Face's GPT2LMHeadModel; see
+        """Writes model.safetensors and config.json for Hugging Face's GPT2LMHeadModel, or for
+        ``from_pretrained`` alone if the model is quantised; see
         ``fastgpt.weights.save_pretrained``.
         """
+        sizes = described(self)
         if state_dict is None:
             state_dict = dict(self.named_parameters(remove_duplicate=False))
-        weights.save_pretrained(described(self), state_dict, directory)
+            if sizes.quantization is not None:
+                state_dict |= self.named_buffers(remove_duplicate=False)
+        weights.save_pretrained(sizes, state_dict, directory)
 
     def forward(self, in_idx: Tensor, use_cache: bool = False, cache: Any = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab_size].

@@ -29,6 +29,7 @@ from fastgpt.quantized_weight import (
     QuantizedWeight,
     check_precision,
     dequantize,
+    named_tensors,
     quantize_weight,
 )
 
@@ -47,9 +48,8 @@ class _Quantized(nn.Module):
 
     def _hold(self, weight: QuantizedWeight, precision: str) -> None:
         self.precision = precision
-        name = "weight_int8" if isinstance(weight, Int8Weight) else "weight_int4"
-        for key, tensor in zip((name, *weight._fields[1:]), weight, strict=True):
-            self.register_buffer(key, tensor)
+        for name, tensor in named_tensors(weight).items():
+            self.register_buffer(name, tensor)
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -166,6 +166,13 @@ class QuantizedEmbedding(_Quantized):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
+
+    def shares_weight_with(self, head: nn.Module) -> bool:
+        """Whether the head has the same tensors."""
+        if not isinstance(head, QuantizedLinear):
+            return False
+        ours, theirs = (module.quantized_weight.values for module in (self, head))
+        return ours is theirs or (not ours.is_meta and ours.data_ptr() == theirs.data_ptr())
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, precision={self.precision}"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastgpt.weights import fill, hub
+from fastgpt.quantized_weight import check_precision
+from fastgpt.weights import fill, hub, quantized
 from fastgpt.weights.files import Memory, Source
 from fastgpt.weights.meta import make_room, on_meta
-from fastgpt.weights.names import WeightsError, style_of
+from fastgpt.weights.names import Style, WeightsError, style_of
 from fastgpt.weights.save import save_pretrained
-from fastgpt.weights.sizes import Sizes, completed
+from fastgpt.weights.sizes import Quantization, Sizes, completed
 
 __all__ = [
     "WeightsError",
@@ -32,20 +33,43 @@ def from_pretrained(
     name_or_path: str | os.PathLike[str],
     cfg: Mapping[str, Any] | None = None,
     *,
+    convert: Callable[..., Model],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    quantize: str | None = None,
+    group: int = 32,
     **hub_options: Any,
 ) -> Model:
-    """Makes a model from weights: see ``GPTModel.from_pretrained``."""
+    """Makes a model from weights: see ``GPTModel.from_pretrained``.
+
+    Args:
+        convert: makes a quantised model of one, both on meta, as ``fastgpt.quantize`` does.
+    """
+    asked = None if quantize is None else Quantization(quantize, group)
+    if asked is not None:
+        check_precision(*asked)
     source, known = hub.locate(name_or_path, **hub_options)
-    sizes, plan = _planned(source, known, cfg)
+    sizes, style = _completed(source, known, cfg)
     model = on_meta(cls, sizes.cfg)
-    plan.check(dict(model.named_parameters()))
-    masks = plan.edited_masks()
-    if plan.tied:
+    masks: Mapping[int, torch.Tensor] = {}
+    if sizes.quantization is None:
+        plan = fill.Plan(source, style, sizes.cfg, sizes.tied)
+        plan.check(dict(model.named_parameters()))
+        masks, fills, tied = plan.edited_masks(), plan.fills, plan.tied
+    elif asked is not None and asked.precision != sizes.quantization.precision:
+        raise WeightsError(
+            f"{source.label} is quantised to {sizes.quantization.precision}, and cannot be loaded "
+            f"as {quantize}: quantise the model that it was made from"
+        )
+    else:
+        asked, tied = sizes.quantization, bool(sizes.tied)
+        fills = quantized.check_source(source, sizes)
+    if tied:
         model.out_head.weight = model.tok_emb.weight  # type: ignore[union-attr]
+    if asked is not None:
+        model = convert(model if dtype is None else model.to(dtype), *asked)
     make_room(model, dtype, device)
-    plan.copy_into(dict(model.named_parameters(remove_duplicate=False)))
+    fill.copy(source, fills, _targets(model))
     _set_masks(model, masks)
     _set_rates(model, sizes)
     return model.eval()
@@ -89,6 +113,16 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
+    if sizes.quantization is not None:
+        raise WeightsError(
+            f"{source.label} is quantised to {sizes.quantization.precision}: load it with "
+            "GPTModel.from_pretrained"
+        )
+    if any(hasattr(module, "quantized_weight") for module in model.modules()):
+        raise WeightsError(
+            "weights cannot be loaded into a quantised model: load them with "
+            "GPTModel.from_pretrained(..., quantize=...)"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [k for k in ("tok_emb.weight", "pos_emb.weight") if k not in parameters]
     blocks: Any = getattr(model, "trf_blocks", None)
@@ -116,20 +150,36 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
     plan = _planned(source, Sizes(tied=sizes.tied), cfg)[1]
     plan.check(parameters)
     masks = plan.edited_masks()
-    plan.copy_into(parameters)
+    fill.copy(source, plan.fills, parameters)
     _set_masks(model, masks, causal=plan.masks.keys() - masks.keys())
+
+
+def _targets(model: nn.Module) -> dict[str, fill.Target]:
+    """What a file's tensors fill: parameters, buffers, and quantised weights as a whole, each under
+    the name of the weight in full precision.
+    """
+    targets: dict[str, fill.Target] = dict(model.named_parameters(remove_duplicate=False))
+    targets |= model.named_buffers(remove_duplicate=False)
+    for path, module in model.named_modules():
+        if hasattr(module, "quantized_weight"):
+            targets[f"{path}.weight"] = module.quantized_weight
+    return targets
 
 
 def _planned(
     source: Source, known: Sizes, cfg: Mapping[str, Any] | None
 ) -> tuple[Sizes, fill.Plan]:
+    sizes, style = _completed(source, known, cfg)
+    return sizes, fill.Plan(source, style, sizes.cfg, sizes.tied)
+
+
+def _completed(source: Source, known: Sizes, cfg: Mapping[str, Any] | None) -> tuple[Sizes, Style]:
     style = style_of(source.stored)
     if style is None:
         found = ", ".join(list(source.stored)[:8]) or "nothing"
         raise WeightsError(f"{source.label} has no tensors named as in a GPT-2, but: {found}")
     shapes = {name: stored.shape for name, stored in source.stored.items()}
-    sizes = completed(known, cfg, style, shapes)
-    return sizes, fill.Plan(source, style, sizes.cfg, sizes.tied)
+    return completed(known, cfg, style, shapes), style
 
 
 def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) -> None:
@@ -139,7 +189,7 @@ def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) 
             held.copy_(torch.ones_like(held).triu(1))
     for layer, mask in masks.items():
         att = model.trf_blocks[layer].att
-        like = att.W_query.weight
+        like = next(att.parameters())
         att.mask = mask.to(device=like.device, dtype=like.dtype)
 
 

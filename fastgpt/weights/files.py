@@ -22,7 +22,7 @@ from fastgpt.weights.names import Shape, WeightsError, unwrapped
 
 NEEDS_HUB = "safetensors and huggingface_hub are needed: pip install safetensors huggingface_hub"
 
-# The dtypes of weights and masks, by their names in a safetensors header.
+# The dtypes of weights, of masks and of what is quantised, by their names in a safetensors header.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,6 +30,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }

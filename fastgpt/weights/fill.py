@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt.quantized_weight import QuantizedWeight, write_rows
 from fastgpt.weights.files import Source, Stored
 from fastgpt.weights.names import Entry, Shape, Style, WeightsError, expected
 
 WINDOW = 32 << 20  # bytes of a file that are read at a time
+SMALL_WINDOW = 2 << 20  # where what is read is far larger than what becomes of it
 
 Parameters = Mapping[str, nn.Parameter]
+Target: TypeAlias = Tensor | QuantizedWeight  # what is quantised while it is read
 
 
 class Plan:
@@ -101,55 +104,6 @@ class Plan:
                 edited[layer] = mask
         return edited
 
-    @torch.no_grad()
-    def copy_into(self, parameters: Parameters) -> None:
-        """Writes each tensor into the parameters that it fills, in their dtype, on their device."""
-        # Pages once read stay resident while the file is mapped, so it is mapped again after
-        # every twentieth of the model.
-        budget = max(WINDOW, sum(p.nbytes for p in parameters.values()) // 20)
-        pieces = self._pieces(parameters)
-        piece = next(pieces, None)
-        while piece is not None:
-            left = budget
-            with self.source.opened() as read:
-                while piece is not None and left > 0:
-                    left -= self._copy(read, *piece, parameters)
-                    piece = next(pieces, None)
-
-    def _pieces(self, parameters: Parameters) -> Iterator[tuple[str, Entry, int, int]]:
-        written: set[int] = set()
-        for name, entry in self.fills:
-            targets = {id(parameters[key]) for key in entry.targets}
-            if not targets <= written:  # a tied head is the token embedding
-                yield from ((name, entry, a, b) for a, b in self._windows(name, entry.shape))
-            written |= targets
-
-    def _copy(
-        self, read: Any, name: str, entry: Entry, a: int, b: int, parameters: Parameters
-    ) -> int:
-        """Copies rows a to b of a tensor; returns their size in bytes."""
-        rows = self._rows(read, name, entry.shape, a, b)
-        for i, key in enumerate(entry.targets):
-            target = parameters[key].data
-            n = target.shape[0]
-            low, high = max(a, i * n), min(b, (i + 1) * n)
-            if entry.transposed:
-                target[:, a:b].copy_(rows[:, i * n : (i + 1) * n].t())
-            elif low < high:
-                target[low - i * n : high - i * n].copy_(rows[low - a : high - a])
-        return int(rows.nbytes)
-
-    def _rows(self, read: Any, name: str, shape: Shape, a: int, b: int) -> Tensor:
-        leading = len(self.source.stored[name].shape) - len(shape)
-        rows: Tensor = read(name)[(0,) * leading + (slice(a, b),)]
-        return rows
-
-    def _windows(self, name: str, shape: Shape) -> Iterator[tuple[int, int]]:
-        dtype = self.source.stored[name].dtype
-        assert dtype is not None
-        step = max(1, WINDOW // max(1, dtype.itemsize * math.prod(shape[1:])))
-        return ((a, min(a + step, shape[0])) for a in range(0, shape[0], step))
-
     def _any(self, name: str) -> bool:
         with self.source.opened() as read:
             return bool(read(name)[:].any())
@@ -163,7 +117,7 @@ class Plan:
         if not tied:
             return False
         # If both are stored and differ, they are not tied, as in Hugging Face's loader.
-        for a, b in self._windows(style.tok, stored[style.tok].shape):
+        for a, b in _windows(stored[style.tok], stored[style.tok].shape, WINDOW):
             with self.source.opened() as read:
                 if not torch.equal(read(style.tok)[a:b], read(style.head)[a:b]):
                     return False
@@ -173,6 +127,91 @@ class Plan:
         lists = ["\n    ".join((f"\n  {kind}:", *names)) for kind, names in faults.items() if names]
         if lists:
             raise WeightsError(f"{self.source.label} does not fit the model" + "".join(lists))
+
+
+@torch.no_grad()
+def copy(source: Source, fills: Sequence[tuple[str, Entry]], targets: Mapping[str, Target]) -> None:
+    """Writes each tensor into the targets that it fills, in their dtype, on their device.
+
+    Raises:
+        WeightsError: a value of what is to be quantised is NaN or infinite.
+    """
+    # Pages once read stay resident while the file is mapped, so it is mapped again after
+    # every twentieth of the model.
+    narrow = any(not isinstance(targets[key], Tensor) for _, e in fills for key in e.targets)
+    window = SMALL_WINDOW if narrow else WINDOW
+    budget = max(window, sum(map(_nbytes, targets.values())) // 20)
+    pieces = _pieces(source, fills, targets, window)
+    piece = next(pieces, None)
+    while piece is not None:
+        left = budget
+        with source.opened() as read:
+            while piece is not None and left > 0:
+                name, entry, a, b = piece
+                rows = _rows(read(name), len(source.stored[name].shape), entry, a, b)
+                _write(rows, entry, a, targets, source.label)
+                left -= rows.nbytes
+                del rows
+                piece = next(pieces, None)
+
+
+def _pieces(
+    source: Source,
+    fills: Sequence[tuple[str, Entry]],
+    targets: Mapping[str, Target],
+    window: int,
+) -> Iterator[tuple[str, Entry, int, int]]:
+    """Outputs a to b of every tensor."""
+    written: set[int] = set()
+    for name, entry in fills:
+        places = {id(_values(targets[key])) for key in entry.targets}
+        if not places <= written:  # a tied head is the token embedding
+            shape = entry.shape[::-1] if entry.transposed else entry.shape
+            yield from (
+                (name, entry, a, b) for a, b in _windows(source.stored[name], shape, window)
+            )
+        written |= places
+
+
+def _windows(stored: Stored, shape: Shape, window: int) -> Iterator[tuple[int, int]]:
+    assert stored.dtype is not None
+    step = max(1, window // max(1, stored.dtype.itemsize * math.prod(shape[1:])))
+    return ((a, min(a + step, shape[0])) for a in range(0, shape[0], step))
+
+
+def _rows(part: Any, dims: int, entry: Entry, a: int, b: int) -> Tensor:
+    """Outputs a to b of a tensor of so many dimensions, [b - a, ...]."""
+    leading = (0,) * (dims - len(entry.shape))
+    if entry.transposed:
+        columns: Tensor = part[(*leading, slice(None), slice(a, b))]
+        return columns.t()
+    rows: Tensor = part[(*leading, slice(a, b))]
+    return rows
+
+
+def _write(rows: Tensor, entry: Entry, a: int, targets: Mapping[str, Target], label: str) -> None:
+    """Writes a tensor's outputs from a on into its targets."""
+    n = entry.part[0]
+    for i, key in enumerate(entry.targets):
+        low, high = max(a, i * n), min(a + len(rows), (i + 1) * n)
+        if low >= high:
+            continue
+        target, part = targets[key], rows[low - a : high - a]
+        if isinstance(target, Tensor):
+            target.data[low - i * n : high - i * n].copy_(part)
+            continue
+        try:
+            write_rows(target, low - i * n, part)
+        except ValueError as error:
+            raise WeightsError(f"{label}: {key} cannot be quantised: {error}") from None
+
+
+def _values(target: Target) -> Tensor:
+    return target if isinstance(target, Tensor) else target.values
+
+
+def _nbytes(target: Target) -> int:
+    return target.nbytes if isinstance(target, Tensor) else sum(t.nbytes for t in target)
 
 
 def _has_shape(shape: Shape, right: Shape) -> bool:

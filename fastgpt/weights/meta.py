@@ -34,11 +34,17 @@ class _NoDraw(TorchFunctionMode):
 def make_room(
     model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> None:
-    """Replaces parameters on meta by uninitialised ones; tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
+    """Replaces parameters and buffers on meta by uninitialised ones; tied ones stay tied. The
+    dtype is for parameters.
+    """
+    made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(p) not in made:
                 empty = torch.empty(p.shape, dtype=dtype, device=device)
                 made[id(p)] = nn.Parameter(empty, p.requires_grad)
             setattr(module, name, made[id(p)])
+        for name, b in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if id(b) not in made:
+                made[id(b)] = torch.empty_like(b, device=device or torch.get_default_device())
+            setattr(module, name, made[id(b)])

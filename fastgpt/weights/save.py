@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.atomic_files import clear_unfinished, only_writer, sync_files, sync_folder
+from fastgpt.weights import quantized
 from fastgpt.weights.files import NEEDS_HUB
 from fastgpt.weights.names import WeightsError, expected, hugging_face
 from fastgpt.weights.sizes import Sizes, as_json
@@ -29,7 +30,8 @@ def save_pretrained(
     Whenever the process ends, the folder holds the old pair of files or the new one; for a moment,
     if their configs differ, an incomplete pair, which ``from_pretrained`` refuses. The next save
     clears what an interrupted one left behind. Biases that the model lacks are written as zeros,
-    with a note in config.json.
+    with a note in config.json. A quantised model is written under the keys of its state dict, with
+    an entry "quantization_config" in config.json, and only ``from_pretrained`` reads it.
 
     Args:
         sizes: of the model.
@@ -37,16 +39,17 @@ def save_pretrained(
         directory: made if need be.
 
     Raises:
-        WeightsError: Hugging Face's GPT-2 has no place for something in this model; it is named.
+        WeightsError: Hugging Face's GPT-2 has no place for something in this model, or it is
+            quantised in part; it is named.
     """
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(f"save_pretrained: {NEEDS_HUB}") from None
     state = {name: t for name, t in state.items() if not name.endswith("att.mask")}
-    tensors = _theirs(state, sizes)
+    tensors = quantized.to_save(state, sizes) if sizes.quantization else _theirs(state, sizes)
     text = json.dumps(
-        {**as_json(sizes), "dtype": str(state["tok_emb.weight"].dtype).removeprefix("torch.")},
+        {**as_json(sizes), "dtype": str(state["pos_emb.weight"].dtype).removeprefix("torch.")},
         indent=2,
     )
     place = Path(directory)

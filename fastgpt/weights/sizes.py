@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
+from fastgpt.quantized_weight import check_precision
 from fastgpt.weights.names import Shape, Style, WeightsError
 
 _KEYS = tuple(GPT_CONFIG_124M)
@@ -20,7 +21,16 @@ _THEIRS = {
 }
 # The heads of GPT-2's four sizes, by width and layers: no tensor's shape shows them.
 _HEADS = {(c["emb_dim"], c["n_layers"]): c["n_heads"] for c in GPT2_SIZES.values()}
+# Hugging Face's loaders refuse ours under this name; else they would draw the weights at random.
+_QUANTIZED = "quantization_config"
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")
+
+
+class Quantization(NamedTuple):
+    """How a model's linear layers hold their weights; the group counts for int4 alone."""
+
+    precision: str
+    group: int = 32
 
 
 @dataclass
@@ -33,12 +43,14 @@ class Sizes:
         drops: dropout probabilities at the embedding, the attention weights and the shortcuts; None
             if all are the config's drop_rate.
         tied: whether the head is the token embedding; None if only the tensors show it.
+        quantization: of the linear layers; None if they are in full precision.
     """
 
     cfg: dict[str, Any] = field(default_factory=dict)
     eps: float = 1e-5
     drops: tuple[float, float, float] | None = None
     tied: bool | None = None
+    quantization: Quantization | None = None
 
 
 def refused_setting(get: Any, width: int) -> str | None:
@@ -85,7 +97,19 @@ def from_json(data: Any, label: str) -> Sizes:
         float(data.get("layer_norm_epsilon", 1e-5)),
         drops,  # type: ignore[arg-type]
         bool(data.get("tie_word_embeddings", True)),
+        _quantization(data.get(_QUANTIZED), label),
     )
+
+
+def _quantization(entry: Any, label: str) -> Quantization | None:
+    if entry is None:
+        return None
+    try:
+        found = Quantization(**entry)
+        check_precision(*found)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{label} has a {_QUANTIZED} that cannot be read: {error}") from None
+    return found
 
 
 def as_json(sizes: Sizes) -> dict[str, Any]:
@@ -109,7 +133,7 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
         "eos_token_id": end,
         # Only ours: Hugging Face's model always has these biases, zero if ours has none.
         "qkv_bias": bool(sizes.cfg["qkv_bias"]),
-    }
+    } | ({_QUANTIZED: sizes.quantization._asdict()} if sizes.quantization else {})
 
 
 def completed(
@@ -140,7 +164,7 @@ def completed(
         raise WeightsError(f"the config of these weights is invalid: {error}") from None
     cfg = {key: cfg[key] for key in _KEYS} | cfg
     drops = None if "drop_rate" in given else sizes.drops
-    return Sizes(cfg, sizes.eps, drops, sizes.tied)
+    return Sizes(cfg, sizes.eps, drops, sizes.tied, sizes.quantization)
 
 
 def _shown(style: Style, shapes: Mapping[str, Shape]) -> dict[str, Any]:
