@@ -19,11 +19,14 @@ SANITIZE = os.environ.get("FASTGPT_SANITIZE") == "1"
 
 ISAS = {"baseline": []}
 if X86:
-    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma"]
+    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
     # GCC 12 finds its own AVX-512 header at fault.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    ISAS["avx512"] = ["/arch:AVX512"] if MSVC else ["-mavx2", "-mfma", *avx512, *quiet]
+    ISAS["avx512"] = ["/arch:AVX512"] if MSVC else [*ISAS["avx2"], *avx512, *quiet]
+    # .. with dot products of bfloat16 pairs and of int8.
+    narrow = ["/DFASTGPT_NARROW_DOTS"] if MSVC else ["-mavx512bf16", "-mavx512vnni"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], *narrow]
 
 if MSVC:
     compile_args, link_args = ["/O2", "/openmp"], []

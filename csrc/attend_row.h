@@ -3,17 +3,18 @@
 
 #include <math.h>
 
-#include "vec.h"
+#include "numbers.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
 // Scores of one query against n keys, then the weighted sum of values. scores: n floats of scratch.
-inline void attend_row(const float* q, const float* k, int64_t k_token, const float* v, int64_t v_token, int64_t n,
+template <class KV>
+inline void attend_row(const float* q, const KV* k, int64_t k_token, const KV* v, int64_t v_token, int64_t n,
                        int64_t head_dim, float scale, float* scores, float* out) {
     float top = -INFINITY;
     for (int64_t j = 0; j < n; j += 4) {
-        const float* row[4];  // past the end the last key is repeated: computed, never used
+        const KV* row[4];  // past the end the last key is repeated: computed, never used
         for (int i = 0; i < 4; ++i) row[i] = k + min(j + i, n - 1) * k_token;
         Vec sums[4] = {zero(), zero(), zero(), zero()};
         for (int64_t d = 0; d < head_dim; d += Vec::width) {

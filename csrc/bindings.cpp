@@ -36,28 +36,37 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
 
 #if defined(FASTGPT_X86) && defined(_MSC_VER)
-bool cpuid_bit(int leaf, int reg, int bit) {
+bool cpuid_bit(int leaf, int reg, int bit, int subleaf = 0) {
     int r[4];
-    __cpuidex(r, leaf, 0);
+    __cpuidex(r, leaf, subleaf);
     return (r[reg] >> bit) & 1;
 }
 // The operating system must save the registers too: XCR0 names which.
 bool os_saves(unsigned long long state) { return cpuid_bit(1, 2, 27) && (_xgetbv(0) & state) == state; }
-bool has_avx2() { return os_saves(0x6) && cpuid_bit(7, 1, 5) && cpuid_bit(1, 2, 12); }
+bool has_avx2() { return os_saves(0x6) && cpuid_bit(7, 1, 5) && cpuid_bit(1, 2, 12) && cpuid_bit(1, 2, 29); }
 bool has_avx512() {
     return has_avx2() && os_saves(0xe6) && cpuid_bit(7, 1, 16) && cpuid_bit(7, 1, 17) && cpuid_bit(7, 1, 30) &&
            cpuid_bit(7, 1, 31);
 }
+bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 2, 11) && cpuid_bit(7, 0, 5, 1); }
 #elif defined(FASTGPT_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
@@ -66,6 +75,7 @@ std::vector<const Kernels*> runnable() {  // slowest first
 #ifdef FASTGPT_X86
     if (has_avx2()) found.push_back(&avx2::kernels);
     if (has_avx512()) found.push_back(&avx512::kernels);
+    if (has_avx512_bf16()) found.push_back(&avx512_bf16::kernels);
 #endif
     return found;
 }
@@ -194,7 +204,8 @@ void forward(const Fields& fields, const Fields& blocks, float eps, int threads)
     if (blocks.size() * sizeof(int64_t) != sizeof(Block) * static_cast<size_t>(f.n_blocks))
         throw std::invalid_argument("forward: wrong number of block fields");
     std::vector<Block> records(static_cast<size_t>(f.n_blocks));
-    if (!records.empty()) std::memcpy(records.data(), blocks.data(), sizeof(Block) * records.size());
+    if (!records.empty())
+        std::memcpy(static_cast<void*>(records.data()), blocks.data(), sizeof(Block) * records.size());
     py::gil_scoped_release unlocked;
     kernels().forward(f, records.data(), eps, usable(threads));
 }

@@ -11,6 +11,7 @@
 
 #include "attention_product.h"
 #include "dropout.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace fastgpt {
@@ -24,21 +25,29 @@ static_assert(kKeyTile == kDropoutGroup, "a tile of keys is one group of the gen
 struct AttentionWorkspace {
     float* scores;                              // [kQueryTile, kKeyTile]
     float* out;                                 // [kQueryTile, head_dim]
+    float* values;                              // [kKeyTile, head_dim], where they are no float32
     float* keys;                                // [ceil(keys / kGroupCols), head_dim, kGroupCols]
     float top[kQueryTile], weight[kQueryTile];  // running maximum and sum of each row
 
     AttentionWorkspace(float* memory, int64_t head_dim)
-        : scores(memory), out(scores + kQueryTile * kKeyTile), keys(out + kQueryTile * head_dim) {}
+        : scores(memory),
+          out(scores + kQueryTile * kKeyTile),
+          values(out + kQueryTile * head_dim),
+          keys(values + kKeyTile * head_dim) {}
     static int64_t floats(int64_t n_keys, int64_t head_dim) {
         const int64_t panels = (n_keys + kGroupCols - 1) / kGroupCols;
-        return panels * head_dim * kGroupCols + kQueryTile * (kKeyTile + head_dim);
+        return panels * head_dim * kGroupCols + kQueryTile * (kKeyTile + head_dim) + kKeyTile * head_dim;
     }
 };
 
 // panel[d, j] = k[j, d] for n keys; the columns past n are zero, so that their scores are finite until masked.
-inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
+template <class KV>
+inline void pack_keys(const KV* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
     for (int64_t j = 0; j < kGroupCols; j += Vec::width)
-        transpose_rows(k + min(j, n - 1) * stride, stride, n - j, head_dim, panel + j, kGroupCols);
+        transpose_rows(
+            n - j, head_dim, panel + j, kGroupCols,
+            [&](int64_t i, int64_t d) { return load(k + (j + i) * stride + d); },
+            [&](int64_t i, int64_t d, int64_t c) { return load(k + (j + i) * stride + d, c); });
 }
 
 // Turns the scores of one row into weights: the first n of them count, the rest become 0, as far as a group of
@@ -69,8 +78,20 @@ inline void online_softmax(float* score, int64_t n, float scale, float& top, flo
     weight += sum(total);
 }
 
+// n rows of head_dim values in float32; they are read in place where they are that already.
+inline const float* in_float32(const float* v, int64_t, int64_t, int64_t, float*) { return v; }
+template <class KV>
+inline const float* in_float32(const KV* v, int64_t stride, int64_t n, int64_t head_dim, float* values) {
+    for (int64_t i = 0; i < n; ++i)
+        for_each_vec(head_dim, [&](int64_t d, int64_t c) {
+            store_part(values + i * head_dim + d, load(v + i * stride + d, c), c);
+        });
+    return values;
+}
+
 // The queries [first, first + rows) of one head; packed is how many keys of it are packed already.
-inline void attend_tile(const float* q, const float* k, const float* v, float* o, float* softmax, float scale,
+template <class KV>
+inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, float* softmax, float scale,
                         const AttentionShape& s, const Dropout& drop, int64_t head, int64_t first, int64_t rows,
                         int64_t& packed, AttentionWorkspace& w) {
     const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
@@ -95,10 +116,12 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
         for (int64_t i = skip; i < rows && drop.on(); ++i)
             drop.group(head * s.queries + first + i, key / kKeyTile, w.scores + i * kKeyTile,
                        min(n, past + first + i + 1 - key));
+        const float* const values = in_float32(v + key * s.v_token, s.v_token, n, D, w.values);
+        const int64_t v_token = sizeof(KV) == sizeof(float) ? s.v_token : D;
         for (int64_t i = skip; i < rows; i += kGroupRows) {
             const int64_t group = min(kGroupRows, rows - i), seen = min(n, past + first + i + group - key);
-            attention_product<true>(w.scores + i * kKeyTile, kKeyTile, v + key * s.v_token, s.v_token, w.out + i * D, D,
-                                    group, D, seen);
+            attention_product<true>(w.scores + i * kKeyTile, kKeyTile, values, v_token, w.out + i * D, D, group, D,
+                                    seen);
         }
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -108,7 +131,8 @@ inline void attend_tile(const float* q, const float* k, const float* v, float* o
 }
 
 // What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
-inline void attention_share(const float* q, const float* k, const float* v, float* out, float* softmax, float scale,
+template <class KV>
+inline void attention_share(const float* q, const KV* k, const KV* v, float* out, float* softmax, float scale,
                             const AttentionShape& s, const Dropout& drop, float* scratch, int64_t part, int64_t parts) {
     const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
     // Shares a head among several units only where heads alone would leave threads idle.

@@ -19,9 +19,15 @@ inline int64_t forward_workspace(const Forward& f, int threads) {
 
 inline void embed_row(const Forward& f, int64_t row) {
     const int64_t id = f.wide_ids ? static_cast<const int64_t*>(f.ids)[row] : static_cast<const int32_t*>(f.ids)[row];
-    const float *token = f.tok_emb + id * f.width, *position = f.pos_emb + (f.past + row % f.tokens) * f.width;
-    for_each_vec(f.width, [&](int64_t c, int64_t n) {
-        store(f.x + row * f.width + c, load(token + c, n) + load(position + c, n), n);
+    const int64_t position = (f.past + row % f.tokens) * f.width;
+    with_rows(f.tok_emb, [&](auto type) {
+        using T = decltype(type);
+        const WeightRow<T> token(f.tok_emb, id);
+        const float scale = has_row_scale(f.tok_emb) ? static_cast<const float*>(f.tok_emb.scale)[id] : 1.0f;
+        for_each_vec(f.width, [&](int64_t c, int64_t n) {
+            const Vec v = n == Vec::width ? token(c) : token(c, n);
+            store(f.x + row * f.width + c, fma(v, broadcast(scale), load(f.pos_emb, position + c, n)), n);
+        });
     });
 }
 
@@ -37,6 +43,7 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
     BlockRun run{};
     run.batch = f.batch, run.tokens = f.tokens, run.past = f.past, run.capacity = f.capacity;
     run.width = D, run.heads = f.heads, run.head_dim = f.head_dim;
+    run.cache_format = f.cache_format, run.narrow_sums = f.narrow_sums;
     run.x = run.middle = run.y = f.x;  // in place
     run.h = run.context = h;
     run.qkv = run.act = wide, run.qkv_row = run.act_row = wide_row(f);
@@ -48,11 +55,16 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
         for (const Block* b = blocks; b < blocks + f.n_blocks; ++b) block_forward(team, run, *b, eps);
         if (!f.out) return;
         const int64_t step = f.last_only ? f.tokens : 1, rows = M / step;
-        float* last = f.head.weight ? h : f.out;
         team.share_rows(rows, [&](int64_t r) {
-            norm_row(f.x + ((r + 1) * step - 1) * D, f.final_scale, f.final_shift, last + r * D, D, eps);
+            norm_row(f.x + ((r + 1) * step - 1) * D, f.final_scale, f.final_shift, h + r * D, D, eps);
+            for_each_vec(f.head.weight.at ? 0 : D, [&](int64_t c, int64_t n) {
+                store(f.result_format, f.out, r * D + c, load_part(h + r * D + c, n), n);
+            });
         });
-        if (f.head.weight) share(team, forward_product(f.head, h, D, rows, f.out, f.head.out));
+        if (!f.head.weight.at) return;
+        Product p = forward_product(f.head, h, D, rows, f.out, f.head.out);
+        p.y_format = f.result_format, p.narrow_sums = f.narrow_sums;
+        share(team, p);
     });
 }
 

@@ -11,33 +11,55 @@ struct AttentionShape {
     int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token;
 };
 
-// An nn.Linear as it stands: element (o, i) of the weight at weight[o * row + i * col], one of the strides 1.
+// How numbers lie in memory (fastgpt/cpu/records.py counts them alike). The last three are quantised weights of
+// fastgpt/quantized_weight.py, int8-dynamic one whose product takes int8 activations too.
+enum Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8, kInt8Dynamic, kInt4 };
+
+// A row of numbers in one of the first three formats, or null.
+struct Numbers {
+    const void* at;
+    int64_t format;
+};
+
+// A matrix of parameters as it stands: element (o, i) behind o * row + i * col others, one of the strides 1. A
+// quantised one is row-major and whole; its scale is float32, one a row, or bfloat16, one a group of a row, as is the
+// minimum.
+struct Weight {
+    const void* at;
+    int64_t row, col, format = kFloat32;
+    const void *scale = nullptr, *minimum = nullptr;
+    int64_t group = 0;
+};
+
+// An nn.Linear as it stands.
 struct Linear {
-    const float* weight;
-    int64_t row, col;
-    const float* bias;  // or null
+    Weight weight;
+    Numbers bias;
     int64_t out, in;
 };
 
 // A transformer block as it stands. The caches are [batch, heads, capacity, head_dim] or null.
 struct Block {
-    const float *scale1, *shift1;
+    Numbers scale1, shift1;
     Linear query, key, value, out_proj;
-    const float *scale2, *shift2;
+    Numbers scale2, shift2;
     Linear up, down;
-    float *key_cache, *value_cache;
+    void *key_cache, *value_cache;
 };
 
 // One forward pass through embeddings (where ids is set), blocks, final norm and head (where out is set).
 struct Forward {
     int64_t batch, tokens, past, capacity, width, heads, head_dim, hidden;
-    const void* ids;                 // [batch, tokens] or null; then x holds the embeddings
-    int64_t wide_ids;                // whether they are int64 rather than int32
-    const float *tok_emb, *pos_emb;  // [vocab, width], [context, width]
-    float* x;                        // [batch * tokens, width]: the residual stream
-    const float *final_scale, *final_shift;
+    const void* ids;   // [batch, tokens] or null; then x holds the embeddings
+    int64_t wide_ids;  // whether they are int64 rather than int32
+    Weight tok_emb;    // [vocab, width]
+    Numbers pos_emb;   // [context, width]
+    float* x;          // [batch * tokens, width]: the residual stream
+    Numbers final_scale, final_shift;
     Linear head;  // weight null: out receives the norm itself
-    float* out;   // [batch * tokens, head.out] or, of the last tokens only, [batch, head.out]; or null
+    void* out;    // [batch * tokens, head.out] or, of the last tokens only, [batch, head.out]; or null
+    int64_t result_format, cache_format;  // of the first three
+    int64_t narrow_sums;  // whether products of many rows may take factors in bfloat16 though a weight is wider
     int64_t last_only;
     float* workspace;  // forward_workspace floats
     int64_t n_blocks;

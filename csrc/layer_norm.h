@@ -7,8 +7,8 @@
 
 #include "dropout.h"
 #include "kernels.h"
+#include "numbers.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
@@ -42,16 +42,16 @@ inline float row_squares(const float* x, float mean, int64_t cols) {
 }
 
 // y = scale * (x - mean) * rstd + shift for one row.
-inline void normalise(const float* x, float mean, float rstd, const float* scale, const float* shift, float* y,
+inline void normalise(const float* x, float mean, float rstd, const Numbers& scale, const Numbers& shift, float* y,
                       int64_t cols) {
     for_each_vec(cols, [&](int64_t c, int64_t n) {
         const Vec norm = (load_part(x + c, n) - broadcast(mean)) * broadcast(rstd);
-        store_part(y + c, fma(norm, load_part(scale + c, n), load_part(shift + c, n)), n);
+        store_part(y + c, fma(norm, load(scale, c, n), load(shift, c, n)), n);
     });
 }
 
 // The same by the row's own mean and deviation, kept where they are wanted.
-inline void norm_row(const float* x, const float* scale, const float* shift, float* y, int64_t cols, float eps,
+inline void norm_row(const float* x, const Numbers& scale, const Numbers& shift, float* y, int64_t cols, float eps,
                      float* mean = nullptr, float* rstd = nullptr) {
     const float m = row_sum(x, cols) / static_cast<float>(cols);
     const float rs = 1.0f / sqrtf(row_squares(x, m, cols) / static_cast<float>(cols) + eps);
@@ -79,7 +79,8 @@ inline void layer_norm(const float* x, const float* branch, const float* weight,
                     });
                 row = out;
             }
-            norm_row(row, weight, bias, y + r * cols, cols, eps, mean ? mean + r : nullptr, rstd ? rstd + r : nullptr);
+            norm_row(row, {weight, kFloat32}, {bias, kFloat32}, y + r * cols, cols, eps, mean ? mean + r : nullptr,
+                     rstd ? rstd + r : nullptr);
         }
     });
 }

@@ -10,8 +10,8 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 // y = x W^T + bias; x: [rows, in], y: [rows, out], their rows x_row and y_row apart.
-inline Product forward_product(const Linear& w, const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row) {
-    Product p{{x, x_row, 1}, {w.weight, w.row, w.col}, y, y_row, rows, w.out, w.in};
+inline Product forward_product(const Linear& w, const float* x, int64_t x_row, int64_t rows, void* y, int64_t y_row) {
+    Product p{{x, x_row, 1}, w.weight, y, y_row, rows, w.out, w.in};
     p.bias = w.bias;
     return p;
 }
@@ -19,19 +19,19 @@ inline Product forward_product(const Linear& w, const float* x, int64_t x_row, i
 // dx = dy W.
 inline Product input_gradient(const Linear& w, const float* dy, int64_t dy_row, int64_t rows, float* dx,
                               int64_t dx_row) {
-    return {{dy, dy_row, 1}, {w.weight, w.col, w.row}, dx, dx_row, rows, w.in, w.out};
+    const Weight turned{w.weight.at, w.weight.col, w.weight.row, w.weight.format};
+    return {{dy, dy_row, 1}, turned, dx, dx_row, rows, w.in, w.out};
 }
 
 // dW[out, in] = dy^T x over the rows, in the layout that the gradient has.
 inline Product weight_gradient(const LinearGradient& to, const float* dy, int64_t dy_row, int64_t out, const float* x,
                                int64_t x_row, int64_t in, int64_t rows) {
-    const Matrix dy_turned{dy, 1, dy_row}, x_turned{x, 1, x_row};
-    if (to.col == 1) return {dy_turned, x_turned, to.weight, to.row, out, in, rows};
-    return {x_turned, dy_turned, to.weight, to.col, in, out, rows};
+    if (to.col == 1) return {{dy, 1, dy_row}, Weight{x, 1, x_row}, to.weight, to.row, out, in, rows};
+    return {{x, 1, x_row}, Weight{dy, 1, dy_row}, to.weight, to.col, in, out, rows};
 }
 
 // y += the product rather than y =.
-inline void add_to_result(Product& p) { p.residual = p.y, p.residual_row = p.y_row; }
+inline void add_to_result(Product& p) { p.residual = static_cast<float*>(p.y), p.residual_row = p.y_row; }
 
 inline void share(const Team& team, const Product& p) { run_product(p, team.part, team.parts, team.scratch); }
 
@@ -50,7 +50,7 @@ inline void share_parameter_gradients(const Team& team, const LinearGradient& to
 inline void linear(const Linear& w, const float* x, float* y, int64_t rows, float* workspace, int threads) {
     parallel_region(threads, [&](int64_t part, int64_t parts) {
         run_product(forward_product(w, x, w.in, rows, y, w.out), part, parts,
-                    aligned(workspace) + part * product_scratch(false));
+                    aligned(workspace) + part * product_scratch(w.weight.format != kFloat32));
     });
 }
 

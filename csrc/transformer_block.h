@@ -31,32 +31,34 @@ struct BlockRun {
     // feed-forward's middle before its GELU, rows act_row apart.
     float *softmax, *mean1, *rstd1, *mean2, *rstd2, *pre;
     Dropout drop_attention, drop_shortcut1, drop_shortcut2;
+    int64_t cache_format;
+    bool narrow_sums;  // as Product has it
 
     int64_t rows() const { return batch * tokens; }
     float scale() const { return 1.0f / sqrtf(static_cast<float>(head_dim)); }
     // Floats of each thread's scratch: the largest of what the phases need.
     static int64_t scratch(int64_t keys, int64_t head_dim) {
-        return up(max(kProductScratch, max(keys + 16, AttentionWorkspace::floats(keys, head_dim))), 16) * 16;
+        return up(max(product_scratch(true), max(keys + 16, AttentionWorkspace::floats(keys, head_dim))), 16) * 16;
     }
 };
 
 // Appends the tokens' keys and values to the cache, [batch, heads, capacity, head_dim] each.
 inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
     const int64_t batch = row / r.tokens, token = r.past + row % r.tokens;
-    const float* qkv = r.qkv + row * r.qkv_row;
-    const size_t bytes = sizeof(float) * static_cast<size_t>(r.head_dim);
+    const float *key = r.qkv + row * r.qkv_row + r.width, *value = key + r.width;
     for (int64_t h = 0; h < r.heads; ++h) {
-        const int64_t at = ((batch * r.heads + h) * r.capacity + token) * r.head_dim;
-        std::memcpy(b.key_cache + at, qkv + r.width + h * r.head_dim, bytes);
-        std::memcpy(b.value_cache + at, qkv + 2 * r.width + h * r.head_dim, bytes);
+        const int64_t at = ((batch * r.heads + h) * r.capacity + token) * r.head_dim, from = h * r.head_dim;
+        for_each_vec(r.head_dim, [&](int64_t c, int64_t n) {
+            store(r.cache_format, b.key_cache, at + c, load_part(key + from + c, n), n);
+            store(r.cache_format, b.value_cache, at + c, load_part(value + from + c, n), n);
+        });
     }
 }
 
-// Attention of every head, from the query columns of qkv into context; keys and values from there or from the cache.
-inline void attend(const Team& team, const BlockRun& r, const Block& b) {
+// Attention of every head, from the query columns of qkv into context; k and v from there or from the cache.
+template <class KV>
+inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached) {
     const int64_t T = r.tokens, D = r.head_dim, keys = r.past + T;
-    const bool cached = b.key_cache != nullptr;
-    const float *k = cached ? b.key_cache : r.qkv + r.width, *v = cached ? b.value_cache : r.qkv + 2 * r.width;
     const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
     const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
     if (T > kFewQueries || r.softmax || r.drop_attention.on()) {
@@ -75,32 +77,41 @@ inline void attend(const Team& team, const BlockRun& r, const Block& b) {
 
 inline void block_forward(const Team& team, const BlockRun& r, const Block& b, float eps) {
     const int64_t M = r.rows(), D = r.width;
-    const auto norm = [&](const float* x, const float* scale, const float* shift, float* mean, float* rstd) {
+    const auto norm = [&](const float* x, const Numbers& scale, const Numbers& shift, float* mean, float* rstd) {
         team.share_rows(M, [&](int64_t i) {
             norm_row(x + i * D, scale, shift, r.h + i * D, D, eps, mean ? mean + i : nullptr,
                      rstd ? rstd + i : nullptr);
         });
     };
+    const auto product = [&](const Linear& w, const float* x, int64_t x_row, float* y, int64_t y_row) {
+        Product p = forward_product(w, x, x_row, M, y, y_row);
+        p.narrow_sums = r.narrow_sums;
+        return p;
+    };
     // y = residual + dropout(x W^T + bias); the branch goes through h where something is dropped.
     const auto shortcut = [&](const Linear& w, const float* x, int64_t x_row, const float* residual, float* y,
                               const Dropout& drop) {
-        Product p = forward_product(w, x, x_row, M, drop.on() ? r.h : y, D);
+        Product p = product(w, x, x_row, drop.on() ? r.h : y, D);
         if (!drop.on()) p.residual = residual, p.residual_row = D;
         share(team, p);
         team.barrier();
         if (drop.on()) team.share_rows(M, [&](int64_t i) { drop.row(i, r.h + i * D, residual + i * D, y + i * D, D); });
     };
     norm(r.x, b.scale1, b.shift1, r.mean1, r.rstd1);
-    share(team, forward_product(b.query, r.h, D, M, r.qkv, r.qkv_row));
-    share(team, forward_product(b.key, r.h, D, M, r.qkv + D, r.qkv_row));
-    share(team, forward_product(b.value, r.h, D, M, r.qkv + 2 * D, r.qkv_row));
+    share(team, product(b.query, r.h, D, r.qkv, r.qkv_row));
+    share(team, product(b.key, r.h, D, r.qkv + D, r.qkv_row));
+    share(team, product(b.value, r.h, D, r.qkv + 2 * D, r.qkv_row));
     team.barrier();
     if (b.key_cache) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
-    attend(team, r, b);
+    if (b.key_cache)
+        as_type(r.cache_format, b.key_cache,
+                [&](const auto* keys) { attend(team, r, keys, static_cast<decltype(keys)>(b.value_cache), true); });
+    else
+        attend(team, r, r.qkv + D, r.qkv + 2 * D, false);
     team.barrier();
     shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);
     norm(r.middle, b.scale2, b.shift2, r.mean2, r.rstd2);
-    Product up = forward_product(b.up, r.h, D, M, r.act, r.act_row);
+    Product up = product(b.up, r.h, D, r.act, r.act_row);
     up.epilogue = kGelu, up.pre = r.pre;
     share(team, up);
     team.barrier();

@@ -22,9 +22,12 @@ struct BlockBackward {
     float* attention;  // AttentionBackward::shared
 
     static int64_t scratch(int64_t head_dim) {
-        return up(max(kProductScratch + kTransposedScratch, AttentionBackward::scratch(head_dim)), 16) * 16;
+        return up(max(product_scratch(true), AttentionBackward::scratch(head_dim)), 16) * 16;
     }
 };
+
+// A training step is in float32 throughout.
+inline const float* scale_of(const Numbers& scale) { return static_cast<const float*>(scale.at); }
 
 inline AttentionBackward attention_of(const BlockRun& r, const float* dcontext, float* dqkv) {
     const int64_t T = r.tokens, D = r.head_dim, W = r.width, row = r.qkv_row, batch = T * row;
@@ -41,8 +44,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     const bool through_qkv = back.dx || to.scale1 || to.query.any() || to.key.any() || to.value.any();
     const bool through_attention = through_qkv || to.out_proj.any();
     const bool through_middle = through_attention || to.scale2 || to.up.any();
-    const auto norm_again = [&](const float* x, const float* mean, const float* rstd, const float* scale,
-                                const float* shift) {
+    const auto norm_again = [&](const float* x, const float* mean, const float* rstd, const Numbers& scale,
+                                const Numbers& shift) {
         team.share_rows(M, [&](int64_t i) { normalise(x + i * D, mean[i], rstd[i], scale, shift, back.h + i * D, D); });
     };
     const auto dropped = [&](const Dropout& drop, const float* d) {
@@ -62,8 +65,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     if (!through_attention && !to.scale2) return;
     share(team, input_gradient(b.up, back.wide, F, M, back.dh, D));
     team.barrier();
-    norm_backward(team, {back.dh, r.middle, b.scale2, r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2, to.shift2,
-                         back.partials, M, D});
+    norm_backward(team, {back.dh, r.middle, scale_of(b.scale2), r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2,
+                         to.shift2, back.partials, M, D});
     if (!through_attention) return;
 
     const float* dmiddle = dropped(r.drop_shortcut1, back.dmiddle);
@@ -83,8 +86,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
         share(team, p);
     }
     team.barrier();
-    norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1, to.shift1,
-                         back.partials, M, D});
+    norm_backward(team, {back.dh, r.x, scale_of(b.scale1), r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1,
+                         to.shift1, back.partials, M, D});
 }
 
 // What is kept for backward, one after the other: of the softmax, [batch, heads, tokens, 2]; the stream after

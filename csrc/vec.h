@@ -13,15 +13,22 @@
 #endif
 
 #ifdef _MSC_VER
-#define FASTGPT_INLINE static __forceinline
+#define FASTGPT_ALWAYS_INLINE __forceinline
 #define FASTGPT_UNROLL
 #define FASTGPT_PREFETCH(address)
+#define FASTGPT_PREFETCH_FAR(address)
 #define FASTGPT_KEEP(variable)
 #else
-#define FASTGPT_INLINE static inline __attribute__((always_inline))
+#define FASTGPT_ALWAYS_INLINE inline __attribute__((always_inline))
 #define FASTGPT_UNROLL _Pragma("GCC unroll 16")
 #define FASTGPT_PREFETCH(address) __builtin_prefetch(address)
-#define FASTGPT_KEEP(variable) asm("" : "+r"(variable))  // the compiler may not recompute it
+#define FASTGPT_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 1)  // into the second cache
+#define FASTGPT_KEEP(variable) asm("" : "+r"(variable))                  // the compiler may not recompute it
+#endif
+#define FASTGPT_INLINE static FASTGPT_ALWAYS_INLINE
+// The build for processors with dot products of bfloat16 pairs and of int8.
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && !defined(FASTGPT_NARROW_DOTS)
+#define FASTGPT_NARROW_DOTS
 #endif
 
 namespace fastgpt {
@@ -264,20 +271,21 @@ inline void for_each_vec(int64_t cols, F f) {
 FASTGPT_INLINE Vec load_part(const float* p, int64_t n) { return n == Vec::width ? load(p) : load(p, n); }
 FASTGPT_INLINE void store_part(float* p, Vec v, int64_t n) { n == Vec::width ? store(p, v) : store(p, v, n); }
 
-// dst[k * dst_row + j] = src[j * src_row + k] for the first `cols` k and a register's worth of j; zero from j = rows
-// on.
-inline void transpose_rows(const float* src, int64_t src_row, int64_t rows, int64_t cols, float* dst, int64_t dst_row) {
+// dst[k * dst_row + j] = element k of row j for the first `cols` k and a register's worth of j; zero from j = rows on.
+// whole(j, k) gives a register of a row's elements from k on, part(j, k, n) the first n of them.
+template <class Whole, class Part>
+FASTGPT_INLINE void transpose_rows(int64_t rows, int64_t cols, float* dst, int64_t dst_row, Whole whole, Part part) {
     constexpr int W = Vec::width;
     for (int64_t k = 0; k < cols; k += W) {
         Vec block[W];
         if (rows >= W && k + W <= cols) {
             FASTGPT_UNROLL
-            for (int j = 0; j < W; j++) block[j] = load(src + j * src_row + k);
+            for (int j = 0; j < W; j++) block[j] = whole(j, k);
             transpose(block, dst + k * dst_row, dst_row);
         } else {
             const int64_t c = min(W, cols - k);
             float scratch[W * W];
-            for (int j = 0; j < W; j++) block[j] = j < rows ? load(src + j * src_row + k, c) : zero();
+            for (int j = 0; j < W; j++) block[j] = j < rows ? part(j, k, c) : zero();
             transpose(block, scratch, W);
             for (int64_t i = 0; i < c; i++) store(dst + (k + i) * dst_row, load(scratch + i * W));
         }

@@ -332,23 +332,35 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast narrows this device's products to; None if it is off."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
+
+
 def takes_whole_pass(idx: Tensor) -> bool:
     """Whether a whole forward pass over these ids may run in C++; its weights are looked at
     elsewhere.
     """
-    return not torch.is_grad_enabled() and runs_whole(idx)
+    return (
+        not torch.is_grad_enabled()
+        and autocast_dtype(idx) in (None, torch.bfloat16)
+        and _in_one_call(idx)
+    )
 
 
 def runs_whole(x: Tensor) -> bool:
     """Whether several operations in a row may run as one call into C++, as far as their input
     tells; their weights are looked at elsewhere.
     """
+    return not autocasts(x) and _in_one_call(x)
+
+
+def _in_one_call(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and requested() in ("auto", "cpu")
         and x.device.type == "cpu"
         and cpu.missing_reason() is None
-        and not autocasts(x)
         and direct((x,))
     )
 

@@ -15,19 +15,24 @@ from torch import Tensor
 from fastgpt.config import check_ids
 from fastgpt.cpu import _C
 from fastgpt.cpu.records import (
+    FORMATS,
     BlockRecord,
     EmbeddingRecord,
     EndRecord,
-    address,
-    block_fields,
     linear_fields,
+    n_rows,
     norm_fields,
+    numbers,
+    readable,
     threads_for,
+    weight_fields,
 )
 from fastgpt.cpu.workspace import workspace
 
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
-_NO_LINEAR = (0, 0, 0, 0, 0, 0)
+_NO_NORM = (0,) * 4
+_NO_LINEAR = (0,) * 11
+_NO_TABLES = (0,) * 9
 
 Fields = tuple[int, ...]
 
@@ -49,17 +54,30 @@ class WholePass:
         blocks: with a ``BlockRecord`` each; called with the stream, and the cache and the layer's
             number if there is a cache, they give the next.
         end: with an ``EndRecord``; called with the stream, it gives the result.
+        autocast: whether products may take bfloat16 factors, as autocast to it has them.
+
+    The stream is float32 in C++; a piece that is called gets and gives the parameters' dtype.
     """
 
     def __init__(
-        self, owner: object, embeddings: Piece, blocks: Sequence[Piece], end: Piece
+        self,
+        owner: object,
+        embeddings: Piece,
+        blocks: Sequence[Piece],
+        end: Piece,
+        autocast: bool = False,
     ) -> None:
         self.owner, self.embeddings, self.blocks, self.end = owner, embeddings, blocks, end
         first: BlockRecord | None = next((b.record for b in blocks if b.record is not None), None)
-        self.fuses = first is not None
-        if first is None:
+        dtype = None if first is None else first.dtype
+        self.fuses = dtype in FORMATS
+        if first is None or dtype not in FORMATS:
             return
         self.width, self.n_heads, self.eps = first.width, first.n_heads, first.eps
+        self.dtype, self.autocast = dtype, autocast
+        product_dtype = torch.bfloat16 if autocast else self.dtype
+        self.cache_dtype = product_dtype
+        self.result_dtype = self.dtype if end.record and not end.record.head else product_dtype
         self._tables = self._embedding_fields(embeddings.record)
         self._blocks = [self._block_fields(piece.record) for piece in blocks]
         self._end = self._end_fields(end.record)
@@ -67,24 +85,25 @@ class WholePass:
     def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
         if record is None:
             return None
-        found = [address(table, table.shape[0], self.width) for table in record]
-        return None if None in found else tuple(found)  # type: ignore[arg-type]
+        tok = weight_fields(record.tok, self.dtype, self.width, n_rows(record.tok))
+        pos = numbers(record.pos, self.dtype, record.pos.shape[0], self.width)
+        whole = tok is not None and tok[1:3] == (self.width, 1)
+        return None if not whole or pos is None else (*tok, *pos)  # type: ignore[misc]
 
     def _block_fields(self, record: BlockRecord | None) -> Fields | None:
         if record is None or record.attention_p or record.shortcut_p:
             return None
         if (record.width, record.n_heads, record.eps) != (self.width, self.n_heads, self.eps):
             return None
-        return block_fields(record.parameters, self.width)
+        return record.fields(self.dtype)
 
     def _end_fields(self, record: EndRecord | None) -> tuple[Fields, Fields] | None:
         if record is None or record.eps != self.eps:
             return None
         head: Fields | None = _NO_LINEAR
         if record.head is not None:
-            weight = record.head.weight
-            head = linear_fields(*record.head, self.width, 0 if weight is None else len(weight))
-        norm = norm_fields(record.norm, self.width)
+            head = linear_fields(*record.head, self.dtype, self.width, n_rows(record.head.weight))
+        norm = norm_fields(record.norm, self.dtype, self.width)
         return None if norm is None or head is None else (norm, head)
 
     def run(self, ids: Tensor, past: int = 0, cache: Any = None, last_only: bool = False) -> Tensor:
@@ -98,18 +117,18 @@ class WholePass:
         """
         stream = _Stream(self, ids.contiguous(), past)
         if self._tables is not None:
-            check_ids(ids, self.embeddings.record.tok.shape[0])
+            check_ids(ids, n_rows(self.embeddings.record.tok))
             stream.tables = self._tables
         else:
-            stream.x = self.embeddings.call(ids, past)
+            stream.take(self.embeddings.call(ids, past))
         for layer, (piece, fields) in enumerate(zip(self.blocks, self._blocks, strict=True)):
             reaches = past + ids.shape[1]
-            if fields is None or reaches > piece.record.context_length or not stream.fits():
+            if fields is None or reaches > piece.record.context_length or not stream.fits:
                 x = stream.flush()
-                stream.x = piece.call(x) if cache is None else piece.call(x, cache, layer)
+                stream.take(piece.call(x) if cache is None else piece.call(x, cache, layer))
             else:
                 stream.add(fields, piece.record, layer, cache)
-        if self._end is not None and stream.fits():
+        if self._end is not None and stream.fits:
             return stream.finish(*self._end, last_only)
         x = stream.flush()
         return self.end.call(x[:, -1:] if last_only else x)
@@ -127,12 +146,14 @@ class _Stream:
         self.tables: Fields | None = None
         self.blocks: list[int] = []
         self.n_blocks = self.hidden = self.capacity = 0
+        self.fits = True  # whether a call can go on from it; a piece may have changed its form
 
-    def fits(self) -> bool:
-        """Whether the stream is as a call expects it; a piece may have changed its form."""
-        if self.tables or self.blocks:
-            return True
-        return address(self.x, *self.ids.shape, self.whole.width, contiguous=False) is not None
+    def take(self, x: Any) -> None:
+        """Goes on from what a piece gave; in C++ only if the next piece would take it."""
+        shape = (*self.ids.shape, self.whole.width)
+        dtypes = (self.whole.dtype, self.whole.cache_dtype)
+        self.fits = any(readable(x, dtype, *shape) for dtype in dtypes)
+        self.x = x.float() if self.fits else x
 
     def add(self, fields: Fields, record: BlockRecord, layer: int, cache: Any) -> None:
         """Gathers a block; its keys and values go to the cache."""
@@ -141,27 +162,34 @@ class _Stream:
             B, T = self.ids.shape
             heads = self.whole.n_heads
             shape = (B, heads, self.past + T, record.width // heads)
-            keys, values = cache.slot(layer, shape)
+            keys, values = cache.slot(layer, shape, self.whole.cache_dtype)
             if self.n_blocks and keys.shape[2] != self.capacity:  # one capacity a call
-                self.x = self.flush()
+                self.call_blocks()
             self.capacity = keys.shape[2]
             at = keys.data_ptr(), values.data_ptr()
         self.blocks += (*fields, *at)
         self.n_blocks += 1
-        self.hidden = max(self.hidden, record.parameters.up.weight.shape[0])
+        self.hidden = max(self.hidden, n_rows(record.parameters.up.weight))
+
+    def call_blocks(self) -> None:
+        """Runs what has gathered."""
+        if self.tables or self.blocks:
+            self._call(None, _NO_NORM, _NO_LINEAR, last_only=False)
 
     def flush(self) -> Tensor:
-        """The residual stream, [B, T, width], once what has gathered has run."""
-        if self.tables or self.blocks:
-            self._call(None, (0, 0), _NO_LINEAR, last_only=False)
+        """The residual stream, [B, T, width] in the parameters' dtype, once what has gathered has
+        run.
+        """
+        self.call_blocks()
         assert self.x is not None
-        return self.x
+        return self.x.to(self.whole.dtype) if self.fits else self.x
 
     def finish(self, norm: Fields, head: Fields, last_only: bool) -> Tensor:
         """Runs what has gathered, the norm and the head. Returns [B, T or 1, n_out or width]."""
         B, T = self.ids.shape
-        n_out = self.whole.width if head is _NO_LINEAR else head[4]
-        out = torch.empty(B, 1 if last_only else T, n_out, **_FLOAT32)
+        n_out = self.whole.width if head is _NO_LINEAR else head[-2]
+        dtype = self.whole.result_dtype
+        out = torch.empty(B, 1 if last_only else T, n_out, dtype=dtype, device="cpu")
         self._call(out, norm, head, last_only)
         return out
 
@@ -175,14 +203,16 @@ class _Stream:
             x = torch.empty(B, T, width, **_FLOAT32)
         sizes = (B, T, self.past, self.capacity, width, heads, width // heads, self.hidden)
         ids = (self.ids.data_ptr() if self.tables else 0, int(self.ids.dtype is torch.int64))
-        at_out = out.data_ptr() if out is not None else 0
+        whole = self.whole
+        formats = (FORMATS[whole.result_dtype], FORMATS[whole.cache_dtype], int(whole.autocast))
+        result = (out.data_ptr() if out is not None else 0, *formats, int(last_only))
 
         def fields(at_x: int, at_workspace: int) -> list[int]:
-            rest = (at_out, int(last_only), at_workspace, self.n_blocks)
-            return [*sizes, *ids, *(self.tables or (0, 0)), at_x, *norm, *head, *rest]
+            rest = (*result, at_workspace, self.n_blocks)
+            return [*sizes, *ids, *(self.tables or _NO_TABLES), at_x, *norm, *head, *rest]
 
         rows = B * T
-        work = rows * width * (self.n_blocks * (4 * width + 2 * self.hidden) + head[4])
+        work = rows * width * (self.n_blocks * (4 * width + 2 * self.hidden) + head[-2])
         threads = threads_for(work)
         stream = 0 if x is not None else rows * width
         floats = stream + _C.forward_workspace(fields(0, 0), threads)

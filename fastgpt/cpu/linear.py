@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
@@ -12,7 +13,7 @@ from fastgpt.cpu.workspace import workspace
 def takes(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a weight lies as the kernel can read it; any but an odd view does."""
     n_out, n_in = weight.shape
-    return n_in > 0 and linear_fields(weight, bias, n_in, n_out) is not None
+    return n_in > 0 and linear_fields(weight, bias, torch.float32, n_in, n_out) is not None
 
 
 def linear(
@@ -26,7 +27,7 @@ def linear(
     if y.numel() == 0:
         return
     n_out, n_in = weight.shape
-    record, rows = linear_fields(weight, bias, n_in, n_out), x.numel() // n_in
+    record, rows = linear_fields(weight, bias, torch.float32, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
     with workspace(owner, threads * _C.product_scratch(False) + 32) as scratch:
@@ -52,7 +53,7 @@ def linear_backward(
                 gradient.zero_()
         return
     n_out, n_in = weight.shape
-    record, rows = linear_fields(weight, None, n_in, n_out), x.numel() // n_in
+    record, rows = linear_fields(weight, None, torch.float32, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
     with workspace(owner, threads * _C.product_scratch(True) + 32) as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
@@ -33,7 +34,7 @@ def linear_cross_entropy(
         if dweight is not None:
             dweight.zero_()
         return
-    record = linear_fields(weight, None, D, V)
+    record = linear_fields(weight, None, torch.float32, D, V)
     assert record is not None
     threads = threads_for(N * D * V)
     with workspace(owner, _C.linear_cross_entropy_workspace(N, V, threads)) as scratch:

@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgpt.quantized_weight import Int4Weight, Int8Weight
+
+# As csrc/kernels.h counts them.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT8, _INT8_DYNAMIC, _INT4 = 3, 4, 5
 GRAIN = 1 << 20  # multiplications below which a second thread costs more than it saves
 
 
@@ -22,8 +27,17 @@ class Norm(NamedTuple):
     shift: Any
 
 
+class Dynamic(NamedTuple):
+    """A weight whose product takes int8 activations too."""
+
+    weight: Int8Weight
+
+
 class Linear(NamedTuple):
-    """The parameters of a linear layer, or their gradients: [n_out, n_in], and [n_out] or None."""
+    """The parameters of a linear layer, or their gradients: [n_out, n_in], and [n_out] or None.
+
+    The weight may be an ``Int8Weight``, an ``Int4Weight`` or ``Dynamic``.
+    """
 
     weight: Any
     bias: Any
@@ -56,9 +70,12 @@ class Block(NamedTuple):
 
 
 class EmbeddingRecord(NamedTuple):
-    """Token and position embeddings, [V, D] and [C, D], whose sum is all there is."""
+    """Token and position embeddings, [V, D] and [C, D], whose sum is all there is.
 
-    tok: Tensor
+    The first may be quantised.
+    """
+
+    tok: Any
     pos: Tensor
 
 
@@ -73,6 +90,17 @@ class BlockRecord(NamedTuple):
     shortcut_p: float
     context_length: int
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the first parameter, which the others share if C++ can read them."""
+        return getattr(self.parameters.norm1.scale, "dtype", None)
+
+    def fields(self, dtype: torch.dtype) -> tuple[int, ...] | None:
+        """struct Block but for its caches; None if C++ cannot read a parameter, or if one is of
+        another dtype.
+        """
+        return block_fields(self.parameters, dtype, self.width)
+
 
 class EndRecord(NamedTuple):
     """The last norm, and the head behind it if there is one."""
@@ -85,68 +113,107 @@ class EndRecord(NamedTuple):
 _KINDS = (Norm, Linear, Linear, Linear, Linear, Norm, Linear, Linear)
 
 
-def address(tensor: Tensor | None, *shape: int, contiguous: bool = True) -> int | None:
-    """Where a float32 CPU tensor of this shape starts; None for any other, or not contiguous."""
-    if (
-        tensor is None
-        or tensor.dtype is not torch.float32
-        or tensor.shape != shape
-        or not tensor.is_cpu
-        or (contiguous and not tensor.is_contiguous())
-        or (type(tensor) is not nn.Parameter and type(tensor) is not Tensor)
-    ):
+def readable(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
+    """Whether a tensor is a plain one of this dtype and shape, on the CPU."""
+    return (
+        tensor is not None
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_cpu
+        and (type(tensor) is nn.Parameter or type(tensor) is Tensor)
+    )
+
+
+def numbers(tensor: Any, dtype: torch.dtype, *shape: int) -> tuple[int, int] | None:
+    """struct Numbers for a contiguous tensor of this dtype and shape; None for any other."""
+    if not readable(tensor, dtype, *shape) or not tensor.is_contiguous():
         return None
-    return tensor.data_ptr()
+    return tensor.data_ptr(), FORMATS[dtype]
 
 
-def norm_fields(norm: Norm, width: int) -> tuple[int, int] | None:
-    """The addresses of a norm's scale and shift; None if C++ cannot read one."""
-    scale, shift = address(norm.scale, width), address(norm.shift, width)
-    return None if scale is None or shift is None else (scale, shift)
+def norm_fields(norm: Norm, dtype: torch.dtype, width: int) -> tuple[int, ...] | None:
+    """The two Numbers of a norm; None if C++ cannot read one."""
+    scale, shift = numbers(norm.scale, dtype, width), numbers(norm.shift, dtype, width)
+    return None if scale is None or shift is None else scale + shift
 
 
-def block_fields(block: Block, width: int) -> tuple[int, ...] | None:
-    """struct Block but for its caches; None if C++ cannot read a parameter."""
-    if block.up.weight is None or block.up.weight.dim() != 2:
-        return None
-    hidden = block.up.weight.shape[0]
+def block_fields(block: Block, dtype: torch.dtype, width: int) -> tuple[int, ...] | None:
+    """struct Block but for its caches; None if C++ cannot read a parameter, or if one is of
+    another dtype.
+    """
+    hidden = n_rows(block.up.weight)
     parts = (
-        norm_fields(block.norm1, width),
-        linear_fields(*block.query, width, width),
-        linear_fields(*block.key, width, width),
-        linear_fields(*block.value, width, width),
-        linear_fields(*block.out, width, width),
-        norm_fields(block.norm2, width),
-        linear_fields(*block.up, width, hidden),
-        linear_fields(*block.down, hidden, width),
+        norm_fields(block.norm1, dtype, width),
+        linear_fields(*block.query, dtype, width, width),
+        linear_fields(*block.key, dtype, width, width),
+        linear_fields(*block.value, dtype, width, width),
+        linear_fields(*block.out, dtype, width, width),
+        norm_fields(block.norm2, dtype, width),
+        linear_fields(*block.up, dtype, width, hidden),
+        linear_fields(*block.down, dtype, hidden, width),
     )
     if None in parts:
         return None
     return tuple(field for part in parts for field in part)  # type: ignore[union-attr]
 
 
+def n_rows(weight: Any) -> int:
+    """How many rows a weight has, quantised or not; 0 for none."""
+    if isinstance(weight, tuple):
+        return n_rows(weight[0])
+    return 0 if weight is None or weight.dim() != 2 else weight.shape[0]
+
+
 def linear_fields(
-    weight: Tensor | None, bias: Tensor | None, n_in: int, n_out: int
+    weight: Any, bias: Tensor | None, dtype: torch.dtype, n_in: int, n_out: int
 ) -> tuple[int, ...] | None:
-    """struct Linear for a weight [n_out, n_in], row-major or column-major; None for any other."""
-    if (
-        weight is None
-        or weight.dtype is not torch.float32
-        or weight.shape != (n_out, n_in)
-        or not weight.is_cpu
-        or (type(weight) is not nn.Parameter and type(weight) is not Tensor)
-    ):
+    """struct Linear for a weight of [n_out, n_in], quantised or of this dtype as the bias is; None
+    for any other.
+    """
+    fields, at = weight_fields(weight, dtype, n_in, n_out), (0, 0)
+    if bias is not None:
+        found = numbers(bias, dtype, n_out)
+        if found is None:
+            return None
+        at = found
+    return None if fields is None else (*fields, *at, n_out, n_in)
+
+
+def weight_fields(weight: Any, dtype: torch.dtype, n_in: int, n_out: int) -> tuple[int, ...] | None:
+    """struct Weight for one of [n_out, n_in], row- or column-major, quantised or of this dtype;
+    None for any other.
+    """
+    if isinstance(weight, tuple):
+        return _quantized_fields(weight, n_in, n_out)
+    if not readable(weight, dtype, n_out, n_in):
         return None
     row, col = weight.stride()
     if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
         return None
-    at = 0
-    if bias is not None:
-        found = address(bias, n_out)
-        if found is None:
-            return None
-        at = found
-    return weight.data_ptr(), row, col, at, n_out, n_in
+    return weight.data_ptr(), row, col, FORMATS[dtype], 0, 0, 0
+
+
+def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | None:
+    kind = _INT8
+    if isinstance(weight, Dynamic):
+        kind, weight = _INT8_DYNAMIC, weight.weight
+    if isinstance(weight, Int4Weight):
+        kind, groups = _INT4, weight.scale.shape[-1]
+        wanted = (
+            (weight.values, torch.uint8, n_in // 2),
+            (weight.scale, torch.bfloat16, groups),
+            (weight.minimum, torch.bfloat16, groups),
+        )
+        fits = groups > 0 and n_in % (32 * groups) == 0
+    else:
+        wanted = ((weight.values, torch.int8, n_in),)  # type: ignore[assignment]
+        fits, groups = numbers(weight.scale, torch.float32, n_out) is not None, 0
+    for tensor, dtype, columns in wanted:
+        fits = fits and readable(tensor, dtype, n_out, columns) and tensor.is_contiguous()
+    if not fits or n_in == 0:
+        return None
+    at, scale, *minimum = (tensor.data_ptr() for tensor in weight)
+    return at, n_in, 1, kind, scale, *(minimum or (0,)), n_in // groups if groups else 0
 
 
 def linear_gradient(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:

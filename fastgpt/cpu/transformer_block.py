@@ -69,7 +69,7 @@ def transformer_block(
     """
     kept = x.new_empty(_C.block_kept([*_step(x, p, n_heads, None, None, drops), 0]))
     step, threads = _step(x, p, n_heads, y, kept, drops), _threads(x, p)
-    fields = fields or block_fields(p, x.shape[2])
+    fields = fields or block_fields(p, torch.float32, x.shape[2])
     assert fields is not None
     with workspace(owner, _C.block_step_workspace([*step, 0], False, threads)) as scratch:
         _C.block_step([*step, scratch], [*fields, 0, 0], eps, threads)
@@ -91,7 +91,7 @@ def transformer_block_backward(
 
     dy: [B, T, D] contiguous; wanted: true for each parameter whose gradient is.
     """
-    fields = block_fields(p, x.shape[2])
+    fields = block_fields(p, torch.float32, x.shape[2])
     assert fields is not None
     step, threads = _step(x, p, n_heads, None, kept, drops), _threads(x, p)
     dx = torch.empty_like(x) if want_x else None

@@ -140,11 +140,13 @@ class CacheTransaction:
         """Keeps the layer's pair until the commit."""
         self.new[layer] = pair
 
-    def slot(self, layer: int, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    def slot(
+        self, layer: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Room for keys and values of this shape, [B, H, T, D], behind those of the layer: the
-        float32 blocks that hold them, [B, H, capacity, D] each; the rest is to be written.
+        blocks that hold them, [B, H, capacity, D] each; the rest is to be written.
         """
-        like = torch.empty(0, dtype=torch.float32, device="cpu")
+        like = torch.empty(0, dtype=dtype, device="cpu")
         slot = Slot.longer(self.get(layer), shape, self.limit, like)
         self.update(layer, slot)
         return slot.blocks.keys, slot.blocks.values

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastgpt import dispatch
-from fastgpt.cpu.records import block_fields
+from fastgpt.cpu.records import FORMATS
 from fastgpt.model.fusable import Obstacle, drop_probability
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import TransformerBlock
@@ -32,12 +33,14 @@ def _lines(model: nn.Module) -> Iterator[str]:
         yield "The model has no weights."
         return
     backend, reason = dispatch.explained("linear", weight)
+    if weight.dtype in FORMATS and dispatch.runs_whole(weight):
+        backend, reason = "cpu", None
     kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     yield f"{kind}: backend {backend}" + (f" ({reason})" if reason else "")
     obstacles = model.obstacles()
     if backend == "cpu":
         obstacles += _unreadable(model)
-        yield from _on_the_cpu(model, obstacles)
+        yield from _on_the_cpu(model, obstacles, weight.dtype)
     elif backend == "triton":
         yield "  operations fused one by one; generation by one CUDA graph a step if nothing below"
     else:
@@ -51,7 +54,7 @@ def _lines(model: nn.Module) -> Iterator[str]:
             return
 
 
-def _on_the_cpu(model: GPTModel, obstacles: list[Obstacle]) -> Iterator[str]:
+def _on_the_cpu(model: GPTModel, obstacles: list[Obstacle], dtype: torch.dtype) -> Iterator[str]:
     blocks: Any = list(model.trf_blocks)
     at = {o.path for o in obstacles}
     fused = [i for i in range(len(blocks)) if not any(_below(p, f"trf_blocks.{i}") for p in at)]
@@ -62,7 +65,10 @@ def _on_the_cpu(model: GPTModel, obstacles: list[Obstacle]) -> Iterator[str]:
         yield "  without gradients: the whole pass is one call into C++"
     else:
         yield f"  without gradients: {', '.join([*ends, share])} in C++, the rest as modules"
-    yield f"  with gradients: {share} as one operation each, the rest by fused operations"
+    if dtype is torch.float32:
+        yield f"  with gradients: {share} as one operation each, the rest by fused operations"
+    else:
+        yield "  with gradients: PyTorch's own operations"
 
 
 def _below(path: str, of: str) -> bool:
@@ -74,7 +80,7 @@ def _unreadable(model: GPTModel) -> list[Obstacle]:
     found = []
     for name, block in model.trf_blocks.named_children():
         record = block.record() if isinstance(block, TransformerBlock) else None
-        if record is not None and block_fields(record.parameters, record.width) is None:
+        if record is not None and (record.dtype not in FORMATS or not record.fields(record.dtype)):
             reason = "a parameter of another dtype, device, shape, layout or class"
             found.append(Obstacle(f"trf_blocks.{name}", reason))
     return found

@@ -233,6 +233,7 @@ class GPTModel(nn.Module):
             Piece(self._embedding_record(), self._embedded_by_modules),
             [Piece(record, block) for record, block in zip(records, blocks, strict=True)],
             Piece(self._end_record(with_head), self._with_head if with_head else self.final_norm),
+            dispatch.autocasts(idx),
         )
         return whole if whole.fuses else None
 

@@ -47,7 +47,7 @@ def transformer_block(
         raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
         return None
-    fields = block_fields(parameters, x.shape[2])
+    fields = block_fields(parameters, torch.float32, x.shape[2])
     if fields is None:
         return None
     seeds = draw_seeds(attention_p, shortcut_p, shortcut_p)

@@ -1,0 +1,105 @@
+// Products of few rows with a row-major weight: dot products along K. Every number of W is read once, in place, and
+// widened in registers; the time is that of reading W. A few rows of W against up to eight of x stay in registers.
+#pragma once
+
+#include "product.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: rows of x ..
+constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
+constexpr int64_t kDotDepth = 768;   // units over which up to eight rows of x stay in the L1 cache
+constexpr int64_t kPairedM = 3;      // rows of x from which narrow factors save more than widening costs
+constexpr int64_t kDotAhead = 8192;  // bytes between what is used and what is fetched, at least
+
+// sums[i * kDotChunk + j] (+)= x_i . w_j for MR rows of x, as units, and COLS rows of W from column k0 on, over k.
+// Meanwhile what lies `ahead` numbers on is fetched into the cache.
+template <class A, class T, int MR, int COLS>
+static void dot_tile(int64_t k0, int64_t k, const float* x, int64_t x_row, const WeightRow<T>* w, int64_t ahead,
+                     float* sums, bool add) {
+    constexpr int64_t step = Vec::width * A::in_unit;
+    Vec sum[MR][COLS];
+    FASTGPT_UNROLL
+    for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+    for (int j = 0; j < COLS; j++) sum[i][j] = zero();
+    WeightRow<T> rows[COLS];
+    FASTGPT_UNROLL
+    for (int j = 0; j < COLS; j++) rows[j] = w[j];
+    int64_t kk = 0, u = 0;
+    for (; kk + step <= k; kk += step, u += Vec::width) {
+        Vec wj[COLS];
+        FASTGPT_UNROLL
+        for (int j = 0; j < COLS; j++) {
+            if (ahead) FASTGPT_PREFETCH_FAR(rows[j].address(k0 + kk + ahead));
+            wj[j] = A::units(rows[j], k0 + kk);
+        }
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) {
+            const Vec xi = load(x + i * x_row + u);
+            FASTGPT_UNROLL
+            for (int j = 0; j < COLS; j++) sum[i][j] = A::add_product(sum[i][j], xi, wj[j]);
+        }
+    }
+    if (kk < k) {
+        FASTGPT_UNROLL
+        for (int j = 0; j < COLS; j++) {
+            const Vec wj = A::units(rows[j], k0 + kk, k - kk);
+            FASTGPT_UNROLL
+            for (int i = 0; i < MR; i++)
+                sum[i][j] = A::add_product(sum[i][j], load(x + i * x_row + u, units_of<A>(k - kk)), wj);
+        }
+    }
+    FASTGPT_UNROLL
+    for (int i = 0; i < MR; i++) {
+        float four[4];
+        float* to = sums + i * kDotChunk;
+        const Vec last = COLS > 3 ? A::value(sum[i][COLS - 1]) : zero();
+        sum4(A::value(sum[i][0]), A::value(sum[i][1]), A::value(sum[i][2]), last, add ? four : to);
+        if (add) FASTGPT_UNROLL
+        for (int j = 0; j < COLS; j++) to[j] += four[j];
+    }
+}
+
+template <class A, class T>
+using DotKernel = void (*)(int64_t, int64_t, const float*, int64_t, const WeightRow<T>*, int64_t, float*, bool);
+template <class A, class T>
+static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
+                                               dot_tile<A, T, 2, 4>,
+                                               dot_tile<A, T, 3, 4>,
+                                               dot_tile<A, T, (kWide ? 4 : 1), 4>,
+                                               dot_tile<A, T, (kWide ? 5 : 1), 4>,
+                                               dot_tile<A, T, (kWide ? 6 : 1), 4>,
+                                               dot_tile<A, T, (kWide ? 6 : 1), 3>,
+                                               dot_tile<A, T, (kWide ? 7 : 1), 3>,
+                                               dot_tile<A, T, (kWide ? 8 : 1), 3>};
+
+// W row-major, m <= kMaxDotM; x as units, in rows x_row of them apart.
+template <class A, class T>
+static void dots(const Product& p, const float* x, int64_t x_row, const RowScale* scales, float* sums) {
+    const int64_t groups = up(p.m, kDotRows), most = up(p.m, groups);
+    const int64_t depth = (p.m <= 2 ? 1 << 30 : p.m <= 8 ? kDotDepth : kDotDepth / 2) * A::in_unit;
+    const int64_t cols = dot_cols(static_cast<int>(most)), chunk = kDotChunk / cols * cols;
+    const int64_t ahead = cols * p.w.row * up(kDotAhead, bytes(p.w.format, cols * p.w.row));
+    for (int64_t n0 = 0; n0 < p.n; n0 += chunk) {
+        const int64_t n = min(chunk, p.n - n0);
+        for (int64_t k0 = 0; k0 < p.k; k0 += depth) {  // x over this depth stays in the L1 cache
+            const int64_t k = min(depth, p.k - k0);
+            for (int64_t j = 0; j < n; j += cols) {
+                WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
+                for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
+                for (int64_t g = 0, m0 = 0; g < groups; g++) {
+                    const int64_t m1 = p.m * (g + 1) / groups, kernel = m1 - m0 - 1 + (cols == 3 ? 1 : 0);
+                    dots_by_rows<A, T>[kernel](k0, k, x + m0* x_row + k0 / A::in_unit, x_row, w, g ? 0 : ahead,
+                                               sums + m0* kDotChunk + j, k0 > 0);
+                    m0 = m1;
+                }
+            }
+        }
+        for (int64_t i = 0; i < p.m; i++)
+            finish_row(p, sums + i * kDotChunk, scales ? scales + i : nullptr, i, n0, n, true, true, nullptr);
+    }
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

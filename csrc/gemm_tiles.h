@@ -1,0 +1,209 @@
+// Products of many rows, with operands in any layout. W is rearranged block by block into panels of kPanel columns that
+// stay in the L2 cache; tiles of eight rows of x are multiplied with them, and what follows is done while the sums are
+// in L1. The next block is fetched meanwhile. The block goes with the call: nothing of W outlives it.
+#pragma once
+
+#include "product.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+// sums[i * kPanel + j] = x_i . panel column j for MR rows of x and VECS registers of columns, over k units, in chains
+// of kChain. PACKED: x is [k, kTileRows], else rows x_row apart. Meanwhile one line from `ahead` on is read into the
+// cache for each step of k, with a jump of so many bytes after each `run` of them.
+template <class A, int MR, int VECS, bool PACKED>
+static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const char* ahead, int64_t run,
+                 int64_t jump, float* sums) {
+    const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
+    FASTGPT_UNROLL
+    for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
+    int64_t left = run;
+    for (int64_t k0 = 0; k0 < k; k0 += kChain) {
+        Vec sum[MR][VECS];
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+        for (int v = 0; v < VECS; v++) sum[i][v] = zero();
+        for (int64_t steps = min(kChain, k - k0); steps > 0;) {
+            int64_t piece = min(steps, left);
+            steps -= piece, left -= piece;
+            for (; piece > 0; piece--) {
+                FASTGPT_PREFETCH(ahead);
+                ahead += 64;
+                Vec w[VECS];
+                FASTGPT_UNROLL
+                for (int v = 0; v < VECS; v++) w[v] = load(panel + v * Vec::width);
+                panel += kPanel;
+                FASTGPT_UNROLL
+                for (int i = 0; i < MR; i++) {
+                    Vec xi = broadcast(PACKED ? x[i] : xp[i / 3][(i % 3) * x_row]);
+                    FASTGPT_UNROLL
+                    for (int v = 0; v < VECS; v++) sum[i][v] = A::add_product(sum[i][v], xi, w[v]);
+                }
+                if (PACKED) {
+                    x += kTileRows;
+                    continue;
+                }
+                FASTGPT_UNROLL
+                for (int g = 0; g < (MR + 2) / 3; g++) {
+                    xp[g]++;
+                    FASTGPT_KEEP(xp[g]);  // else the compiler keeps one pointer a row and spills them
+                }
+            }
+            if (left == 0) left = run, ahead += jump;
+        }
+        FASTGPT_UNROLL
+        for (int i = 0; i < MR; i++) FASTGPT_UNROLL
+        for (int v = 0; v < VECS; v++) {
+            float* to = sums + i * kPanel + v * Vec::width;
+            const Vec value = A::value(sum[i][v]);
+            store(to, k0 ? value + load(to) : value);
+        }
+    }
+}
+
+typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const char*, int64_t, int64_t, float*);
+template <class A, int VECS, bool PACKED>
+static const TileKernel tiles_by_rows[] = {tile<A, 1, VECS, PACKED>,
+                                           tile<A, 2, VECS, PACKED>,
+                                           tile<A, 3, VECS, PACKED>,
+                                           tile<A, 4, VECS, PACKED>,
+                                           tile<A, 5, VECS, PACKED>,
+                                           tile<A, 6, VECS, PACKED>,
+                                           tile<A, (kWide ? 7 : 1), VECS, PACKED>,
+                                           tile<A, (kWide ? 8 : 1), VECS, PACKED>};
+
+// The kernel for so many rows of x and columns of a panel: a last panel is rarely full.
+template <class A, bool PACKED>
+FASTGPT_INLINE TileKernel tile_for(int64_t rows, int64_t cols) {
+    return (cols > 2 * Vec::width ? tiles_by_rows<A, kVecs, PACKED>
+            : cols > Vec::width   ? tiles_by_rows<A, 2, PACKED>
+                                  : tiles_by_rows<A, 1, PACKED>)[rows - 1];
+}
+
+// panel[u * kPanel + j] = unit u of W[n0 + j] from column k0 on, for k columns; rows past the end are zero.
+template <class A, class T>
+static void pack_panel(const Product& p, int64_t n0, int64_t k0, int64_t k, float* panel) {
+    const int64_t cols = min(kPanel, p.n - n0);
+    if constexpr (!quantised<T>) {
+        if (p.w.row == 1) {  // column-major
+            const T* w = static_cast<const T*>(p.w.at) + n0 + k0 * p.w.col;
+            for (int64_t kk = 0; kk < k; kk += A::in_unit, w += A::in_unit * p.w.col, panel += kPanel) FASTGPT_UNROLL
+            for (int v = 0; v < kVecs; v++) {
+                const int64_t c = min(Vec::width, cols - v * Vec::width);
+                store(panel + v * Vec::width, c > 0 ? A::column_units(w + v * Vec::width, p.w.col, k - kk, c) : zero());
+            }
+            return;
+        }
+    }
+    for (int v = 0; v < kVecs; v++) {
+        const int64_t n = n0 + v * Vec::width, rows = cols - v * Vec::width;
+        WeightRow<T> w[Vec::width];  // rows past the end repeat the last: never read
+        for (int j = 0; j < Vec::width; j++) w[j] = WeightRow<T>(p.w, min(n + j, p.n - 1));
+        transpose_rows(
+            rows, units_of<A>(k), panel + v * Vec::width, kPanel,
+            [&](int64_t j, int64_t u) {
+                const int64_t from = u * A::in_unit;
+                return from + Vec::width * A::in_unit <= k ? A::units(w[j], k0 + from)
+                                                           : A::units(w[j], k0 + from, k - from);
+            },
+            [&](int64_t j, int64_t u, int64_t) {
+                return A::units(w[j], k0 + u * A::in_unit, min(k - u * A::in_unit, Vec::width * A::in_unit));
+            });
+    }
+}
+
+// packed[(i / kTileRows * k + kk) * kTileRows + i % kTileRows] = x[i * 1 + kk * x_col] for m rows; rows past the end of
+// the last group are whatever was there: computed, never stored.
+static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k, float* packed) {
+    constexpr int64_t kGroups = 8;  // streams written side by side
+    for (int64_t i0 = 0; i0 < m; i0 += kGroups * kTileRows)
+        for (int64_t kk = 0; kk < k; kk++)
+            for (int64_t i = i0; i < min(m, i0 + kGroups * kTileRows); i += kTileRows)
+                if (i + kTileRows <= m)
+                    std::memcpy(packed + i * k + kk * kTileRows, x + i + kk * x_col, sizeof(float) * kTileRows);
+                else
+                    for (int64_t r = 0; r < m - i; r++) packed[i * k + kk * kTileRows + r] = x[i + r + kk * x_col];
+}
+
+// How a tile finds its rows of x.
+enum class Rows { kInPlace, kTurned, kPrepared };
+
+// Any m, any layout.
+template <class A, class T, Rows R>
+static void tiles(const Product& p, const ProductScratch& scratch) {
+    constexpr bool turned = R == Rows::kTurned, prepared = R == Rows::kPrepared;
+    const bool column_major = p.w.row == 1, dynamic = p.w.format == kInt8Dynamic;
+    const int64_t units = units_of<A>(p.k);
+    // A weight's gradient sums over rows, in parts of about one depth; a forward product's parts are as they always
+    // were.
+    const int64_t depth = turned ? up(units, up(units, kBlockK)) : min(kBlockK, units);
+    const int64_t width = kBlockFloats / (depth * kPanel) * kPanel;
+    const int64_t blocks_m = up(p.m, R == Rows::kInPlace && p.y_format == kFloat32 ? kBlockM : kPreparedM);
+    const int64_t tiles_m = up(p.m, kTileRows);
+    for (int64_t b = 0; b < blocks_m; b++) {
+        // On whole tiles: packed groups of rows start anew with each block.
+        const int64_t m0 = tiles_m * b / blocks_m * kTileRows, m1 = min(tiles_m * (b + 1) / blocks_m * kTileRows, p.m);
+        const auto row_of_x = [&](int64_t m) { return p.x.at + m * p.x.row; };
+        for (int64_t m = m0; dynamic && m < m1; m++) scratch.scales[m - m0].scale = row_scale(row_of_x(m), p.k);
+
+        // The part of K from unit u0 on.
+        const auto prepare = [&](int64_t u0) {
+            const int64_t u = min(depth, units - u0), k0 = u0 * A::in_unit, k = min(u * A::in_unit, p.k - k0);
+            if (turned) pack_transposed(p.x.at + m0 + k0 * p.x.col, p.x.col, m1 - m0, k, scratch.x);
+            for (int64_t m = m0; prepared && m < m1; m++) {
+                RowScale& scale = scratch.scales[m - m0];
+                const float offset = prepare_row<A>(row_of_x(m) + k0, k, dynamic ? scale.scale : 1.0f,
+                                                    scratch.x + (m - m0) * unit_row(depth));
+                scale.offset = offset;
+            }
+        };
+        const auto multiply = [&](int64_t u0, int64_t n0) {
+            const int64_t u = min(depth, units - u0), k0 = u0 * A::in_unit, k = min(u * A::in_unit, p.k - k0);
+            const int64_t n1 = min(n0 + width, p.n), next = min(width, p.n - n1);
+            for (int64_t n = n0; n < n1; n += kPanel) pack_panel<A, T>(p, n, k0, k, scratch.packed + (n - n0) * u);
+            // The next block's part of W is fetched meanwhile: `runs` pieces of `run` lines, ahead_row apart.
+            const int64_t format = p.w.format;
+            const char* ahead = static_cast<const char*>(moved(p.w.at, bytes(format, n1 * p.w.row + k0 * p.w.col)));
+            const int64_t ahead_row = bytes(format, column_major ? p.w.col : p.w.row);
+            const int64_t run = up(bytes(format, column_major ? next : k), 64);
+            int64_t runs = next <= 0 ? 0 : column_major ? k : next;
+            for (int64_t m = m0; m < m1; m += kTileRows)
+                for (int64_t n = n0; n < n1; n += kPanel) {
+                    const int64_t rows = min(kTileRows, m1 - m), cols = min(kPanel, n1 - n);
+                    const float* panel = scratch.packed + (n - n0) * u;
+                    const float* x = turned     ? scratch.x + (m - m0) * u
+                                     : prepared ? scratch.x + (m - m0) * unit_row(depth)
+                                                : row_of_x(m) + k0;
+                    const int64_t x_row = prepared ? unit_row(depth) : p.x.row;
+                    const bool fetch = runs > 0;
+                    tile_for<A, turned>(rows, cols)(u, x, x_row, panel,
+                                                    fetch ? ahead : reinterpret_cast<const char*>(panel),
+                                                    fetch ? run : u, fetch ? ahead_row - run * 64 : 0, scratch.sums);
+                    if (fetch) ahead += u / run * ahead_row, runs -= u / run;
+                    for (int64_t i = 0; i < rows; i++) {
+                        float* partial = p.y_format == kFloat32 ? static_cast<float*>(p.y) + (m + i) * p.y_row + n
+                                                                : scratch.partial + (m - m0 + i) * kBlockCols + n - n0;
+                        finish_row(p, scratch.sums + i * kPanel, dynamic ? scratch.scales + (m - m0 + i) : nullptr,
+                                   m + i, n, cols, u0 == 0, u0 + u == units, partial);
+                    }
+                }
+        };
+        if (p.y_format == kFloat32 || depth == units) {
+            for (int64_t u0 = 0; u0 < units; u0 += depth) {
+                prepare(u0);
+                for (int64_t n0 = 0; n0 < p.n; n0 += width) multiply(u0, n0);
+            }
+        } else {  // sums that y cannot hold wait in the scratch, a panel of them
+            for (int64_t n0 = 0; n0 < p.n; n0 += width)
+                for (int64_t u0 = 0; u0 < units; u0 += depth) {
+                    prepare(u0);
+                    multiply(u0, n0);
+                }
+        }
+    }
+}
+
+static_assert(kBlockK % kChain == 0 && kBlockCols % kPanel == 0, "the parts fit each other");
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

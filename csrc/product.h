@@ -1,0 +1,101 @@
+// A product y = epilogue(x W^T + bias + residual), and what follows its sums.
+#pragma once
+
+#include "arithmetic.h"
+#include "gelu.h"
+
+namespace fastgpt {
+namespace FASTGPT_ISA {
+
+// What follows the sum. kGelu: y = gelu(sum), and the sum itself into pre where that is set. kGeluBackward: y = sum *
+// gelu'(pre), and gelu(pre) into act where that is set.
+enum Epilogue { kPlain, kGelu, kGeluBackward };
+
+// An operand of rows x columns: element (i, j) at at[i * row + j * col]; one of the two strides is 1.
+struct Matrix {
+    const float* at;
+    int64_t row, col;
+};
+
+// y[m, n] = epilogue(x[m, k] w[n, k]^T + bias + residual).
+struct Product {
+    Matrix x;
+    Weight w;
+    void* y;  // rows y_row apart, in y_format
+    int64_t y_row, m, n, k;
+    Numbers bias{};                   // [n]
+    const float* residual = nullptr;  // [m, n], rows residual_row apart; may be y itself
+    int64_t residual_row = 0;
+    Epilogue epilogue = kPlain;  // another one not together with residual
+    float* pre = nullptr;        // [m, n], rows y_row apart, like act
+    float* act = nullptr;
+    int64_t y_format = kFloat32;
+    bool narrow_sums = false;  // whether many rows may take factors in bfloat16 though the weight is wider
+};
+
+constexpr bool kWide = Vec::registers == 32;
+constexpr int kVecs = kWide ? 3 : 2;  // a tile is kTileRows x kVecs registers of sums
+constexpr int kTileRows = kWide ? 8 : 6;
+constexpr int kPanel = kVecs * Vec::width;              // columns of y a tile covers
+constexpr int64_t kBlockK = 768;                        // depth of a packed block, in units
+constexpr int64_t kBlockCols = 48;                      // .. and its width where it is as deep as that, a few panels:
+constexpr int64_t kBlockFloats = kBlockCols * kBlockK;  // 144 KB, so that the next one fits beside it in L2
+constexpr int64_t kBlockM = 1024;                       // rows of x swept per packed block
+constexpr int64_t kPreparedM = 512;                     // .. where x is rearranged too
+constexpr int64_t kChain = 64;                 // products added up in one register before they join the sum so far
+constexpr int64_t kDotChunk = 64;              // columns between two epilogues of the dots
+constexpr int64_t kMaxDotM = kWide ? 16 : 64;  // rows of x up to which dots are used
+// Floats of scratch a thread, and what a product that rearranges x or writes narrow numbers needs on top.
+constexpr int64_t kProductScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
+constexpr int64_t kPreparedX = (kPreparedM + 2 * kTileRows) * kBlockK;
+constexpr int64_t kRearrangedScratch = kPreparedX + kPreparedM * (kBlockCols + 2);
+constexpr int64_t product_scratch(bool rearranges) { return kProductScratch + (rearranges ? kRearrangedScratch : 0); }
+
+// A thread's scratch, parted.
+struct ProductScratch {
+    float *packed, *sums;  // kBlockFloats, and a tile's or the dots'
+    // Of kRearrangedScratch, where the product may need it:
+    float *x, *partial;  // the rows of x as a kernel reads them; sums over a part of K
+    RowScale* scales;    // of kPreparedM rows
+
+    explicit ProductScratch(float* memory)
+        : packed(memory),
+          sums(packed + kBlockFloats),
+          x(memory + kProductScratch),
+          partial(x + kPreparedX),
+          scales(reinterpret_cast<RowScale*>(partial + kPreparedM * kBlockCols)) {}
+};
+
+// One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
+// the last. Until then they wait in `partial`, which is y where that is float32.
+static void finish_row(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col, int64_t n,
+                       bool first_part, bool last_part, float* partial) {
+    const int64_t at = row * p.y_row + col;
+    float *pre = p.pre ? p.pre + at : nullptr, *act = p.act ? p.act + at : nullptr;
+    const Numbers bias = first_part ? from(p.bias, col) : Numbers{};
+    const float* more = !first_part ? partial : p.residual ? p.residual + row * p.residual_row + col : nullptr;
+    const float* of_column = has_row_scale(p.w) ? static_cast<const float*>(p.w.scale) + col : nullptr;
+    const Epilogue epilogue = last_part ? p.epilogue : kPlain;
+    for_each_vec(n, [&](int64_t j, int64_t c) {
+        Vec v = load_part(sums + j, c);
+        if (scale) v = (v - broadcast(scale->offset)) * broadcast(scale->scale);
+        if (of_column) v = v * load_part(of_column + j, c);
+        if (bias.at) v = v + load(bias, j, c);
+        if (more) v = v + load_part(more + j, c);
+        if (epilogue == kGelu) {
+            if (pre) store_part(pre + j, v, c);
+            v = gelu(v);
+        } else if (epilogue == kGeluBackward) {
+            const Gelu g = gelu_and_slope(load_part(pre + j, c));
+            if (act) store_part(act + j, g.value, c);
+            v = v * g.slope;
+        }
+        if (last_part)
+            store(p.y_format, p.y, at + j, v, c);
+        else
+            store_part(partial + j, v, c);
+    });
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt
