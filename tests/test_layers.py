@@ -15,6 +15,7 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = [
     (
         "config",
+        "quantized_weight",
         "tokenizer",
         "atomic_files",
         "torch_state",

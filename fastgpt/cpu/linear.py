@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data, linear_fields, linear_gradient, threads_for
+from fastgpt.cpu.records import data, linear_fields, linear_gradient, shape_of, threads_for
 from fastgpt.cpu.workspace import workspace
 
 
-def takes(weight: Tensor, bias: Tensor | None) -> bool:
+def takes(weight: Any, bias: Tensor | None) -> bool:
     """Whether a weight lies as the kernel can read it; any but an odd view does."""
-    n_out, n_in = weight.shape
+    n_out, n_in = shape_of(weight)
     return n_in > 0 and linear_fields(weight, bias, torch.float32, n_in, n_out) is not None
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, owner: object | None = None
+    x: Tensor, weight: Any, bias: Tensor | None, y: Tensor, owner: object | None = None
 ) -> None:
     """Writes y = x W^T + bias.
 
-    x: [..., n_in], y: [..., n_out], contiguous; weight: [n_out, n_in], row- or column-major; bias:
-    [n_out] contiguous or None. All float32. The owner keeps the scratch memory for its next call.
+    x: [..., n_in], y: [..., n_out], contiguous; weight: [n_out, n_in], row- or column-major, or
+    quantised; bias: [n_out] contiguous or None. All else is float32. The owner keeps the scratch
+    memory for its next call.
     """
     if y.numel() == 0:
         return
-    n_out, n_in = weight.shape
+    n_out, n_in = y.shape[-1], x.shape[-1]
     record, rows = linear_fields(weight, bias, torch.float32, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
-    with workspace(owner, threads * _C.product_scratch(False) + 32) as scratch:
+    narrow = not isinstance(weight, Tensor)
+    with workspace(owner, threads * _C.product_scratch(narrow) + 32) as scratch:
         _C.linear(record, x.data_ptr(), y.data_ptr(), rows, scratch, threads)
 
 

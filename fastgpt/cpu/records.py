@@ -157,11 +157,20 @@ def block_fields(block: Block, dtype: torch.dtype, width: int) -> tuple[int, ...
     return tuple(field for part in parts for field in part)  # type: ignore[union-attr]
 
 
+def shape_of(weight: Any) -> tuple[int, int]:
+    """[n_out, n_in] of a weight, quantised or not; nothing for what is no matrix."""
+    if isinstance(weight, Dynamic):
+        weight = weight.weight
+    values = weight[0] if isinstance(weight, tuple) else weight
+    if values is None or values.dim() != 2:
+        return 0, 0
+    n_out, n_in = values.shape
+    return n_out, 2 * n_in if isinstance(weight, Int4Weight) else n_in
+
+
 def n_rows(weight: Any) -> int:
-    """How many rows a weight has, quantised or not; 0 for none."""
-    if isinstance(weight, tuple):
-        return n_rows(weight[0])
-    return 0 if weight is None or weight.dim() != 2 else weight.shape[0]
+    """How many rows a weight has, quantised or not; 0 for what is no matrix."""
+    return shape_of(weight)[0]
 
 
 def linear_fields(

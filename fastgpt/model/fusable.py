@@ -108,14 +108,6 @@ def has_own_parameters(linear: nn.Module) -> bool:
     return "weight" in held and "bias" in held
 
 
-def linear_obstacle(module: Any, path: str) -> Obstacle | None:
-    """What stands in the way of a linear layer, None if nothing does."""
-    if is_unmodified_linear(module):
-        return None
-    found = obstacle(module, nn.Linear, path)
-    return found or Obstacle(path, "a weight or bias that is no parameter")
-
-
 def drop_probability(dropout: Any) -> float | None:
     """The probability with which this dropout module drops an element of a call, 0 in evaluation;
     None if it is a modified module, or one that draws PyTorch's mask rather than ours.

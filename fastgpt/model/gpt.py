@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastgpt import dispatch, ops, weights
 from fastgpt.config import Config, as_ids, check_config, check_ids, comparable, in_plain_ints
 from fastgpt.cpu.forward import Piece, WholePass
-from fastgpt.cpu.records import BlockRecord, EmbeddingRecord, EndRecord, Linear, Norm
+from fastgpt.cpu.records import BlockRecord, EmbeddingRecord, EndRecord, Norm
 from fastgpt.model.cache import CacheTransaction, KVCache, cached_tokens, idle
 from fastgpt.model.description import described
 from fastgpt.model.fusable import (
@@ -23,12 +23,15 @@ from fastgpt.model.fusable import (
     drops_nothing,
     fusable_class,
     is_unmodified,
-    is_unmodified_linear,
-    linear_obstacle,
     obstacle,
 )
 from fastgpt.model.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
-from fastgpt.model.quantization import quantized_copy
+from fastgpt.model.quantization import (
+    QuantizedEmbedding,
+    linear_obstacle,
+    linear_of,
+    quantized_copy,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -252,7 +255,7 @@ class GPTModel(nn.Module):
         """All that keeps pieces of the model from running fused."""
         found = [
             obstacle(self, GPTModel, ""),
-            obstacle(self.tok_emb, nn.Embedding, "tok_emb"),
+            obstacle(self.tok_emb, _embedding_class(self.tok_emb), "tok_emb"),
             obstacle(self.pos_emb, nn.Embedding, "pos_emb"),
             obstacle(self.trf_blocks, nn.Sequential, "trf_blocks"),
             obstacle(self.final_norm, LayerNorm, "final_norm"),
@@ -275,18 +278,15 @@ class GPTModel(nn.Module):
         tables = (self.tok_emb, self.pos_emb)
         if not drops_nothing(self.drop_emb):
             return None
-        for table in tables:
-            if not is_unmodified(table, nn.Embedding) or table.max_norm is not None:
-                return None
-        tok, pos = (table._parameters.get("weight") for table in tables)
-        return None if tok is None or pos is None else EmbeddingRecord(tok, pos)
+        tok, pos = map(_rows_of, tables)
+        return None if tok is None or not isinstance(pos, Tensor) else EmbeddingRecord(tok, pos)
 
     def _end_record(self, with_head: bool = True) -> EndRecord | None:
         norm: Any = self.final_norm
         head: Any = self.out_head
-        if not is_unmodified(norm, LayerNorm) or (with_head and not is_unmodified_linear(head)):
+        last = linear_of(head) if with_head else None
+        if not is_unmodified(norm, LayerNorm) or (with_head and last is None):
             return None
-        last = Linear(head._parameters["weight"], head._parameters["bias"]) if with_head else None
         scale, shift = (norm._parameters.get(name) for name in ("scale", "shift"))
         return EndRecord(Norm(scale, shift), norm.eps, last)
 
@@ -367,3 +367,16 @@ def _table(module: Any) -> Tensor | None:
         and not module.sparse
     )
     return module.weight if looks_up else None
+
+
+def _embedding_class(module: Any) -> type[nn.Module]:
+    return QuantizedEmbedding if type(module) is QuantizedEmbedding else nn.Embedding
+
+
+def _rows_of(module: Any) -> Any:
+    """The weight of an embedding whose output is its rows, quantised or not; None for any other."""
+    if is_unmodified(module, QuantizedEmbedding):
+        return module.quantized_weight
+    if not is_unmodified(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    return module._parameters.get("weight")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config
-from fastgpt.cpu.records import Block, BlockRecord, Linear, Norm
+from fastgpt.cpu.records import Block, BlockRecord, Norm
 from fastgpt.model.cache import cached_tokens, extended
 from fastgpt.model.fusable import (
     Obstacle,
@@ -24,13 +24,12 @@ from fastgpt.model.fusable import (
     drop_probability,
     dropout_obstacle,
     fusable_class,
-    has_own_parameters,
     is_unmodified,
     is_unmodified_linear,
-    linear_obstacle,
     obstacle,
 )
 from fastgpt.model.packing import pack_on_gpu, weights_lie_at
+from fastgpt.model.quantization import linear_obstacle, linear_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -360,7 +359,7 @@ class TransformerBlock(nn.Module):
         up, act, down = layers._modules.values()
         norm1: Any = pieces.get("norm1")
         norm2: Any = pieces.get("norm2")
-        linears = (*(inner.get(name) for name in _PROJECTIONS), up, down)
+        linears = [linear_of(layer) for layer in (*map(inner.get, _PROJECTIONS), up, down)]
         attention_p = drop_probability(inner.get("dropout"))
         shortcut_p = drop_probability(pieces.get("drop_shortcut"))
         if not (
@@ -368,16 +367,15 @@ class TransformerBlock(nn.Module):
             and alone_unmodified(norm1, LayerNorm)
             and alone_unmodified(norm2, LayerNorm)
             and norm1.eps == norm2.eps
-            and all(alone_unmodified(layer, nn.Linear) for layer in linears)
-            and all(map(has_own_parameters, linears))
+            and all(layer is not None for layer in linears)
             and attention_p is not None
             and shortcut_p is not None
             and att.num_heads * att.head_dim == att.d_out
             and att.is_causal()
         ):
             return None
-        query, key, value, out, first, last = map(_linear_of, linears)
-        parameters = Block(_norm_of(norm1), query, key, value, out, _norm_of(norm2), first, last)
+        parts = (_norm_of(norm1), *linears[:4], _norm_of(norm2), *linears[4:])
+        parameters = Block(*parts)  # type: ignore[arg-type]
         rates = (norm1.eps, attention_p, shortcut_p)
         return BlockRecord(parameters, att.d_out, att.num_heads, *rates, att.max_context())
 
@@ -425,10 +423,6 @@ _PROJECTIONS = ("W_query", "W_key", "W_value", "out_proj")
 
 def _norm_of(norm: Any) -> Norm:
     return Norm(norm._parameters.get("scale"), norm._parameters.get("shift"))
-
-
-def _linear_of(layer: Any) -> Linear:
-    return Linear(layer._parameters["weight"], layer._parameters["bias"])
 
 
 def is_causal(mask: Tensor) -> bool:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch, ops
 from fastgpt.config import check_ids
+from fastgpt.cpu.records import Dynamic, Linear
 from fastgpt.model.cache import KVCache
 from fastgpt.model.fusable import (
     KNOWN,
     Obstacle,
     alone_unmodified,
+    classes_unmodified,
     fusable_class,
     has_own_parameters,
     modification,
+    obstacle,
 )
 from fastgpt.quantized_weight import (
     Int4Weight,
@@ -71,11 +74,12 @@ class _Quantized(nn.Module):
         """Moves the buffers and leaves their dtypes as they are. A tensor that two layers share
         changes in place, as parameters do, and stays shared.
         """
-        held, self._buffers = self._buffers, {}
+        held, own = self._buffers, vars(self)
+        own["_buffers"] = {}
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers = held
+            own["_buffers"] = held
         for name, old in held.items():
             assert old is not None
             new = fn(old)
@@ -176,6 +180,26 @@ class QuantizedEmbedding(_Quantized):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, precision={self.precision}"
+
+
+def linear_of(layer: Any) -> Linear | None:
+    """What a linear layer consists of, quantised or not; None if it is modified."""
+    if alone_unmodified(layer, nn.Linear):
+        held = layer._parameters
+        return Linear(held["weight"], held["bias"]) if has_own_parameters(layer) else None
+    if not alone_unmodified(layer, QuantizedLinear) or "bias" not in layer._parameters:
+        return None
+    weight: Any = layer.quantized_weight
+    dynamic = layer.precision == "int8-dynamic"
+    return Linear(Dynamic(weight) if dynamic else weight, layer._parameters["bias"])
+
+
+def linear_obstacle(module: Any, path: str) -> Obstacle | None:
+    """What stands in the way of a linear layer, None if nothing does."""
+    if classes_unmodified() and linear_of(module) is not None:
+        return None
+    cls = type(module) if isinstance(module, QuantizedLinear) else nn.Linear
+    return obstacle(module, cls, path) or Obstacle(path, "a weight or bias that is no parameter")
 
 
 def quantized_copy(model: M, precision: str, group: int = 32) -> M:

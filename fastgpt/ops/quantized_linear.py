@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
+from fastgpt.cpu.records import Dynamic, shape_of
 from fastgpt.quantized_weight import Int4Weight, Int8Weight, QuantizedWeight, dequantize
 
 
@@ -43,7 +44,17 @@ def quantized_linear(
 
 
 def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dynamic: bool) -> Tensor:
-    """Where a backend with kernels for it takes over."""
+    held = Dynamic(weight) if dynamic and isinstance(weight, Int8Weight) else weight
+    if (
+        not torch.compiler.is_compiling()
+        and not dispatch.autocasts(x)
+        and dispatch.choose("quantized_linear", x, bias) == "cpu"
+    ):
+        kernels, (n_out, n_in) = dispatch.module("cpu", "linear", x), shape_of(weight)
+        if x.dim() > 0 and x.shape[-1] == n_in and kernels.takes(held, bias):
+            y = x.new_empty(*x.shape[:-1], n_out)
+            kernels.linear(x.contiguous(), held, bias, y)
+            return y
     if not dynamic:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)

@@ -47,6 +47,8 @@ def transformer_block(
         raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
         return None
+    if any(isinstance(p, tuple) for p in parameters.flat()):  # quantised
+        return None
     fields = block_fields(parameters, torch.float32, x.shape[2])
     if fields is None:
         return None
