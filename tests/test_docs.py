@@ -21,7 +21,14 @@ from fastgpt.training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RUN = ["README.md", "docs/backends.md", "docs/benchmarks.md", "docs/readers.md", "docs/training.md"]
+RUN = [
+    "README.md",
+    "docs/backends.md",
+    "docs/benchmarks.md",
+    "docs/quantization.md",
+    "docs/readers.md",
+    "docs/training.md",
+]
 QUOTING = {"docs/writing-a-kernel.md"}
 WITHOUT = {"docs/cpu.md"}
 ELSEWHERE = {"docs/weights.md"}  # in test_weights.py, with models of its own

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fastgpt import BackendError, __version__
-from fastgpt.cli import bench, compare, generate, info, train
+from fastgpt.cli import bench, compare, generate, info, quantize, train
 from fastgpt.cli.usage import Failure, UsageError, out_of_memory
 
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fastgpt", description="The book's GPT, fast.")
     top.add_argument("--version", action="version", version=f"fastgpt {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, bench, train, generate, info):
+    for module in (compare, bench, train, generate, quantize, info):
         module.add_to(commands)
     return top
 

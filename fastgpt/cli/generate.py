@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastgpt.cli.quantize import add_precision
 from fastgpt.cli.usage import Commands, UsageError, add_device, number, positive, seed, text
 from fastgpt.model.generation import generate_stream
 from fastgpt.tokenizer import END_OF_TEXT, EncodingError, TextStream, gpt2_encoding
@@ -21,6 +22,7 @@ from fastgpt.training.settings import SettingsError, check_token, load_model, pi
 if TYPE_CHECKING:
     import tiktoken
 
+DTYPES = ("float32", "bfloat16", "float16")
 # Token ids of prompts of equal length -> each step's new tokens, one per prompt.
 Steps = Callable[[Sequence[list[int]]], Iterator[list[int]]]
 
@@ -55,6 +57,8 @@ def add_to(commands: Commands) -> None:
         metavar="TEXT",
         help="stop before this text; repeatable",
     )
+    add_precision(sub, "--quantize", None)
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     add_device(sub)
     sub.set_defaults(run=run_generate)
 
@@ -68,7 +72,8 @@ def run_generate(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     prompts = [args.prompt] if args.prompts is None else _read(args.prompts)
     try:
-        model = load_model(args.model).eval().to(pick_device(args.device))
+        options = {"quantize": args.quantize, "dtype": getattr(torch, args.dtype)}
+        model = load_model(args.model, **options).eval().to(pick_device(args.device))
         encoding = gpt2_encoding()
         # An empty prompt starts a new text.
         ids = [encoding.encode(p or END_OF_TEXT, allowed_special={END_OF_TEXT}) for p in prompts]
@@ -79,7 +84,7 @@ def run_generate(args: argparse.Namespace) -> int:
     def steps(batch: Sequence[list[int]]) -> Iterator[list[int]]:
         stream = generate_stream(
             model,
-            torch.tensor(batch, device=model.tok_emb.weight.device),
+            torch.tensor(batch, device=model.pos_emb.weight.device),
             args.max_new_tokens,
             model.cfg["context_length"],
             args.temperature,

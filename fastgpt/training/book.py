@@ -19,6 +19,7 @@ from fastgpt.model.fusable import is_unmodified
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
 from fastgpt.tokenizer import END_OF_TEXT, decoded, gpt2_encoding
+from fastgpt.training.settings import check_trainable
 
 Device = torch.device | str
 
@@ -193,7 +194,11 @@ def train_model_simple(
 
     Returns:
         Training losses, validation losses and tokens seen, one of each per evaluation.
+
+    Raises:
+        ValueError: no parameter requires a gradient, as in a quantised model without LoRA.
     """
+    check_trainable(model)
     train_losses: list[float] = []
     val_losses: list[float] = []
     tokens_at: list[int] = []

@@ -23,6 +23,7 @@ from fastgpt.training.settings import (
     Settings,
     SettingsError,
     check_token,
+    check_trainable,
     load_model,
     read_config,
 )
@@ -143,7 +144,9 @@ def _config(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
     if before is None and args.start is not None:
         if args.config is not None or args.context is not None:
             raise SettingsError("--from has its own config: leave out --config and --context")
-        return dict(load_model(args.start).cfg)
+        model = load_model(args.start)
+        check_trainable(model)
+        return dict(model.cfg)
     if before is not None and args.config is None:
         config: dict[str, Any] = dict(before["config"])
     else:

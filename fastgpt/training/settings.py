@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
 from fastgpt.model.gpt import GPTModel
@@ -105,14 +106,23 @@ def check_token(what: str, token: int, cfg: dict[str, Any]) -> None:
         )
 
 
-def load_model(name_or_path: str | Path) -> GPTModel:
+def check_trainable(model: nn.Module) -> None:
+    """Raises SettingsError if no parameter requires a gradient."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingsError(
+            "nothing in this model can be trained: no parameter requires a gradient; a quantised "
+            "model needs layers beside its own (LoRA), or train the one that it was made from"
+        )
+
+
+def load_model(name_or_path: str | Path, **options: Any) -> GPTModel:
     """The model that ``GPTModel.from_pretrained`` loads by this name or path, in train mode.
 
     Raises:
         SettingsError: there is no such model, or its files are broken.
     """
     try:
-        return GPTModel.from_pretrained(name_or_path).train()
+        return GPTModel.from_pretrained(name_or_path, **options).train()
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise SettingsError(" ".join(str(error).split())) from None
 
