@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from pairs import CONFIG, pair, shake, some_ids, weigh, wrap_weight
 from helpers import PATHS, use_path
+from pairs import CONFIG, pair, shake, some_ids, weigh, wrap_weight
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ from fastgpt.quantized_weight import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 # Whether many rows, or in "int8" and "int4" a few, are multiplied by bfloat16 pairs.
-PAIRS = "cpu-avx512_bf16"
+PAIRS = "avx512_bf16"
 WIDE = CONFIG | {"emb_dim": 96}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = [(precision, 32) for precision in PRECISIONS] + [("int4", 64)]
@@ -151,7 +151,10 @@ class TestWeights:
 
 
 class TestOperation:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("path", "dtype"),
+        [(path, torch.float32) for path in PATHS] + [("auto", dtype) for dtype in DTYPES],
+    )
     @pytest.mark.parametrize(("precision", "group"), KINDS)
     def test_against_float64(self, path, precision, group, dtype):
         stored = quantize_weight(torch.randn(37, 192), precision, group)
@@ -163,13 +166,15 @@ class TestOperation:
             scale = wide.abs().amax(-1, keepdim=True) / 127
             wide = (wide / scale.where(scale > 0, 1)).round() * scale
         exact = F.linear(wide, dequantize(stored, torch.float64), bias.double())
-        y = ops.quantized_linear(x, stored, bias, dynamic)
+        with use_path(path):
+            y = ops.quantized_linear(x, stored, bias, dynamic)
+            pairs = fastgpt.cpu.isa() == PAIRS and path != "reference"
         assert y.dtype == dtype
         size = F.linear(wide.abs(), dequantize(stored, torch.float64).abs())
         # A value of x halfway between two of the grid may go to either.
         halfway = 127 * 1e-6 if dynamic else 0
-        pairs = path == PAIRS and not dynamic and dtype == torch.float32
-        factors = 2.0**-8 if pairs else 0  # of each pair, two that are rounded by 2^-9 at most
+        # Of each pair, two factors that are rounded by 2^-9 at most.
+        factors = 2.0**-8 if pairs and not dynamic and dtype == torch.float32 else 0
         allowed = 4 * torch.finfo(dtype).eps + halfway + factors
         assert ((y.double() - exact).abs() <= size * allowed).all()
 
@@ -223,8 +228,8 @@ class TestOperation:
 @pytest.fixture
 def float32_products():
     """On the fastest instruction set that doesn't round factors."""
-    isas = [f"cpu-{isa}" for isa in fastgpt.cpu.isas()]
-    with use_path(next((p for p in reversed(isas) if p != PAIRS), "reference")):
+    isas = [isa for isa in fastgpt.cpu.isas() if isa != PAIRS]
+    with use_path(f"cpu-{isas[-1]}" if isas else "reference"):
         yield
 
 
@@ -248,7 +253,9 @@ def test_whole_pass(path, shape, precision, group, dtype):
     idx = torch.randint(0, 61, shape)
     with use_path(path):
         got, cache = model(idx), fastgpt.KVCache(2)
-        parts = [model(idx[:, :1], cache=cache), model(idx[:, 1:], cache=cache)]
+        parts = [
+            model(part, cache=cache) for part in idx.split([1, shape[1] - 1], 1) if part.numel()
+        ]
     with fastgpt.use_backend("reference"):
         exact = copy.deepcopy(wide).double()(idx)
         with torch.autocast("cpu", torch.bfloat16):
@@ -367,7 +374,10 @@ class TestModel:
     def test_compiles_whole(self, precision, group, tied):
         model = quantized(precision, tied, group)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+        got, right = logits(compiled), logits(model)
+        # Sums in another order take a value of x that lies halfway to the other of two steps.
+        step = 2 / 127 if precision == "int8-dynamic" else 0
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 + step * right.abs().max())
 
 
 def logits_of(model, ids):
@@ -589,7 +599,7 @@ def test_explained(capsys):
     model = quantized(tied=True)
     hook(model)
     fastgpt.explain(model)
-    assert "att.out_proj: a forward hook" in capsys.readouterr().out
+    assert "att.W_key: a forward hook" in capsys.readouterr().out
 
 
 def test_the_embedding_outlives_the_head():

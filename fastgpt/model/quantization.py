@@ -119,7 +119,8 @@ class QuantizedLinear(_Quantized, nn.Linear):
         nn.Module.__init__(self)
         self.out_features = weight.values.shape[0]
         self.in_features = weight.values.shape[1] * (2 if precision == "int4" else 1)
-        self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", own)
         self._hold(weight, precision)
 
     def forward(self, x: Tensor) -> Tensor:
