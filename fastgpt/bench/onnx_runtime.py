@@ -173,5 +173,5 @@ class _Graph:
         pairs = narrow[..., 0::2] | narrow[..., 1::2] << 4
         names = map(self.constant, (pairs, scale.flatten()))
         # Level 4 takes the activations to int8, the fastest of its ways.
-        sizes = {"K": K, "N": N, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
-        return self.node("MatMulNBits", x, *names, out=out, **sizes)
+        sizes: dict[str, Any] = {"K": K, "N": N, "bits": 4, "block_size": GROUP}
+        return self.node("MatMulNBits", x, *names, out=out, accuracy_level=4, **sizes)

@@ -94,7 +94,7 @@ def _graph(model: TorchGPT, cfg: dict[str, Any], narrow: bool) -> Any:
     positions = op.parameter([-1], np.int64, "positions")
     rows = op.parameter([-1], np.int32, "rows")  # whose cache each row goes on with
     first_row = op.parameter([1], np.int64, "first_row")
-    zero, one = constant(0), constant(1)
+    zero = constant(0)
     batch = op.gather(op.shape_of(ids), constant([0]), zero)
     start = op.broadcast(
         constant(np.float32(0)),

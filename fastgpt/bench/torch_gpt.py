@@ -47,7 +47,7 @@ class TorchGPT(nn.Module):
         super().__init__()
         self.tok_emb, self.pos_emb, self.out_head = book.tok_emb, book.pos_emb, book.out_head
         self.drop = nn.Dropout(cfg["drop_rate"])
-        self.blocks = nn.ModuleList([_Block(block, cfg) for block in book.trf_blocks])
+        self.blocks: Any = nn.ModuleList([_Block(block, cfg) for block in book.trf_blocks])
         self.norm = _norm(book.final_norm, cfg["emb_dim"])
 
     def forward(self, ids: Tensor) -> Tensor:
