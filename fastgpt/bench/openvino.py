@@ -39,7 +39,7 @@ class OpenVino:
         self.request = core.compile_model(graph, "CPU", options).create_infer_request()
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids: [B, T]. Returns the logits, [B, T, V], which the next call overwrites."""
+        """ids: [B, T]. Returns the logits, [B, T, V], valid until the next call."""
         self.request.reset_state()
         return self._run(ids, 0, first_row=0)
 

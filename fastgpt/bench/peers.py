@@ -32,6 +32,9 @@ ENGINES = {
     "onnx": Engine(
         "ONNX Runtime", "#2b8a3e", ("float32", "int8-dynamic", "int4"), ("onnx", "onnxruntime")
     ),
+    "llama": Engine(
+        "llama.cpp", "#862e9c", ("float32", "bfloat16", "int8", "int4"), ("gguf", "llama_cpp")
+    ),
     "openvino": Engine("OpenVINO", "#0c8599", ("float32", "bfloat16", "int8"), ("openvino",)),
     "products": Engine("products by PyTorch's library", "#a78bbf"),
     "fastgpt": Engine("fastgpt", "#1556a0", PRECISIONS),

@@ -20,6 +20,7 @@ from fastgpt.bench.bound import bound_seconds, forward_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.case import Case
 from fastgpt.bench.errors import Result, kl_divergence
+from fastgpt.bench.llama import LlamaCpp
 from fastgpt.bench.narrow import Narrow
 from fastgpt.bench.onednn import onednn
 from fastgpt.bench.onnx_runtime import OnnxRuntime
@@ -40,6 +41,7 @@ EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
 EXPORTED: dict[str, Callable[..., Any]] = {  # made of the book's model, its config, a precision
     "onednn": onednn,
     "onnx": OnnxRuntime,
+    "llama": LlamaCpp,
     "openvino": OpenVino,
 }
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastgpt.bench.charts import Chart
 
 # With these peers --quick would take a minute rather than seconds.
-SLOW = ("compile", "hf", "ct2", "onednn", "onnx", "openvino")
+SLOW = ("compile", "hf", "ct2", "onednn", "onnx", "llama", "openvino")
 
 
 def add_to(commands: Commands) -> None:
@@ -28,9 +28,9 @@ def add_to(commands: Commands) -> None:
         help="measure fastgpt, the book and other libraries here, and write a report with charts",
         description="Time forward passes, training steps and generation of GPT-2 124M on the CPU: "
         "the book's model, fastgpt's at each precision, PyTorch's fused operations, torch.compile "
-        "and, where installed, Hugging Face, CTranslate2, ONNX Runtime and OpenVINO. Writes "
-        "one HTML page, and the figures as JSON beside it. Exits with 1 if fastgpt's results are "
-        "wrong.",
+        "and, where installed, Hugging Face, CTranslate2, ONNX Runtime, llama.cpp and OpenVINO. "
+        "Writes one HTML page, and the figures as JSON beside it. Exits with 1 if fastgpt's "
+        "results are wrong.",
     )
     sub.add_argument(
         "--out", type=Path, default=Path("fastgpt-bench.html"), metavar="FILE", help="(%(default)s)"
