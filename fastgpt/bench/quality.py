@@ -25,7 +25,7 @@ CFG: dict[str, Any] = {
     "drop_rate": 0.0,
     "qkv_bias": False,
 }
-STEPS, BATCH, RATE = 400, 16, 1e-3
+STEPS, BATCH, RATE = 300, 16, 1e-3
 HELD_OUT = 64  # windows of the text's end
 
 
