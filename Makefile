@@ -38,9 +38,11 @@ demo: setup  ## the book's model and ours on GPT-2 124M, side by side
 test: setup  ## the tests
 	$(BIN)/python -m pytest
 
-# The peers: other libraries that run GPT-2. Nothing else needs them.
+# The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
+# some ten minutes; where that fails, the benchmarks run without it.
 $(VENV)/.bench: $(VENV)/.installed
 	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[bench]'
+	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[llama]' || echo 'without llama.cpp (see above)'
 	@touch $@
 
 bench: setup $(VENV)/.bench  ## each operation, forward passes and generation against their peers

@@ -1,10 +1,12 @@
-"""`python -m benchmarks`: a table of speeds relative to the reference, with each peer's error."""
+"""`python -m benchmarks`: for each operation a table of speeds relative to the reference, with each
+peer's error.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -32,7 +34,7 @@ OPERATIONS = {
     "train": bench_model.TRAIN,
     "decode": bench_model.DECODE,
 }
-NOTE = """
+NOTE = """\
 The book: its time; the others: how many times as fast, by the medians of interleaved rounds. In
 brackets the largest error against float64; of decode, how far a chosen token's logit lies below the
 greatest one, in float64."""
@@ -45,29 +47,31 @@ def main() -> int:
     operations = top.parse_args().operation or list(OPERATIONS)
     if unknown := set(operations) - set(OPERATIONS):
         top.error(f"no benchmark of {', '.join(sorted(unknown))}, only of {known}")
-    rows = list(measured(operations))
-    print(comparison(rows, aligned=True), NOTE, sep="\n")
+    rows = []
+    for operation in operations:
+        rows += (of_one := list(measured(operation)))
+        print(comparison(of_one, aligned=True), end="\n\n", flush=True)
+    print(NOTE)
     if lines := doubts(rows):
         print("", UNTRUSTED, *lines, sep="\n")
     print(f"\n{machine_line()}")
     return 0
 
 
-def measured(operations: Iterable[str]) -> Iterator[Row]:
+def measured(operation: str) -> Iterator[Row]:
     """A row for each case, once its results are checked."""
     left_out: dict[str, str] = {}
-    for operation in operations:
-        for name, build in OPERATIONS[operation].items():
-            print(name, file=sys.stderr, flush=True)
-            torch.manual_seed(123)
-            case = build()
-            case.check()
-            figures, reasons = timed(case)
-            for peer, reason in reasons.items():
-                if left_out.get(peer) != reason:
-                    print(f"  without {peer}: {reason}", file=sys.stderr, flush=True)
-            left_out |= reasons
-            yield {"name": name, **figures}
+    for name, build in OPERATIONS[operation].items():
+        print(name, file=sys.stderr, flush=True)
+        torch.manual_seed(123)
+        case = build()
+        case.check()
+        figures, reasons = timed(case)
+        for peer, reason in reasons.items():
+            if left_out.get(peer) != reason:
+                print(f"  without {peer}: {reason}", file=sys.stderr, flush=True)
+        left_out |= reasons
+        yield {"name": name, **figures}
 
 
 if __name__ == "__main__":

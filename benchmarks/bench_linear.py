@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases import benchmark_of, gradients, outputs
 from fastgpt import ops
-from fastgpt.bench.case import PEERS
+from fastgpt.bench.case import OF_AN_OPERATION
 
 SIZES = [(rows, 768, 4 * 768) for rows in (1, 4, 8, 16, 64, 256, 1024)]
 
@@ -32,4 +32,4 @@ def linear_forward(*size):
 FORWARD, BACKWARD = outputs(linear_forward, SIZES), gradients(linear, SIZES)
 CASES = FORWARD | BACKWARD
 test_linear = benchmark_of(FORWARD)
-test_linear_backward = benchmark_of(BACKWARD, [peer for peer in PEERS if peer != "torch"])
+test_linear_backward = benchmark_of(BACKWARD, [peer for peer in OF_AN_OPERATION if peer != "torch"])

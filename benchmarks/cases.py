@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.bench.case import PEERS, Case, Forms, both_ways, forward
+from fastgpt.bench.case import OF_AN_OPERATION, Case, Forms, both_ways, forward
 
 Operation = Callable[..., tuple[Forms, list[Tensor]]]  # its forms and inputs at a size
 Cases = dict[str, Callable[[], Case]]
@@ -33,7 +33,7 @@ def _built(kind: Callable[..., Case], operation: Operation, size: Sequence[int])
     return kind(forms, inputs)
 
 
-def benchmark_of(cases: Cases, peers: Sequence[str] = PEERS) -> Callable[..., None]:
+def benchmark_of(cases: Cases, peers: Sequence[str] = OF_AN_OPERATION) -> Callable[..., None]:
     """The test that times every peer of every case by pytest-benchmark."""
 
     @pytest.mark.parametrize("peer", peers)

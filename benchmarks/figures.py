@@ -1,7 +1,8 @@
 """`python -m benchmarks.figures FIGURES.json PAGE.md ...`: writes the figures of a `fastgpt bench`
 into pages, between `<!-- figures: KIND -->` and `<!-- end of figures -->`.
 
-KIND is a kind of work (forward, train, decode), or `machine`: what they were measured on, and when.
+KIND is a kind of work (forward, train, decode), `quality`: what each precision costs on real text,
+or `machine`: what they were measured on, and when.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgpt.bench.formatting import UNTRUSTED, comparison, count_of_threads, doubts
+from fastgpt.bench.formatting import (
+    UNTRUSTED,
+    comparison,
+    count_of_threads,
+    doubts,
+    markdown,
+    quality_table,
+)
 from fastgpt.bench.measure import FORMAT
 
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-KINDS = ("forward", "train", "decode")
 
 
 def main() -> int:
@@ -39,10 +48,8 @@ def filled(text: str, document: dict[str, Any]) -> str:
 
     def write(region: re.Match[str]) -> str:
         kind = region[2]
-        assert kind in (*KINDS, "machine"), f"no figures of {kind!r}, only of {KINDS} and machine"
-        works = [row for row in document["works"] if row["kind"] == kind]
-        lines = machine(document) if kind == "machine" else comparison(works)
-        return f"{region[1]}{lines}\n{region[3]}"
+        assert kind in KINDS, f"no figures of {kind!r}, only of {', '.join(KINDS)}"
+        return f"{region[1]}{KINDS[kind](document)}\n{region[3]}"
 
     return REGION.sub(write, text)
 
@@ -57,6 +64,22 @@ def machine(document: dict[str, Any]) -> str:
         + (f"\n{UNTRUSTED}" if doubts(document["works"]) else "")
     )
 
+
+def quality(document: dict[str, Any]) -> str:
+    """What each precision costs on real text."""
+    return markdown(*quality_table(document.get("quality", ())))
+
+
+def works_of(kind: str, document: dict[str, Any]) -> str:
+    """The figures of a kind of work."""
+    return comparison([row for row in document["works"] if row["kind"] == kind])
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    **{kind: partial(works_of, kind) for kind in ("forward", "train", "decode")},
+    "quality": quality,
+    "machine": machine,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

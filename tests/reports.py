@@ -1,7 +1,7 @@
 """A document as `fastgpt bench` writes it, of every peer and all work, with made-up figures."""
 
 from fastgpt.bench import measure
-from fastgpt.bench.case import ALL_PEERS
+from fastgpt.bench.peers import PEERS, PRECISIONS
 from fastgpt.bench.workloads import FULL
 
 FACTS = {
@@ -28,11 +28,21 @@ def full_document():
         "agree": False,
         "left_out": {"compile": "torch.compile finds no C++ compiler"},
         "works": [_row(number, work) for number, work in enumerate(FULL)],
+        "quality": [
+            {
+                "precision": precision,
+                "perplexity": 4 + number,
+                "change": number / 4,
+                "kl_mean": number * 1e-5,
+                "kl_largest": number * 1e-4,
+            }
+            for number, precision in enumerate(PRECISIONS)
+        ],
     }
 
 
 def _row(number, work):
-    peers = [peer for peer in ALL_PEERS if peer in work.peer_names]
+    peers = [peer for peer in PEERS if peer in work.peer_names]
     speeds = [1.0, *(0.1 * 10 ** (3 * i / len(peers)) for i in range(1, len(peers)))]
     return {
         "name": work.name,
@@ -51,9 +61,10 @@ def _row(number, work):
                 "quartiles": [0.9 / speed, 1.2 / speed],
                 "doubt": UNSTEADY if number == 2 and peer == "torch" else None,
                 "speed_up": speed,
-                "share_of_bound": 0.003 * speed,
+                "share_of_bound": 0.003 * speed if PEERS[peer].is_float32 else None,
                 "tokens_per_second": 1000 * speed,
                 "error": None if peer == "products" else 1e-6 / speed,
+                **({"kl_mean": 1e-7, "kl_largest": 1e-6} if work.kind == "forward" else {}),
                 **({"memory": int(6e9 / speed)} if work.weigh else {}),
             }
             for peer, speed in zip(peers, speeds, strict=True)

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+import fastgpt
 from benchmarks import figures
 from fastgpt import cli, cpu
-from fastgpt.bench import measure, memory, rounds, workloads
+from fastgpt.bench import measure, memory, peers, rounds, workloads
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.bench.workloads import Work
 
@@ -57,8 +58,9 @@ def test_report_and_figures(tmp_path, capsys):
     forward, train, loop, decode = document["works"]
     assert list(forward["peers"]) == ["reference", "torch", "products", "fastgpt"]
     assert list(train["peers"]) == ["reference", "products", "fastgpt", "loss"]
-    assert list(loop["peers"]) == ["reference", "cached", "products", "fastgpt"]
-    assert list(decode["peers"]) == ["reference", "products", "fastgpt"]
+    assert list(loop["peers"]) == ["reference", "cached", "torch", "products", "fastgpt"]
+    assert list(decode["peers"]) == ["reference", "torch", "products", "fastgpt"]
+    assert document["quality"] == []
     for row in document["works"]:
         seconds = {name: peer["seconds"] for name, peer in row["peers"].items()}
         for name, peer in row["peers"].items():
@@ -68,6 +70,10 @@ def test_report_and_figures(tmp_path, capsys):
             else:
                 assert peer["share_of_bound"] == pytest.approx(row["bound"] / seconds[name])
             assert (peer["error"] is None) == (name == "products")
+            if row is forward and name != "products":
+                assert abs(peer["kl_mean"]) <= peer["kl_largest"] < 1e-12
+            else:
+                assert "kl_mean" not in peer
             low, high = peer["quartiles"]
             assert low <= peer["seconds"] <= high
         assert row["rounds"] == 3
@@ -128,20 +134,29 @@ def test_peers(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench(tmp_path, "--peers", "fastgpt,fast")
     assert "unknown peer 'fast'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "--precisions", "int8,int3")
+    assert "unknown precision 'int3'; known are float32, bfloat16," in capsys.readouterr().err
+
+
+ABSENT = ("transformers", "ctranslate2", "openvino")
 
 
 def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(
-        workloads.libraries, "missing", lambda *packages: f"{packages[-1]} not installed"
-    )
-    code, out = bench(tmp_path, "--peers", "fastgpt,hf,ct2")
+    monkeypatch.delattr(fastgpt, "quantize", raising=False)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name in ABSENT else True)
+    code, out = bench(tmp_path, "--peers", "hf,ct2,openvino", "--precisions", "float32,int8")
     assert code == 0
     document = json.loads(out.with_suffix(".json").read_text())
     assert document["left_out"] == {
         "hf": "transformers not installed",
-        "ct2": "ctranslate2 not installed",
+        "ct2": "transformers, ctranslate2 not installed",
+        "openvino": "openvino not installed",
+        "openvino int8": "openvino not installed",
+        "fastgpt int8": "there is no fastgpt.quantize",
     }
-    assert "CTranslate2 (ctranslate2 not installed)" in out.read_text()
+    assert document["quality"] == []
+    assert "OpenVINO, int8 (openvino not installed)" in out.read_text()
 
 
 def refuses(*arguments):
@@ -150,7 +165,7 @@ def refuses(*arguments):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_library_that_fails_is_left_out_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(workloads.libraries, "missing", lambda *packages: None)
+    monkeypatch.setattr(peers, "find_spec", lambda name: True)
     monkeypatch.setattr(workloads.libraries, "hugging_face", refuses)
     code, out = bench(tmp_path, "--peers", "fastgpt,hf")
     assert code == 0

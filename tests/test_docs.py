@@ -175,9 +175,17 @@ def test_figures_are_written_between_their_marks():
     assert new.startswith("a\n<!-- figures: train -->\n| ")
     assert new.endswith("<!-- end of figures -->\nb\n")
     assert "old" not in new
-    assert "| train GPT-2 124M [2, 256] | 1.00 s (1.0e-06) |" in new
+    assert "|  | train GPT-2 124M [2, 256] | train GPT-2 124M [2, 512] |" in new
+    assert "\n| the book | 1.00 s (1.0e-06) | 1.00 s (1.0e-06) |" in new
+    assert "KL" not in new
     assert "forward" not in new
     assert filled(new, full_document()) == new
+    forward = filled(page.replace("train", "forward"), full_document())
+    assert "| KL, mean | KL, largest |" in forward
+    assert re.search(r"\n\| ONNX Runtime, int4 \|.*\| 1.0e-07 \| 1.0e-06 \|\n", forward)
+    assert re.search(r"\n\| bound \|.*x \| - \| - \|\n", forward)
+    quality = filled(page.replace("train", "quality"), full_document())
+    assert "\n| int8 | 6.0000 | +50.000% | 2.0e-05 | 2.0e-04 |\n" in quality
     for count, said in ((64, " 64 threads,"), (1, " 1 thread,")):
         document = full_document()
         document["machine"]["threads"] = count

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 from reports import UNSTEADY, full_document
 
-from fastgpt.bench.charts import COLOURS, charts
+from fastgpt.bench.charts import charts
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.bench.page import page
+from fastgpt.bench.peers import ENGINES
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -99,10 +100,10 @@ def test_charts_are_painted(report, tmp_path):
     from matplotlib.image import imread
 
     picture = tmp_path / "report.png"
-    browse(tmp_path, report, "--window-size=1280,4000", f"--screenshot={picture}")
+    browse(tmp_path, report, "--window-size=1280,6500", f"--screenshot={picture}")
     pixels = imread(picture)[..., :3]
-    for name, colour in COLOURS.items():
-        alike = abs(pixels - to_rgb(colour)).max(axis=-1) < 0.01
+    for name, engine in ENGINES.items():
+        alike = abs(pixels - to_rgb(engine.colour)).max(axis=-1) < 0.01
         assert alike.sum() > 300, f"nothing in the colour of {name}"
 
 
@@ -115,6 +116,9 @@ def test_a_page_says_what_it_holds(report):
         "torch.compile (torch.compile finds no C++ compiler)",
         "Long-Named(R)",
         "5,500 GFLOP/s",
+        "<td>fastgpt, int8-dynamic</td>",
+        "<td>1.0e-07</td><td>1.0e-06</td>",
+        "<td>int4</td><td>8.0000</td><td>+100.000%</td><td>4.0e-05</td><td>4.0e-04</td>",
         "forward GPT-2 124M [8, 128]: other programs kept 12.5 of 64 processors busy",
         f"forward GPT-2 124M [1, 1024]: PyTorch, fused by hand: {UNSTEADY}",
     ):

@@ -1,15 +1,4 @@
-"""One piece of work, the peers that do it, and how far each lands from the exact result.
-
-The peers by name:
-
-- `reference`: the book's code, `fastgpt.reference`; `cached`: the same with a key-value cache;
-- `torch`: the same in PyTorch's own fused operations;
-- `compile`: the book's code under `torch.compile`;
-- `hf`: Hugging Face's GPT-2 with PyTorch's fused attention, where transformers is installed;
-- `ct2`: CTranslate2 in float32, where it is installed;
-- `products`: no model, only its matrix products by PyTorch's library, into ready buffers;
-- `fastgpt`: this package; `loss`: its `model.loss` in place of the logits and their cross entropy.
-"""
+"""One piece of work, the peers that do it, and how far each lands from the exact result."""
 
 from __future__ import annotations
 
@@ -28,20 +17,10 @@ from fastgpt.bench.errors import (
     leaves_of,
     outputs_and_gradients,
 )
+from fastgpt.bench.peers import PEERS
 
-PEERS = ("reference", "torch", "compile", "fastgpt")  # of an operation
-ALL_PEERS = (
-    "reference",
-    "cached",
-    "torch",
-    "compile",
-    "hf",
-    "ct2",
-    "products",
-    "fastgpt",
-    "loss",
-)
-OURS = ("fastgpt", "loss")
+OF_AN_OPERATION = ("reference", "torch", "compile", "fastgpt")
+JUDGED = ("fastgpt", "loss")  # by the error rule
 
 Forms = dict[str, Callable[..., Result]]  # an operation on the same inputs, by peer
 
@@ -55,19 +34,25 @@ class Case:
     peers: dict[str, Callable[[], Result | None]]
     exact: Result | None  # in float64; None where it would take too much memory
     skipped: dict[str, str] = field(default_factory=dict)  # peers that cannot run here, and why
-    _errors: dict[str, float | None] = field(default_factory=dict)
+    _errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def error(self, peer: str) -> float | None:
-        """The largest error of a peer's first, cold call; None if nothing tells."""
+    def errors(self, peer: str) -> dict[str, float]:
+        """How far the result of a peer's first, cold call lies from the exact one, by each measure;
+        empty if nothing tells.
+        """
         if peer not in self._errors:
             got = self.peers[peer]()
-            self._errors[peer] = None if got is None else self.distance(got)
+            self._errors[peer] = {} if got is None else self.distances(got)
         return self._errors[peer]
 
-    def distance(self, got: Result) -> float | None:
-        """How far a result lies from the exact one; None without an exact one."""
-        return None if self.exact is None else largest_error(got, self.exact)
+    def error(self, peer: str) -> float | None:
+        """The largest absolute error of a peer; None if nothing tells."""
+        return self.errors(peer).get("error")
+
+    def distances(self, got: Result) -> dict[str, float]:
+        """The errors of a result; none without an exact one."""
+        return {} if self.exact is None else {"error": largest_error(got, self.exact)}
 
     def why_not(self, peer: str) -> str | None:
         """Why a peer cannot run on this machine; None if it can."""
@@ -76,11 +61,11 @@ class Case:
         if peer not in self.peers:
             return "does not do this work"
         try:
-            self.error(peer)
+            self.errors(peer)
         except torch._dynamo.exc.TorchDynamoException:
             return "torch.compile finds no C++ compiler"
         except Exception as error:  # a library of another version than its peer is written for
-            if peer in ("reference", *OURS):
+            if peer == "reference" or PEERS[peer].is_ours:
                 raise
             return f"{type(error).__name__}: {error}".partition("\n")[0]
         return None
@@ -91,7 +76,7 @@ class Case:
         if theirs is None or self.exact is None:
             return None
         allowed = allowed_error(theirs, self.exact)
-        for peer in OURS:
+        for peer in JUDGED:
             ours = self.error(peer) if peer in self.peers else None
             if ours is not None and not ours <= allowed:
                 return f"{peer} is off by {ours:.2e}, the reference by {theirs:.2e}"

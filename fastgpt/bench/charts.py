@@ -15,20 +15,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fastgpt.bench.case import OURS
-from fastgpt.bench.formatting import KINDS, LABELS, UNTRUSTED, Row, doubts, kind, mark, size
+from fastgpt.bench.formatting import KINDS, UNTRUSTED, Row, doubts, kind, mark, size
+from fastgpt.bench.peers import ENGINES, PEERS, PRECISIONS
 
-COLOURS = {
-    "reference": "#495057",
-    "cached": "#8d99a6",
-    "torch": "#e8590c",
-    "compile": "#f4a261",
-    "hf": "#e9c030",
-    "ct2": "#74a816",
-    "products": "#a78bbf",
-    "fastgpt": "#1556a0",
-    "loss": "#4fa3e8",
-}
+# How bars are hatched and dots are shaped; the colour is the engine's.
+HATCHES = dict(zip(PRECISIONS, ("", "//////", "......", "xxxxxx", "------"), strict=True))
+MARKERS = dict(zip(PRECISIONS, "os^vD", strict=True))
 INK, FAINT = "#212529", "#dee2e6"
 WIDTH = 8.4  # inches
 STYLE: Any = {
@@ -87,8 +79,8 @@ def _speed(rows: Sequence[Row], key: str) -> tuple[str, str]:
         axes.set_xlabel("times as fast as the book", fontsize=8)
 
     caption = (
-        "Longer is faster; whiskers are the quartiles of the rounds. No code can beat the bound on "
-        "this machine: its peak of multiply-adds, or every weight read once a pass."
+        "Longer is faster; whiskers are the quartiles of the rounds. No float32 code can beat the "
+        "bound on this machine: its peak of multiply-adds, or every weight read once a pass."
     )
     if doubts(rows):
         caption += f" {UNTRUSTED}"
@@ -158,7 +150,8 @@ def _bars(
         start = position
         for name, peer in peers.items():
             value = scale * peer[key]
-            axes.barh(position, value, 0.82, color=COLOURS[name], zorder=2)
+            engine, precision = PEERS[name]
+            axes.barh(position, value, 0.82, zorder=2, **_filled(ENGINES[engine].colour, precision))
             ends, text = (value, value), label(value)
             if key == "speed_up":
                 text += mark(row, name)
@@ -171,7 +164,7 @@ def _bars(
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                fontweight="bold" if name in OURS else "normal",
+                fontweight="bold" if PEERS[name].is_ours else "normal",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 zorder=5,
             )
@@ -184,18 +177,24 @@ def _bars(
     return longest
 
 
+def _filled(colour: str, precision: str) -> dict[str, Any]:
+    """How a bar looks."""
+    return {"facecolor": colour, "hatch": HATCHES[precision], "edgecolor": "white", "linewidth": 0}
+
+
 def _bound_of(row: Row) -> float:
     seconds: float = row["peers"]["reference"]["seconds"]
     return seconds / row["bound"] if row["bound"] else 0.0
 
 
 def _bounds(axes: Axes, rows: Sequence[Row]) -> None:
-    """A dashed line across each group where its bound stands."""
+    """A dashed line across the float32 peers of each group where their bound stands."""
     position = 0.0
     for row in rows:
         count = len(row["peers"])
         if at := _bound_of(row):
-            ends = (position - 0.5, position + count - 0.5)
+            float32 = sum(PEERS[name].is_float32 for name in row["peers"])  # which come first
+            ends = (position - 0.5, position + float32 - 0.5)
             axes.plot((at, at), ends, "--", color=INK, linewidth=1.1, zorder=3)
         position += count + 0.7
 
@@ -206,8 +205,9 @@ def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None])
         for name, peer in row["peers"].items():
             at = value(peer)
             if at:
-                larger = 8 if name in OURS else 6
-                axes.plot(at, position, "o", color=COLOURS[name], markersize=larger)
+                known, larger = PEERS[name], 8 if PEERS[name].is_ours else 6
+                colour, shape = ENGINES[known.engine].colour, MARKERS[known.precision]
+                axes.plot(at, position, shape, color=colour, markersize=larger)
     _rows_axis(axes, [(i, row["name"].replace(" GPT-2", "")) for i, row in enumerate(rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
@@ -234,20 +234,26 @@ def _stacked(shown: Sequence[Panel], draw: Callable[[Axes, Panel], None], key: s
 def _single(rows: Sequence[Row], draw: Callable[[Axes], None], key: str) -> str:
     figure = Figure(figsize=(WIDTH, 0.34 * len(rows) + 1.2), layout="constrained")
     draw(figure.subplots())
-    return _svg(figure, rows, key)
+    return _svg(figure, rows, key, dots=True)
 
 
 def _titled(panel: Panel) -> str:
     return f"{panel.title} ({', '.join(dict.fromkeys(row['config'] for row in panel.rows))})"
 
 
-def _svg(figure: Figure, rows: Sequence[Row], key: str) -> str:
+def _svg(figure: Figure, rows: Sequence[Row], key: str, dots: bool = False) -> str:
     """The figure under a legend of the peers that have `key`, without the ids that would clash with
     other pictures on a page.
     """
-    used = {name for row in rows for name, peer in row["peers"].items() if peer.get(key)}
-    handles: list[Artist] = [Patch(color=COLOURS[name]) for name in COLOURS if name in used]
-    labels = [LABELS[name] for name in COLOURS if name in used]
+    used = {PEERS[name] for row in rows for name, peer in row["peers"].items() if peer.get(key)}
+    labels = [name for name in ENGINES if any(peer.engine == name for peer in used)]
+    handles: list[Artist] = [Patch(color=ENGINES[name].colour) for name in labels]
+    labels = [ENGINES[name].label for name in labels]
+    for precision in PRECISIONS[1:]:
+        if any(peer.precision == precision for peer in used):
+            labels.append(precision)
+            dot = Line2D((), (), color=INK, marker=MARKERS[precision], linestyle="")
+            handles.append(dot if dots else Patch(**_filled(INK, precision)))
     if key == "speed_up" and any(map(_bound_of, rows)):
         handles.append(Line2D((), (), linestyle="--", color=INK, linewidth=1.1))
         labels.append("bound")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TIMES = 2  # as much as PyTorch's own error
+POSITIONS = 64  # whose distributions are held at once
 
 Result = Tensor | tuple[Tensor, ...]
 
@@ -24,6 +25,20 @@ def largest_error(got: Result, exact: Result) -> float:
     """The largest absolute difference between two results; NaN if either has one."""
     pairs = zip(as_tuple(got), as_tuple(exact), strict=True)
     return torch.stack([(a - b).abs_().max().double() for a, b in pairs]).max().item()
+
+
+def kl_divergence(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    """How far the distributions of next tokens lie from the exact ones: the Kullback-Leibler
+    divergence's mean and its largest over all positions. Both are logits, [..., V].
+    """
+    found = []
+    for theirs, right in zip(
+        got.flatten(0, -2).split(POSITIONS), exact.flatten(0, -2).split(POSITIONS), strict=True
+    ):
+        p, q = right.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        found.append((p.exp() * (p - q)).sum(-1))
+    each = torch.cat(found)
+    return each.mean().item(), each.max().item()
 
 
 def allowed_error(theirs: float, exact: Result, dtype: torch.dtype = torch.float32) -> float:

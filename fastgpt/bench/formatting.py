@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastgpt.bench.case import ALL_PEERS, OURS
+from fastgpt.bench.peers import PEERS
 
-LABELS = {
-    "reference": "the book",
-    "cached": "the book, with a cache",
-    "torch": "PyTorch, fused by hand",
-    "compile": "torch.compile",
-    "hf": "Hugging Face",
-    "ct2": "CTranslate2",
-    "products": "products by PyTorch's library",
-    "fastgpt": "fastgpt",
-    "loss": "fastgpt, model.loss",
-}
 KINDS = {  # kind, and whether the reference is the book's own loop
     ("forward", False): "Forward pass",
     ("train", False): "Training step, forward and backward",
@@ -77,17 +66,27 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool =
 
 
 def comparison(rows: Sequence[Row], aligned: bool = False) -> str:
-    """A table with a row for each piece of work: the reference's time, the speed-up of every other
-    peer and of the bound over it, and the errors in brackets.
+    """A table with a column for each piece of work: the reference's time, the speed-up of every
+    other peer and of the bound over it, and the errors in brackets. Where distributions of next
+    tokens were compared, the worst of them follow.
     """
-    peers = [peer for peer in ALL_PEERS if any(peer in row["peers"] for row in rows)]
-    bound = ["bound"] if any("bound" in row for row in rows) else []
-    head = ["", *(LABELS[peer] for peer in peers), *bound]
+    kl = any("kl_mean" in peer for row in rows for peer in row["peers"].values())
+    head = ["", *(row["name"] for row in rows), *(["KL, mean", "KL, largest"] if kl else ())]
     lines = [
-        [row["name"], *(_cell(row, peer) for peer in peers), *(_bound(row) for _ in bound)]
-        for row in rows
+        [peer.label, *(_cell(row, name) for row in rows), *(_divergences(rows, name) if kl else ())]
+        for name, peer in PEERS.items()
+        if any(name in row["peers"] for row in rows)
     ]
+    if any("bound" in row for row in rows):
+        lines.append(["bound", *map(_bound, rows), *("--" if kl else "")])
     return markdown(head, lines, aligned)
+
+
+def _divergences(rows: Sequence[Row], name: str) -> Iterator[str]:
+    for key in ("kl_mean", "kl_largest"):
+        peers = (row["peers"].get(name, {}) for row in rows)
+        found = [peer[key] for peer in peers if peer.get(key) is not None]
+        yield f"{max(found):.1e}" if found else "-"
 
 
 def _cell(row: Row, name: str) -> str:
@@ -96,7 +95,7 @@ def _cell(row: Row, name: str) -> str:
     peer = row["peers"][name]
     text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
     text += mark(row, name)
-    text = f"**{text}**" if name in OURS else text
+    text = f"**{text}**" if PEERS[name].is_ours else text
     return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
 
 
@@ -105,12 +104,28 @@ def _bound(row: Row) -> str:
     return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, 'reference')}"
 
 
+def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The head and the lines of what each precision costs on real text."""
+    head = ["precision", "perplexity", "change", "KL, mean", "KL, largest"]
+    lines = [
+        [
+            row["precision"],
+            f"{row['perplexity']:.4f}",
+            f"{row['change']:+.3%}",
+            f"{row['kl_mean']:.1e}",
+            f"{row['kl_largest']:.1e}",
+        ]
+        for row in rows
+    ]
+    return head, lines
+
+
 def doubts(rows: Sequence[Row]) -> list[str]:
     """What cannot be trusted, and why: a line for each row that has something."""
     lines = []
     for row in rows:
         peers = row["peers"].items()
-        apart = [f"{LABELS[name]}: {peer['doubt']}" for name, peer in peers if peer["doubt"]]
+        apart = [f"{PEERS[name].label}: {peer['doubt']}" for name, peer in peers if peer["doubt"]]
         if reasons := [row["doubt"]] if row["doubt"] else apart:
             lines.append(f"{row['name']}: {'; '.join(reasons)}")
     return lines

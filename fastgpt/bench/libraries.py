@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -11,12 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def missing(*packages: str) -> str | None:
-    """A message that names those of the packages that are not installed; None if all are."""
-    absent = [package for package in packages if find_spec(package) is None]
-    return f"{', '.join(absent)} not installed" if absent else None
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from fastgpt.bench.bound import machine_peaks
-from fastgpt.bench.case import ALL_PEERS, OURS, Case
+from fastgpt.bench.case import JUDGED, Case
 from fastgpt.bench.formatting import finite
 from fastgpt.bench.machine import machine
 from fastgpt.bench.memory import WEIGHED, peak_memory
+from fastgpt.bench.peers import PEERS
+from fastgpt.bench.quality import quality
 from fastgpt.bench.rounds import enough_rounds, quartiles, steady_rounds
 from fastgpt.bench.workloads import Work
 
@@ -24,20 +26,24 @@ Progress = Callable[[int, int, str], object]
 
 def measure(
     works: Sequence[Work],
-    peers: Sequence[str] = ALL_PEERS,
+    peers: Sequence[str] = tuple(PEERS),
     *,
     rounds: int = 5,
     progress: Progress = lambda done, total, doing: None,
 ) -> dict[str, Any]:
     """The document: the machine and its peaks, and for each piece of work the bound and what
-    `timed` tells, with each peer's share of the bound, tokens per second and peak memory.
+    `timed` tells, with each peer's share of the bound, tokens per second and peak memory; and what
+    fastgpt's precisions below float32 cost on real text.
 
     Args:
-        peers: some of `ALL_PEERS`; the reference is always among them.
+        peers: some of `PEERS`; the reference is always among them.
         progress: called with the number of steps done, their total, and the next step.
     """
-    wanted = [p for p in ALL_PEERS if p in peers or p == "reference"]
+    wanted = [p for p in PEERS if p in peers or p == "reference"]
+    ours = [PEERS[p] for p in wanted if PEERS[p].is_ours and not PEERS[p].is_float32]
+    narrow = [peer.precision for peer in ours if not peer.missing()]
     total = sum(1 + (len(_weighed(work, wanted)) if work.weigh else 0) for work in works)
+    total += bool(narrow)
     done = itertools.count()
     rows, left_out = [], {}
     peaks = machine_peaks()  # while no model takes memory
@@ -46,8 +52,9 @@ def measure(
         bound = work.bound
         figures, reasons = timed(work.case(), wanted, rounds)
         left_out.update(reasons)
-        for peer in figures["peers"].values():
-            peer["share_of_bound"] = None if bound is None else bound / peer["seconds"]
+        for name, peer in figures["peers"].items():
+            exact = PEERS[name].is_float32  # a narrow weight takes fewer bytes than the bound's
+            peer["share_of_bound"] = bound / peer["seconds"] if bound and exact else None
             peer["tokens_per_second"] = work.tokens_done / peer["seconds"]
         for name in _weighed(work, list(figures["peers"])) if work.weigh else ():
             progress(next(done), total, f"memory of {work.name}, {name}")
@@ -63,6 +70,9 @@ def measure(
             "bound": bound,
         }
         rows.append(about | figures)
+    if narrow:
+        progress(next(done), total, "precision on real text")
+    measured_quality = quality(narrow) if narrow else []
     progress(total, total, "done")
     return {
         "command": "bench",
@@ -73,12 +83,13 @@ def measure(
         "agree": all(row["fault"] is None for row in rows),
         "left_out": left_out,
         "works": rows,
+        "quality": measured_quality,
     }
 
 
 @torch.no_grad()
 def timed(
-    case: Case, wanted: Sequence[str] = ALL_PEERS, rounds: int = 5
+    case: Case, wanted: Sequence[str] = tuple(PEERS), rounds: int = 5
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Each peer's seconds (median and quartiles of at least `rounds` interleaved rounds), speed-up
     over the reference (the ratio of the medians) and error, and the fault of ours. A `doubt` says
@@ -95,14 +106,15 @@ def timed(
         "rounds": len(taken.seconds["reference"]),
         "others": taken.others,
         "doubt": taken.doubt(),
-        "fault": case.fault() if any(peer in runs for peer in OURS) else None,
+        "fault": case.fault() if any(peer in runs for peer in JUDGED) else None,
         "peers": {
             peer: {
                 "seconds": taken.median(peer),
                 "quartiles": list(quartiles(taken.seconds[peer])),
                 "doubt": taken.doubt_of(peer),
                 "speed_up": base / taken.median(peer),
-                "error": finite(case.error(peer)),
+                "error": None,
+                **{measure: finite(value) for measure, value in case.errors(peer).items()},
             }
             for peer in runs
         },

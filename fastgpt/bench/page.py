@@ -8,10 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fastgpt.bench.case import OURS
 from fastgpt.bench.charts import Chart
 from fastgpt.bench.formatting import (
-    LABELS,
     UNTRUSTED,
     Row,
     count_of_threads,
@@ -19,9 +17,11 @@ from fastgpt.bench.formatting import (
     kind,
     mark,
     percent,
+    quality_table,
     readable,
     span,
 )
+from fastgpt.bench.peers import PEERS
 
 TILES = (  # kind, peer, what the ratio is of
     (("forward", False), "fastgpt", "the book's speed, in a forward pass"),
@@ -51,7 +51,8 @@ def page(document: dict[str, Any], charts: Sequence[Chart]) -> str:
         tiles=[*_speed_tiles(works), *_error_tile(works)],
         charts=charts,
         rows=[{**row, "peers": list(_peers(row))} for row in works],
-        left_out=[(LABELS[peer], why) for peer, why in document["left_out"].items()],
+        left_out=[(PEERS[peer].label, why) for peer, why in document["left_out"].items()],
+        quality=quality_table(document.get("quality", ())),
         facts=[*((n, "none" if v is None else v) for n, v in machine.items()), *_peaks(document)],
     )
 
@@ -87,16 +88,17 @@ def _error_tile(works: Sequence[Row]) -> Iterator[dict[str, str]]:
 
 def _peers(row: Row) -> Iterator[dict[str, Any]]:
     for name, peer in row["peers"].items():
-        bound, error, memory = (peer.get(k) for k in ("share_of_bound", "error", "memory"))
+        bound, memory = peer.get("share_of_bound"), peer.get("memory")
+        errors = (peer.get(key) for key in ("error", "kl_mean", "kl_largest"))
         yield {
-            "label": LABELS[name],
-            "ours": name in OURS,
+            "label": PEERS[name].label,
+            "ours": PEERS[name].is_ours,
             "cells": [
                 readable(peer["seconds"]),
                 f"{peer['tokens_per_second']:,.0f}",
                 f"{peer['speed_up']:.2f}x{mark(row, name)}",
                 percent(bound),
-                "" if error is None else f"{error:.1e}",
+                *("" if error is None else f"{error:.1e}" for error in errors),
                 "" if memory is None else f"{memory / 2**20:,.0f} MiB",
             ],
         }

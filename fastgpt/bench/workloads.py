@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ from fastgpt.bench import libraries
 from fastgpt.bench.bound import bound_seconds, forward_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.case import Case
-from fastgpt.bench.errors import Result
+from fastgpt.bench.errors import Result, kl_divergence
+from fastgpt.bench.llama import LlamaCpp
+from fastgpt.bench.narrow import Narrow
+from fastgpt.bench.onednn import onednn
+from fastgpt.bench.onnx_runtime import OnnxRuntime
+from fastgpt.bench.openvino import OpenVino
+from fastgpt.bench.peers import PEERS, Peer
 from fastgpt.bench.torch_gpt import TorchGPT
 
 CONFIGS = {
@@ -31,6 +37,13 @@ CONFIGS = {
 SEED = 123
 TIE = 1e-4  # logits this close may change places in float32
 EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
+
+EXPORTED: dict[str, Callable[..., Any]] = {  # made of the book's model, its config, a precision
+    "onednn": onednn,
+    "onnx": OnnxRuntime,
+    "llama": LlamaCpp,
+    "openvino": OpenVino,
+}
 
 Peers = dict[str, Callable[[], Result | None]]
 
@@ -98,7 +111,7 @@ class Work:
         models = _models(self.config)
         models.train(False)
         peers = self.peers(models)
-        skipped = {peer: why for peer, why in models.missing.items() if peer in peers}
+        skipped = {peer: why for peer in peers if (why := PEERS[peer].missing())}
         if self.kind == "decode":
             return Generation(peers, None, skipped, models=models, prompt=self.ids)
         exact = None
@@ -107,7 +120,7 @@ class Work:
                 exact = peers["reference"]()
         if self.kind == "train":
             return Training(peers, exact, skipped, models=models)
-        return Case(peers, exact, skipped)
+        return Forward(peers, exact, skipped)
 
 
 FULL = (
@@ -141,14 +154,7 @@ class Models:
 
     def __init__(self, cfg: dict[str, Any], alone: bool = False, seed: int = SEED) -> None:
         self.cfg, self.alone, self.seed = cfg, alone, seed
-        self.missing = {
-            peer: why
-            for peer, why in (
-                ("hf", libraries.missing("transformers")),
-                ("ct2", libraries.missing("transformers", "ctranslate2")),
-            )
-            if why
-        }
+        self._others: dict[Peer, Any] = {}
 
     @cached_property
     def book(self) -> reference.GPTModel:
@@ -175,6 +181,18 @@ class Models:
     @cached_property
     def ct2(self) -> Any:
         return libraries.ctranslate2_generator(self.hf)
+
+    def other(self, peer: Peer) -> Any:
+        """The model of an exported peer, or fastgpt's at a narrow precision: from ids to logits,
+        and with a `generate`.
+        """
+        if peer not in self._others:
+            if peer.engine == "fastgpt":
+                made = Narrow(self.fused, peer.precision)
+            else:
+                made = EXPORTED[peer.engine](self.book, self.cfg, peer.precision)
+            self._others[peer] = made
+        return self._others[peer]
 
     def train(self, mode: bool) -> None:
         """Set the mode of the models made so far."""
@@ -205,6 +223,7 @@ def _forward(work: Work, models: Models, ids: Tensor) -> Peers:
         "hf": lambda: models.hf(ids, use_cache=False).logits,
         "products": _when_called(lambda: libraries.products(ids.numel(), work.cfg, ids.numel())),
         "fastgpt": lambda: models.fused(ids),
+        **_others(lambda peer: models.other(peer)(ids)),
     }
 
 
@@ -272,10 +291,21 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> Peers:
         )
     return {
         **cached,
+        "torch": lambda: models.torch.generate(prompt, new),
         "hf": hugging_face,
         "ct2": ctranslate2,
         "products": _when_called(products),
         "fastgpt": lambda: generate_text_simple(models.fused, prompt, new, context),
+        **_others(lambda peer: models.other(peer).generate(prompt, new)),
+    }
+
+
+def _others(run: Callable[[Peer], Tensor]) -> Peers:
+    """The work of the peers that `Models.other` makes."""
+    return {
+        name: partial(run, peer)
+        for name, peer in PEERS.items()
+        if peer.engine in EXPORTED or (peer.is_ours and not peer.is_float32)
     }
 
 
@@ -285,6 +315,17 @@ def _when_called(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
     return lambda: made()()
 
 
+class Forward(Case):
+    """A forward pass: its logits are also judged by the distributions of next tokens."""
+
+    def distances(self, got: Result) -> dict[str, float]:
+        """The largest error of a logit, and the mean and the largest KL divergence."""
+        assert isinstance(got, Tensor)
+        assert isinstance(self.exact, Tensor)
+        mean, largest = kl_divergence(got, self.exact)
+        return super().distances(got) | {"kl_mean": mean, "kl_largest": largest}
+
+
 class Training(Case):
     """A training step: timed with the config's dropout, its errors measured without."""
 
@@ -292,11 +333,11 @@ class Training(Case):
         super().__init__(*args)
         self.models = models
 
-    def error(self, peer: str) -> float | None:
+    def errors(self, peer: str) -> dict[str, float]:
         self.models.train(False)
-        error = super().error(peer)
+        errors = super().errors(peer)
         self.models.train(True)
-        return error
+        return errors
 
 
 class Generation(Case):
@@ -307,12 +348,12 @@ class Generation(Case):
         self.models, self.prompt = models, prompt
         self.judged: list[tuple[Tensor, float]] = []
 
-    def distance(self, got: Result) -> float:
+    def distances(self, got: Result) -> dict[str, float]:
         """The most by which a chosen token's logit lies below the greatest of its step."""
         assert isinstance(got, Tensor)
         for ids, known in self.judged:
             if torch.equal(ids, got):
-                return known
+                return {"error": known}
         start = self.prompt.shape[1]
         assert torch.equal(got[:, :start], self.prompt)
         with self.models.in_float64():
@@ -320,7 +361,7 @@ class Generation(Case):
         chosen = logits.gather(-1, got[:, start:, None])[..., 0]
         error: float = (logits.amax(-1) - chosen).max().item()
         self.judged.append((got, error))
-        return error
+        return {"error": error}
 
     def fault(self) -> str | None:
         """What is wrong if fastgpt chose a token that is not the likeliest; None if it did not."""

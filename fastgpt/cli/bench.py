@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgpt.bench import measure, workloads
-from fastgpt.bench.case import ALL_PEERS
 from fastgpt.bench.formatting import UNTRUSTED, doubts
+from fastgpt.bench.peers import ENGINES, PRECISIONS, chosen
 from fastgpt.cli.progress import add_options, measuring, need_rich
 from fastgpt.cli.usage import Commands, UsageError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fastgpt.bench.charts import Chart
 
 # With these peers --quick would take a minute rather than seconds.
-SLOW = ("compile", "hf", "ct2")
+SLOW = ("compile", "hf", "ct2", "onednn", "onnx", "llama", "openvino")
 
 
 def add_to(commands: Commands) -> None:
@@ -26,9 +27,10 @@ def add_to(commands: Commands) -> None:
         "bench",
         help="measure fastgpt, the book and other libraries here, and write a report with charts",
         description="Time forward passes, training steps and generation of GPT-2 124M on the CPU: "
-        "the book's model, fastgpt's, PyTorch's fused operations, torch.compile and, where "
-        "installed, Hugging Face and CTranslate2. Writes one HTML page, and the figures as JSON "
-        "beside it. Exits with 1 if fastgpt's results are wrong.",
+        "the book's model, fastgpt's at each precision, PyTorch's fused operations, torch.compile "
+        "and, where installed, Hugging Face, CTranslate2, ONNX Runtime, llama.cpp and OpenVINO. "
+        "Writes one HTML page, and the figures as JSON beside it. Exits with 1 if fastgpt's "
+        "results are wrong.",
     )
     sub.add_argument(
         "--out", type=Path, default=Path("fastgpt-bench.html"), metavar="FILE", help="(%(default)s)"
@@ -37,10 +39,19 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--quick",
         action="store_true",
-        help="a toy model and PyTorch's own peers: takes seconds",
+        help="a toy model, PyTorch's own peers, float32: takes seconds",
     )
     sub.add_argument(
-        "--peers", type=_peers, metavar="NAME,...", help="only these, the book and fastgpt"
+        "--peers",
+        type=_some_of("peer", ENGINES),
+        metavar="NAME,...",
+        help=f"only these, the book and fastgpt, of {', '.join(ENGINES)}",
+    )
+    sub.add_argument(
+        "--precisions",
+        type=_some_of("precision", PRECISIONS),
+        metavar="NAME,...",
+        help=f"only these and the book, of {', '.join(PRECISIONS)}",
     )
     add_options(sub)
     sub.add_argument(
@@ -85,9 +96,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} is not writable")
-    peers = [p for p in ALL_PEERS if not (args.quick and p in SLOW)]
-    if args.peers:
-        peers = ["fastgpt", *args.peers]
+    engines = args.peers or [name for name in ENGINES if not (args.quick and name in SLOW)]
+    precisions = args.precisions or PRECISIONS[: 1 if args.quick else None]
+    peers = chosen(("fastgpt", *engines), precisions)
     with measuring(args.threads) as (show, _):
         works = workloads.QUICK if args.quick else workloads.FULL
         return measure.measure(works, peers, rounds=args.rounds, progress=show)
@@ -121,9 +132,14 @@ def _write(
         raise UsageError(f"{error.filename}: {error.strerror}") from None
 
 
-def _peers(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in ALL_PEERS]:
-        message = f"unknown peer {', '.join(map(repr, unknown))}; known are {', '.join(ALL_PEERS)}"
-        raise argparse.ArgumentTypeError(message)
-    return names
+def _some_of(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of an option that takes names separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := ", ".join(repr(name) for name in names if name not in known):
+            message = f"unknown {what} {unknown}; known are {', '.join(known)}"
+            raise argparse.ArgumentTypeError(message)
+        return names
+
+    return parse
