@@ -12,6 +12,8 @@ namespace FASTGPT_ISA {
 // register of a row's units from column k on, or of its first n numbers with zeros behind them.
 struct Single {
     static constexpr int in_unit = 1;
+    using Sum = Vec;
+    FASTGPT_INLINE Sum nothing() { return zero(); }
     FASTGPT_INLINE Vec add_product(Vec sum, Vec x, Vec w) { return fma(x, w, sum); }
     FASTGPT_INLINE Vec value(Vec sum) { return sum; }
     template <class Row>
@@ -33,6 +35,8 @@ struct Single {
 
 struct Pairs {
     static constexpr int in_unit = 2;
+    using Sum = Vec;
+    FASTGPT_INLINE Sum nothing() { return zero(); }
     FASTGPT_INLINE Vec add_product(Vec sum, Vec x, Vec w) {
         return {_mm512_dpbf16_ps(sum.v, (__m512bh)x.v, (__m512bh)w.v)};
     }
@@ -50,6 +54,32 @@ struct Pairs {
     FASTGPT_INLINE Vec units(const WeightRow<BFloat16>& w, int64_t k, int64_t n) {
         return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1u : ~0u, w.address(k)))};
     }
+    // A weight in four bits is looked up: in what the 16 numbers of its group stand for, rounded once.
+    FASTGPT_INLINE Vec units(const WeightRow<Int4>& w, int64_t k) {
+        const auto wide = [](BFloat16 b) {
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(b.bits)), 16));
+        };
+        const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 values = _mm512_fmadd_ps(numbers, wide(w.scale[k >> w.shift]), wide(w.minimum[k >> w.shift]));
+        return look_up(w, k, (__m256i)_mm512_cvtneps_pbh(values));
+    }
+    FASTGPT_INLINE Vec units(const WeightRow<Int4>& w, int64_t k, int64_t) { return units(w, k); }
+    // The numbers themselves.
+    FASTGPT_INLINE Vec steps(const WeightRow<Int4>& w, int64_t k) {
+        return look_up(w, k,
+                       _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110,
+                                         0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170));
+    }
+    FASTGPT_INLINE Vec look_up(const WeightRow<Int4>& w, int64_t k, __m256i table) {
+        const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(w.address(k))));
+        const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+        const __m512i halves = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), shifts);
+        // By the low five bits of each: the table stands there twice.
+        return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(halves, _mm512_broadcast_i64x4(table)))};
+    }
+    FASTGPT_INLINE Vec lane_of(Vec v, int64_t lane) {
+        return {_mm512_permutexvar_ps(_mm512_set1_epi32(static_cast<int>(lane)), v.v)};
+    }
     template <class T>
     FASTGPT_INLINE Vec column_units(const T* w, int64_t w_col, int64_t numbers, int64_t n) {
         const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load_columns(w, n).v));
@@ -66,11 +96,21 @@ struct Pairs {
 // Weights as unsigned numbers, 128 more than they are, which `RowScale::offset` takes off again.
 struct Quads {
     static constexpr int in_unit = 4;
-    FASTGPT_INLINE Vec add_product(Vec sum, Vec x, Vec w) {
-        return {_mm512_castsi512_ps(
-            _mm512_dpbusd_epi32(_mm512_castps_si512(sum.v), _mm512_castps_si512(w.v), _mm512_castps_si512(x.v)))};
+    struct Sum {
+        __m512i v;
+    };
+    FASTGPT_INLINE Sum nothing() { return {_mm512_setzero_si512()}; }
+    FASTGPT_INLINE Sum add_product(Sum sum, Vec x, Vec w) {
+#ifdef _MSC_VER
+        return {_mm512_dpbusd_epi32(sum.v, _mm512_castps_si512(w.v), _mm512_castps_si512(x.v))};
+#else
+        asm("vpdpbusd %2, %1, %0"
+            : "+v"(sum.v)
+            : "v"(w.v), "v"(x.v));  // by its intrinsic GCC 12 keeps sums on the stack
+        return sum;
+#endif
     }
-    FASTGPT_INLINE Vec value(Vec sum) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(sum.v))}; }
+    FASTGPT_INLINE Vec value(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
     FASTGPT_INLINE Vec unsigned_bytes(__m512i w) {
         return {_mm512_castsi512_ps(_mm512_xor_si512(w, _mm512_set1_epi8(-128)))};
     }

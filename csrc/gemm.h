@@ -25,7 +25,7 @@ enum Way { kDots, kTiles, kStream };
 
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
-    if (p.w.col == 1) return p.m <= kMaxDotM && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
+    if (p.w.col == 1) return p.m <= kMaxDotM && p.m * 2 * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 
@@ -34,16 +34,27 @@ inline bool rearranges(const Product& p) {
     return p.x.col != 1 || p.w.format != kFloat32 || p.y_format != kFloat32 || p.narrow_sums;
 }
 
+// The sum of neighbours in a prepared row of bfloat16.
+inline float group_sum(const float* row, int64_t k, int64_t n) {
+    const BFloat16* x = reinterpret_cast<const BFloat16*>(row) + k;
+    Vec total = zero();
+    for_each_vec(n, [&](int64_t j, int64_t c) { total = total + load(x + j, c); });
+    return sum(total);
+}
+
 // Few rows of x as the dots read them, made anew where they are no longer float32 as they stand.
 template <class A, class T>
 static void dots_by_arithmetic(const Product& p, const ProductScratch& scratch) {
     const bool dynamic = p.w.format == kInt8Dynamic;
     if (A::in_unit == 1 && !dynamic) return dots<A, T>(p, p.x.at, p.x.row, nullptr, scratch.sums);
-    const int64_t x_row = unit_row(units_of<A>(p.k));
+    const int64_t units = unit_row(units_of<A>(p.k)), groups = by_groups<A, T>(p.m) ? p.k / p.w.group : 0;
+    const int64_t x_row = units + unit_row(groups);
     for (int64_t i = 0; i < p.m; i++) {
         const float* x = p.x.at + i * p.x.row;
+        float* to = scratch.x + i * x_row;
         const float scale = dynamic ? row_scale(x, p.k) : 1.0f;
-        scratch.scales[i] = {scale, prepare_row<A>(x, p.k, scale, scratch.x + i * x_row)};
+        scratch.scales[i] = {scale, prepare_row<A>(x, p.k, scale, to)};
+        for (int64_t g = 0; g < groups; g++) to[units + g] = group_sum(to, g * p.w.group, p.w.group);
     }
     dots<A, T>(p, scratch.x, x_row, dynamic ? scratch.scales : nullptr, scratch.sums);
 }
@@ -64,7 +75,7 @@ static void by_arithmetic(const Product& p, Way way, const ProductScratch& scrat
     }
     constexpr bool no_wider = quantised<T> || same<T, BFloat16>;
     if constexpr (no_wider) {
-        if (way == kDots && p.m >= kPairedM) return dots_by_arithmetic<Pairs, T>(p, scratch);
+        if (way == kDots && (p.m >= kPairedM || same<T, Int4>)) return dots_by_arithmetic<Pairs, T>(p, scratch);
     }
     if constexpr (no_wider || same<T, float>) {
         if (way == kTiles && (no_wider || p.narrow_sums)) return tiles<Pairs, T, Rows::kPrepared>(p, scratch);

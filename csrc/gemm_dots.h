@@ -7,26 +7,75 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: rows of x ..
+template <class A>
+constexpr int kDotRows = !kWide            ? 3
+                         : A::in_unit == 1 ? 6
+                                           : 8;                // a dot tile: rows of x ..
 constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
 constexpr int64_t kDotDepth = 768;   // units over which up to eight rows of x stay in the L1 cache
 constexpr int64_t kPairedM = 3;      // rows of x from which narrow factors save more than widening costs
 constexpr int64_t kDotAhead = 8192;  // bytes between what is used and what is fetched, at least
 
+// Whether a group's scale is applied to a group's sum, and its minimum to the sum of x over the group: less work than
+// to widen each weight where rows are this few.
+template <class A, class T>
+constexpr bool by_groups(int64_t rows) {
+    return same<T, Int4> && A::in_unit == 2 && rows <= 2;
+}
+
+// The products over k columns from k0 on, 16 groups at a time.
+template <class A, int MR, int COLS>
+FASTGPT_INLINE void add_groups(int64_t k0, int64_t k, const float* x, const float* x_sums, int64_t x_row,
+                               const WeightRow<Int4> (&w)[COLS], int64_t ahead, Vec (&sum)[MR][COLS]) {
+    const int64_t first = k0 >> w[0].shift, groups = k >> w[0].shift, runs = w[0].shift == 5 ? 1 : 2;
+    int64_t at = k0, u = 0;
+    for_each_vec(groups, [&](int64_t g, int64_t n) {
+        Vec scales[COLS];
+        FASTGPT_UNROLL
+        for (int j = 0; j < COLS; j++) {
+            scales[j] = load(w[j].scale + first + g, n);
+            const Vec minima = load(w[j].minimum + first + g, n);
+            FASTGPT_UNROLL
+            for (int i = 0; i < MR; i++) sum[i][j] = fma(minima, load(x_sums + i * x_row + first + g, n), sum[i][j]);
+        }
+        for (int64_t lane = 0; lane < n; lane++)
+            for (int64_t r = 0; r < runs; r++, at += 32, u += Vec::width) {
+                Vec steps[COLS], scale[COLS];
+                FASTGPT_UNROLL
+                for (int j = 0; j < COLS; j++) {
+                    if (ahead) FASTGPT_PREFETCH_FAR(w[j].address(at + ahead));
+                    steps[j] = A::steps(w[j], at);
+                    scale[j] = A::lane_of(scales[j], lane);
+                }
+                FASTGPT_UNROLL
+                for (int i = 0; i < MR; i++) {
+                    const Vec xi = load(x + i * x_row + u);
+                    FASTGPT_UNROLL
+                    for (int j = 0; j < COLS; j++)
+                        sum[i][j] = fma(A::add_product(A::nothing(), xi, steps[j]), scale[j], sum[i][j]);
+                }
+            }
+    });
+}
+
 // sums[i * kDotChunk + j] (+)= x_i . w_j for MR rows of x, as units, and COLS rows of W from column k0 on, over k.
 // Meanwhile what lies `ahead` numbers on is fetched into the cache.
 template <class A, class T, int MR, int COLS>
-static void dot_tile(int64_t k0, int64_t k, const float* x, int64_t x_row, const WeightRow<T>* w, int64_t ahead,
-                     float* sums, bool add) {
+static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums, int64_t x_row, const WeightRow<T>* w,
+                     int64_t ahead, float* sums, bool add) {
     constexpr int64_t step = Vec::width * A::in_unit;
-    Vec sum[MR][COLS];
+    typename A::Sum sum[MR][COLS];
     FASTGPT_UNROLL
     for (int i = 0; i < MR; i++) FASTGPT_UNROLL
-    for (int j = 0; j < COLS; j++) sum[i][j] = zero();
+    for (int j = 0; j < COLS; j++) sum[i][j] = A::nothing();
     WeightRow<T> rows[COLS];
     FASTGPT_UNROLL
     for (int j = 0; j < COLS; j++) rows[j] = w[j];
     int64_t kk = 0, u = 0;
+    if constexpr (by_groups<A, T>(MR)) {
+        add_groups<A>(k0, k, x, x_sums, x_row, rows, ahead, sum);
+        kk = k;
+    }
     for (; kk + step <= k; kk += step, u += Vec::width) {
         Vec wj[COLS];
         FASTGPT_UNROLL
@@ -62,7 +111,8 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, int64_t x_row, const
 }
 
 template <class A, class T>
-using DotKernel = void (*)(int64_t, int64_t, const float*, int64_t, const WeightRow<T>*, int64_t, float*, bool);
+using DotKernel = void (*)(int64_t, int64_t, const float*, const float*, int64_t, const WeightRow<T>*, int64_t, float*,
+                           bool);
 template <class A, class T>
 static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
                                                dot_tile<A, T, 2, 4>,
@@ -77,8 +127,9 @@ static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
 // W row-major, m <= kMaxDotM; x as units, in rows x_row of them apart.
 template <class A, class T>
 static void dots(const Product& p, const float* x, int64_t x_row, const RowScale* scales, float* sums) {
-    const int64_t groups = up(p.m, kDotRows), most = up(p.m, groups);
+    const int64_t groups = up(p.m, kDotRows<A>), most = up(p.m, groups);
     const int64_t depth = (p.m <= 2 ? 1 << 30 : p.m <= 8 ? kDotDepth : kDotDepth / 2) * A::in_unit;
+    const float* x_sums = x + unit_row(units_of<A>(p.k));  // of the groups of Int4, where they are used
     const int64_t cols = dot_cols(static_cast<int>(most)), chunk = kDotChunk / cols * cols;
     const int64_t ahead = cols * p.w.row * up(kDotAhead, bytes(p.w.format, cols * p.w.row));
     for (int64_t n0 = 0; n0 < p.n; n0 += chunk) {
@@ -90,14 +141,15 @@ static void dots(const Product& p, const float* x, int64_t x_row, const RowScale
                 for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
                 for (int64_t g = 0, m0 = 0; g < groups; g++) {
                     const int64_t m1 = p.m * (g + 1) / groups, kernel = m1 - m0 - 1 + (cols == 3 ? 1 : 0);
-                    dots_by_rows<A, T>[kernel](k0, k, x + m0* x_row + k0 / A::in_unit, x_row, w, g ? 0 : ahead,
-                                               sums + m0* kDotChunk + j, k0 > 0);
+                    dots_by_rows<A, T>[kernel](k0, k, x + m0* x_row + k0 / A::in_unit, x_sums + m0* x_row, x_row, w,
+                                               g ? 0 : ahead, sums + m0* kDotChunk + j, k0 > 0);
                     m0 = m1;
                 }
             }
         }
         for (int64_t i = 0; i < p.m; i++)
-            finish_row(p, sums + i * kDotChunk, scales ? scales + i : nullptr, i, n0, n, true, true, nullptr);
+            finish_row(p, sums + i * kDotChunk, scales ? scales + i : nullptr, i, n0, n, true, true,
+                       static_cast<float*>(p.y) + i * p.y_row + n0);
     }
 }
 

@@ -19,10 +19,10 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
     for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
     int64_t left = run;
     for (int64_t k0 = 0; k0 < k; k0 += kChain) {
-        Vec sum[MR][VECS];
+        typename A::Sum sum[MR][VECS];
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) FASTGPT_UNROLL
-        for (int v = 0; v < VECS; v++) sum[i][v] = zero();
+        for (int v = 0; v < VECS; v++) sum[i][v] = A::nothing();
         for (int64_t steps = min(kChain, k - k0); steps > 0;) {
             int64_t piece = min(steps, left);
             steps -= piece, left -= piece;

@@ -201,17 +201,17 @@ template <>
 struct WeightRow<Int4> {
     const uint8_t* at;
     const BFloat16 *scale, *minimum;
-    int64_t group;
+    int shift;  // from a column to its group: a group has a power of 2
 
     WeightRow() = default;
     WeightRow(const Weight& w, int64_t row)
         : at(static_cast<const uint8_t*>(w.at) + row * w.row / 2),
           scale(static_cast<const BFloat16*>(w.scale) + row * w.row / w.group),
           minimum(static_cast<const BFloat16*>(w.minimum) + row * w.row / w.group),
-          group(w.group) {}
+          shift(w.group == 32 ? 5 : 6) {}
     FASTGPT_ALWAYS_INLINE Vec operator()(int64_t k) const {
-        const Vec q = load_half_bytes(at + k / 32 * 16 + k % 16, k & 16 ? 4 : 0);
-        const int64_t g = k / group;
+        const Vec q = load_half_bytes(at + (k >> 5) * 16 + (k & 15), k & 16 ? 4 : 0);
+        const int64_t g = k >> shift;
         return fma(q, broadcast(widened(scale[g])), broadcast(widened(minimum[g])));
     }
     FASTGPT_ALWAYS_INLINE Vec operator()(int64_t k, int64_t) const { return (*this)(k); }  // whole groups alone

@@ -67,9 +67,10 @@ struct ProductScratch {
 };
 
 // One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
-// the last. Until then they wait in `partial`, which is y where that is float32.
-static void finish_row(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col, int64_t n,
-                       bool first_part, bool last_part, float* partial) {
+// the last. Until then they wait in `partial`, which is y where that is float32. FLOAT32: that all of it is.
+template <bool FLOAT32>
+FASTGPT_INLINE void finish_row_as(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col,
+                                  int64_t n, bool first_part, bool last_part, float* partial) {
     const int64_t at = row * p.y_row + col;
     float *pre = p.pre ? p.pre + at : nullptr, *act = p.act ? p.act + at : nullptr;
     const Numbers bias = first_part ? from(p.bias, col) : Numbers{};
@@ -78,9 +79,9 @@ static void finish_row(const Product& p, const float* sums, const RowScale* scal
     const Epilogue epilogue = last_part ? p.epilogue : kPlain;
     for_each_vec(n, [&](int64_t j, int64_t c) {
         Vec v = load_part(sums + j, c);
-        if (scale) v = (v - broadcast(scale->offset)) * broadcast(scale->scale);
-        if (of_column) v = v * load_part(of_column + j, c);
-        if (bias.at) v = v + load(bias, j, c);
+        if (!FLOAT32 && scale) v = (v - broadcast(scale->offset)) * broadcast(scale->scale);
+        if (!FLOAT32 && of_column) v = v * load_part(of_column + j, c);
+        if (bias.at) v = v + (FLOAT32 ? load_part(static_cast<const float*>(bias.at) + j, c) : load(bias, j, c));
         if (more) v = v + load_part(more + j, c);
         if (epilogue == kGelu) {
             if (pre) store_part(pre + j, v, c);
@@ -90,11 +91,20 @@ static void finish_row(const Product& p, const float* sums, const RowScale* scal
             if (act) store_part(act + j, g.value, c);
             v = v * g.slope;
         }
-        if (last_part)
-            store(p.y_format, p.y, at + j, v, c);
-        else
+        if (FLOAT32 || !last_part)
             store_part(partial + j, v, c);
+        else
+            store(p.y_format, p.y, at + j, v, c);
     });
+}
+
+FASTGPT_INLINE void finish_row(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col,
+                               int64_t n, bool first_part, bool last_part, float* partial) {
+    const bool float32 = p.y_format == kFloat32 && p.bias.format == kFloat32 && !scale && !has_row_scale(p.w);
+    if (float32)
+        finish_row_as<true>(p, sums, scale, row, col, n, first_part, last_part, partial);
+    else
+        finish_row_as<false>(p, sums, scale, row, col, n, first_part, last_part, partial);
 }
 
 }  // namespace FASTGPT_ISA

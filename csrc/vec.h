@@ -262,7 +262,7 @@ FASTGPT_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }  // 
 
 // Calls f(offset, vector length) for each vector of a row, the last one possibly short.
 template <class F>
-inline void for_each_vec(int64_t cols, F f) {
+FASTGPT_INLINE void for_each_vec(int64_t cols, F f) {
     int64_t c = 0;
     for (; c + Vec::width <= cols; c += Vec::width) f(c, Vec::width);
     if (c < cols) f(c, cols - c);
