@@ -7,10 +7,7 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-template <class A>
-constexpr int kDotRows = !kWide            ? 3
-                         : A::in_unit == 1 ? 6
-                                           : 8;                // a dot tile: rows of x ..
+constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: rows of x ..
 constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
 constexpr int64_t kDotDepth = 768;   // units over which up to eight rows of x stay in the L1 cache
 constexpr int64_t kPairedM = 3;      // rows of x from which narrow factors save more than widening costs
@@ -71,12 +68,15 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
     WeightRow<T> rows[COLS];
     FASTGPT_UNROLL
     for (int j = 0; j < COLS; j++) rows[j] = w[j];
-    int64_t kk = 0, u = 0;
+    const float* xp[(MR + 2) / 3];  // every third row, as in a tile
+    FASTGPT_UNROLL
+    for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
+    int64_t kk = 0;
     if constexpr (by_groups<A, T>(MR)) {
         add_groups<A>(k0, k, x, x_sums, x_row, rows, ahead, sum);
         kk = k;
     }
-    for (; kk + step <= k; kk += step, u += Vec::width) {
+    for (; kk + step <= k; kk += step) {
         Vec wj[COLS];
         FASTGPT_UNROLL
         for (int j = 0; j < COLS; j++) {
@@ -85,9 +85,15 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
         }
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) {
-            const Vec xi = load(x + i * x_row + u);
+            Vec xi = load(xp[i / 3] + (i % 3) * x_row);
+            FASTGPT_KEEP_VEC(xi);  // else the compiler loads it once for each row of W
             FASTGPT_UNROLL
             for (int j = 0; j < COLS; j++) sum[i][j] = A::add_product(sum[i][j], xi, wj[j]);
+        }
+        FASTGPT_UNROLL
+        for (int g = 0; g < (MR + 2) / 3; g++) {
+            xp[g] += Vec::width;
+            FASTGPT_KEEP(xp[g]);
         }
     }
     if (kk < k) {
@@ -96,7 +102,7 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
             const Vec wj = A::units(rows[j], k0 + kk, k - kk);
             FASTGPT_UNROLL
             for (int i = 0; i < MR; i++)
-                sum[i][j] = A::add_product(sum[i][j], load(x + i * x_row + u, units_of<A>(k - kk)), wj);
+                sum[i][j] = A::add_product(sum[i][j], load(xp[i / 3] + (i % 3) * x_row, units_of<A>(k - kk)), wj);
         }
     }
     FASTGPT_UNROLL
@@ -127,7 +133,7 @@ static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
 // W row-major, m <= kMaxDotM; x as units, in rows x_row of them apart.
 template <class A, class T>
 static void dots(const Product& p, const float* x, int64_t x_row, const RowScale* scales, float* sums) {
-    const int64_t groups = up(p.m, kDotRows<A>), most = up(p.m, groups);
+    const int64_t groups = up(p.m, kDotRows), most = up(p.m, groups);
     const int64_t depth = (p.m <= 2 ? 1 << 30 : p.m <= 8 ? kDotDepth : kDotDepth / 2) * A::in_unit;
     const float* x_sums = x + unit_row(units_of<A>(p.k));  // of the groups of Int4, where they are used
     const int64_t cols = dot_cols(static_cast<int>(most)), chunk = kDotChunk / cols * cols;

@@ -24,6 +24,12 @@
 #define FASTGPT_PREFETCH(address) __builtin_prefetch(address)
 #define FASTGPT_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 1)  // into the second cache
 #define FASTGPT_KEEP(variable) asm("" : "+r"(variable))                  // the compiler may not recompute it
+#ifdef __AVX512F__
+#define FASTGPT_KEEP_VEC(vec) asm("" : "+v"(vec.v))
+#endif
+#endif
+#ifndef FASTGPT_KEEP_VEC
+#define FASTGPT_KEEP_VEC(vec)
 #endif
 #define FASTGPT_INLINE static FASTGPT_ALWAYS_INLINE
 // The build for processors with dot products of bfloat16 pairs and of int8.
