@@ -65,6 +65,9 @@ static void by_arithmetic(const Product& p, Way way, const ProductScratch& scrat
         if (way == kStream) return stream<T>(p, scratch.packed);
     }
     if constexpr (same<T, float>) {
+#ifdef FASTGPT_NARROW_DOTS
+        if (p.x.col != 1 && p.narrow_sums) return tiles<Pairs, T, Rows::kTurned>(p, scratch);
+#endif
         if (p.x.col != 1) return tiles<Single, T, Rows::kTurned>(p, scratch);
     }
 #ifdef FASTGPT_NARROW_DOTS

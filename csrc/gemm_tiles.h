@@ -112,17 +112,27 @@ static void pack_panel(const Product& p, int64_t n0, int64_t k0, int64_t k, floa
     }
 }
 
-// packed[(i / kTileRows * k + kk) * kTileRows + i % kTileRows] = x[i * 1 + kk * x_col] for m rows; rows past the end of
-// the last group are whatever was there: computed, never stored.
+// packed[(i / kTileRows * units + u) * kTileRows + i % kTileRows] = unit u of row i of x, which lies column by column,
+// x_col apart; rows past the end of the last group are whatever was there: computed, never stored.
+template <class A>
 static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k, float* packed) {
     constexpr int64_t kGroups = 8;  // streams written side by side
+    const int64_t units = units_of<A>(k);
     for (int64_t i0 = 0; i0 < m; i0 += kGroups * kTileRows)
-        for (int64_t kk = 0; kk < k; kk++)
-            for (int64_t i = i0; i < min(m, i0 + kGroups * kTileRows); i += kTileRows)
-                if (i + kTileRows <= m)
-                    std::memcpy(packed + i * k + kk * kTileRows, x + i + kk * x_col, sizeof(float) * kTileRows);
-                else
-                    for (int64_t r = 0; r < m - i; r++) packed[i * k + kk * kTileRows + r] = x[i + r + kk * x_col];
+        for (int64_t u = 0; u < units; u++) {
+            const float* column = x + u * A::in_unit * x_col;
+            for (int64_t i = i0; i < min(m, i0 + kGroups * kTileRows); i += kTileRows) {
+                float* to = packed + i * units + u * kTileRows;
+                if constexpr (A::in_unit > 1) {
+                    const int64_t rows = min(kTileRows, m - i);
+                    store(to, A::column_units(column + i, x_col, k - u * A::in_unit, rows), rows);
+                } else if (i + kTileRows <= m) {
+                    std::memcpy(to, column + i, sizeof(float) * kTileRows);
+                } else {
+                    for (int64_t r = 0; r < m - i; r++) to[r] = column[i + r];
+                }
+            }
+        }
 }
 
 // How a tile finds its rows of x.
@@ -149,7 +159,7 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
         // The part of K from unit u0 on.
         const auto prepare = [&](int64_t u0) {
             const int64_t u = min(depth, units - u0), k0 = u0 * A::in_unit, k = min(u * A::in_unit, p.k - k0);
-            if (turned) pack_transposed(p.x.at + m0 + k0 * p.x.col, p.x.col, m1 - m0, k, scratch.x);
+            if (turned) pack_transposed<A>(p.x.at + m0 + k0 * p.x.col, p.x.col, m1 - m0, k, scratch.x);
             for (int64_t m = m0; prepared && m < m1; m++) {
                 RowScale& scale = scratch.scales[m - m0];
                 const float offset = prepare_row<A>(row_of_x(m) + k0, k, dynamic ? scale.scale : 1.0f,

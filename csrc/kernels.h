@@ -90,6 +90,7 @@ struct BlockStep {
     float* kept;     // from forward to backward: block_kept floats
     int64_t attention_seed, shortcut1_seed, shortcut2_seed;
     double attention_p, shortcut_p;  // of the dropouts
+    int64_t narrow_sums;             // whether products of many rows may take factors in bfloat16
     float* workspace;                // block_step_workspace floats
 };
 
@@ -104,7 +105,9 @@ struct Embedding {
 };
 
 struct NormBackward {
-    const float *dy, *x, *scale, *mean, *rstd;
+    const float *dy, *x;
+    Numbers scale;
+    const float *mean, *rstd;
     const float* dtotal;     // [rows, cols] or null: joins dx
     float* dx;               // or null
     float *dscale, *dshift;  // or both null

@@ -87,12 +87,12 @@ inline void layer_norm(const float* x, const float* branch, const float* weight,
 
 // The gradients of one row: with n = (x - mean) rstd and g = dy scale, dx = rstd (g - mean(g) - n mean(g n)) + dtotal.
 // dx may be null, dtotal too; dscale and dshift gather dy n and dy where they are set.
-inline void norm_backward_row(const float* dy, const float* x, const float* scale, float mean, float rstd,
+inline void norm_backward_row(const float* dy, const float* x, const Numbers& scale, float mean, float rstd,
                               const float* dtotal, float* dx, float* dscale, float* dshift, int64_t cols) {
     const Vec m = broadcast(mean), rs = broadcast(rstd);
     Vec sum_g = zero(), sum_gn = zero();
     for_each_vec(cols, [&](int64_t c, int64_t n) {
-        const Vec d = load_part(dy + c, n), norm = (load_part(x + c, n) - m) * rs, g = d * load_part(scale + c, n);
+        const Vec d = load_part(dy + c, n), norm = (load_part(x + c, n) - m) * rs, g = d * load(scale, c, n);
         sum_g = sum_g + g;
         sum_gn = fma(g, norm, sum_gn);
         if (dscale) {
@@ -104,7 +104,7 @@ inline void norm_backward_row(const float* dy, const float* x, const float* scal
     const Vec mean_g = broadcast(sum(sum_g) / static_cast<float>(cols));
     const Vec mean_gn = broadcast(sum(sum_gn) / static_cast<float>(cols));
     for_each_vec(cols, [&](int64_t c, int64_t n) {
-        const Vec norm = (load_part(x + c, n) - m) * rs, g = load_part(dy + c, n) * load_part(scale + c, n);
+        const Vec norm = (load_part(x + c, n) - m) * rs, g = load_part(dy + c, n) * load(scale, c, n);
         const Vec d = (g - fma(norm, mean_gn, mean_g)) * rs;
         store_part(dx + c, dtotal ? d + load_part(dtotal + c, n) : d, n);
     });

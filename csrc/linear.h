@@ -38,9 +38,10 @@ inline void share(const Team& team, const Product& p) { run_product(p, team.part
 // dW and the bias's gradient as the sum of dy's rows, each where it is wanted; dW added to what is there if `add`.
 inline void share_parameter_gradients(const Team& team, const LinearGradient& to, const float* dy, int64_t dy_row,
                                       int64_t out, const float* x, int64_t x_row, int64_t in, int64_t rows,
-                                      bool add = false) {
+                                      bool narrow_sums, bool add = false) {
     if (to.weight) {
         Product p = weight_gradient(to, dy, dy_row, out, x, x_row, in, rows);
+        p.narrow_sums = narrow_sums;
         if (add) add_to_result(p);
         share(team, p);
     }
@@ -61,7 +62,7 @@ inline void linear_backward(const Linear& w, const float* dy, const float* x, fl
     parallel_region(threads, [&](int64_t part, int64_t parts) {
         const Team team{part, parts, meeting, aligned(workspace) + part * product_scratch(true)};
         if (dx) share(team, input_gradient(w, dy, w.out, rows, dx, w.in));
-        share_parameter_gradients(team, to, dy, w.out, w.out, x, w.in, w.in, rows);
+        share_parameter_gradients(team, to, dy, w.out, w.out, x, w.in, w.in, rows, false);
     });
 }
 

@@ -69,7 +69,8 @@ inline void linear_cross_entropy(const Linear& w, const float* x, const int64_t*
             if (dx) share(team, input_gradient(w, logits, w.out, n, dx + r0 * w.in, w.in));
             LinearGradient chunk_to = to;
             chunk_to.bias = nullptr;
-            share_parameter_gradients(team, chunk_to, logits, w.out, w.out, x + r0 * w.in, w.in, w.in, n, chunk > 0);
+            share_parameter_gradients(team, chunk_to, logits, w.out, w.out, x + r0 * w.in, w.in, w.in, n,
+                                      w.weight.format == kBFloat16, chunk > 0);
             team.barrier();
         }
     });

@@ -26,9 +26,6 @@ struct BlockBackward {
     }
 };
 
-// A training step is in float32 throughout.
-inline const float* scale_of(const Numbers& scale) { return static_cast<const float*>(scale.at); }
-
 inline AttentionBackward attention_of(const BlockRun& r, const float* dcontext, float* dqkv) {
     const int64_t T = r.tokens, D = r.head_dim, W = r.width, row = r.qkv_row, batch = T * row;
     const AttentionShape s{r.batch, r.heads, T, T, D, batch, D, row, batch, D, row, batch, D, row, T * W, D, W};
@@ -54,39 +51,45 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
         return static_cast<const float*>(back.dbranch);
     };
 
+    const auto gradient = [&](const Linear& w, const float* d, int64_t d_row, float* dx, int64_t dx_row) {
+        Product p = input_gradient(w, d, d_row, M, dx, dx_row);
+        p.narrow_sums = r.narrow_sums;
+        return p;
+    };
+
     const float* dy = dropped(r.drop_shortcut2, back.dy);
-    Product through_gelu = input_gradient(b.down, dy, D, M, back.wide, F);
+    Product through_gelu = gradient(b.down, dy, D, back.wide, F);
     through_gelu.epilogue = kGeluBackward, through_gelu.pre = r.pre, through_gelu.act = back.act;
     share(team, through_gelu);
     norm_again(r.middle, r.mean2, r.rstd2, b.scale2, b.shift2);
-    share_parameter_gradients(team, to.down, dy, D, D, back.act, F, F, M);
+    share_parameter_gradients(team, to.down, dy, D, D, back.act, F, F, M, r.narrow_sums);
     if (!through_middle) return;
-    share_parameter_gradients(team, to.up, back.wide, F, F, back.h, D, D, M);
+    share_parameter_gradients(team, to.up, back.wide, F, F, back.h, D, D, M, r.narrow_sums);
     if (!through_attention && !to.scale2) return;
-    share(team, input_gradient(b.up, back.wide, F, M, back.dh, D));
+    share(team, gradient(b.up, back.wide, F, back.dh, D));
     team.barrier();
-    norm_backward(team, {back.dh, r.middle, scale_of(b.scale2), r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2,
+    norm_backward(team, {back.dh, r.middle, b.scale2, r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2,
                          to.shift2, back.partials, M, D});
     if (!through_attention) return;
 
     const float* dmiddle = dropped(r.drop_shortcut1, back.dmiddle);
-    share_parameter_gradients(team, to.out_proj, dmiddle, D, D, r.context, D, D, M);
+    share_parameter_gradients(team, to.out_proj, dmiddle, D, D, r.context, D, D, M, r.narrow_sums);
     if (!through_qkv) return;
-    share(team, input_gradient(b.out_proj, dmiddle, D, M, back.act, D));
+    share(team, gradient(b.out_proj, dmiddle, D, back.act, D));
     norm_again(r.x, r.mean1, r.rstd1, b.scale1, b.shift1);
     attention_backward(team, attention_of(r, back.act, back.wide), back.attention);
     const Linear* projections[] = {&b.query, &b.key, &b.value};
     const LinearGradient* gradients[] = {&to.query, &to.key, &to.value};
     for (int64_t i = 0; i < 3; ++i)
-        share_parameter_gradients(team, *gradients[i], back.wide + i * D, 3 * D, D, back.h, D, D, M);
+        share_parameter_gradients(team, *gradients[i], back.wide + i * D, 3 * D, D, back.h, D, D, M, r.narrow_sums);
     if (!back.dx && !to.scale1) return;
     for (int64_t i = 0; i < 3; ++i) {
-        Product p = input_gradient(*projections[i], back.wide + i * D, 3 * D, M, back.dh, D);
+        Product p = gradient(*projections[i], back.wide + i * D, 3 * D, back.dh, D);
         if (i > 0) add_to_result(p);
         share(team, p);
     }
     team.barrier();
-    norm_backward(team, {back.dh, r.x, scale_of(b.scale1), r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1,
+    norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1,
                          to.shift1, back.partials, M, D});
 }
 
@@ -107,6 +110,7 @@ inline BlockRun run_of(const BlockStep& s) {
     r.middle = s.kept + 2 * M * s.heads, r.qkv = r.middle + M * D, r.context = r.qkv + M * 3 * D,
     r.pre = r.context + M * D;
     r.mean1 = r.pre + M * s.hidden, r.rstd1 = r.mean1 + M, r.mean2 = r.rstd1 + M, r.rstd2 = r.mean2 + M;
+    r.narrow_sums = s.narrow_sums;
     r.drop_attention = {s.attention_seed, s.attention_p, s.tokens};
     r.drop_shortcut1 = {s.shortcut1_seed, s.shortcut_p, D};
     r.drop_shortcut2 = {s.shortcut2_seed, s.shortcut_p, D};

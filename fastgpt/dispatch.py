@@ -54,12 +54,19 @@ class _Kernels(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     reason: Callable[[int | None], str | None]  # why it cannot run on the device of that index
     widest: Mapping[str, int]  # by operation, the longest last dimension
+    narrow: Mapping[str, tuple[torch.dtype, ...]]  # by operation, more dtypes
 
 
 _ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
-    "triton": _Kernels("cuda", _ON_GPU, triton.reason, launch_table.WIDEST),
-    "cpu": _Kernels("cpu", (torch.float32,), lambda index: cpu.missing_reason(), {}),
+    "triton": _Kernels("cuda", _ON_GPU, triton.reason, launch_table.WIDEST, {}),
+    "cpu": _Kernels(
+        "cpu",
+        (torch.float32,),
+        lambda index: cpu.missing_reason(),
+        {},
+        {"linear_cross_entropy": (torch.bfloat16, torch.float16)},
+    ),
 }
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
 
@@ -341,23 +348,16 @@ def takes_whole_pass(idx: Tensor) -> bool:
     """Whether a whole forward pass over these ids may run in C++; its weights are looked at
     elsewhere.
     """
-    return (
-        not torch.is_grad_enabled()
-        and autocast_dtype(idx) in (None, torch.bfloat16)
-        and _in_one_call(idx)
-    )
+    return not torch.is_grad_enabled() and runs_whole(idx)
 
 
 def runs_whole(x: Tensor) -> bool:
     """Whether several operations in a row may run as one call into C++, as far as their input
     tells; their weights are looked at elsewhere.
     """
-    return not autocasts(x) and _in_one_call(x)
-
-
-def _in_one_call(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        autocast_dtype(x) in (None, torch.bfloat16)
+        and not torch.compiler.is_compiling()
         and requested() in ("auto", "cpu")
         and x.device.type == "cpu"
         and cpu.missing_reason() is None
@@ -382,7 +382,8 @@ def traceable(*tensors: Tensor) -> bool:
 
 def _obstacle(backend: str, op: str, tensors: list[Tensor], beside: Iterable[Tensor]) -> str | None:
     """Why the backend's kernels cannot take these tensors, or None if they can."""
-    device, dtypes, reason, widest = _KERNELS[backend]
+    device, dtypes, reason, widest, narrow = _KERNELS[backend]
+    dtypes += narrow.get(op, ())
     for t in (*tensors, *beside):
         if t.device.type != device:
             return f"it takes {device.upper()} tensors, these are on {t.device}"

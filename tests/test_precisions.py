@@ -1,5 +1,6 @@
 """The whole pass and cached generation in bfloat16 and float16, and under autocast."""
 
+import contextlib
 import copy
 import itertools
 
@@ -213,4 +214,74 @@ def test_explained(capsys):
     out = capsys.readouterr().out
     assert "bfloat16 on cpu: backend cpu" in out
     assert "the whole pass is one call into C++" in out
-    assert "with gradients: PyTorch's own operations" in out
+    assert "2 of 2 blocks as one operation each, the rest by PyTorch's own operations" in out
+
+
+def gradients(model, idx, targets, loss=None):
+    """Of the mean cross entropy, by parameter."""
+    if loss is None:
+        logits = model(idx).float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, targets.flatten())
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.detach().clone() for name, p in model.named_parameters()}
+
+
+def check_gradients(ours, book, idx, autocast=None):
+    """By the error rule, in norm: gradients are sums over rows."""
+    targets = torch.randint(0, 61, idx.shape)
+    exact = gradients(copy.deepcopy(book).double(), idx, targets)
+    with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        block = ours.trf_blocks[0](ours.tok_emb(idx))
+        assert "_TransformerBlock" in block.grad_fn.name()
+        loss = ours.loss(idx, targets)
+        theirs = gradients(book, idx, targets)
+    got = gradients(ours, idx, targets, loss)
+    for name, right in exact.items():
+        assert got[name].dtype is ours.get_parameter(name).dtype
+        error, measure = ((g[name].double() - right).norm() for g in (got, theirs))
+        assert error <= 2 * measure + 1e-3 * right.norm(), name
+
+
+@CALLED
+@pytest.mark.parametrize("path", FUSED)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", [(1, 3), (2, 9), (3, 43), (2, 300)])
+def test_a_training_step(path, dtype, shape):
+    ours, book = narrow_models(dtype)
+    with use_path("auto"), cpu.use_isa(path.removeprefix("cpu-")):
+        check_gradients(ours, book, torch.randint(0, 61, shape))
+
+
+@CALLED
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_training_step_over_layouts_and_odd_sizes(dtype):
+    ours, book = narrow_models(dtype, emb_dim=30, n_heads=2)
+    for module in (ours.trf_blocks[0].att.W_key, ours.trf_blocks[0].ff.layers[0]):
+        _column_major(module)
+    check_gradients(ours, book, torch.randint(0, 61, (3, 37)))
+
+
+@pytest.mark.parametrize("path", FUSED)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 43), (2, 300)])
+@CALLED
+def test_a_training_step_under_autocast(path, shape):
+    ours, book = _models()
+    with use_path("auto"), cpu.use_isa(path.removeprefix("cpu-")):
+        check_gradients(ours, book, torch.randint(0, 61, shape), torch.bfloat16)
+
+
+@CALLED
+def test_dropout_is_that_of_the_modules():
+    """One seed, one mask, whichever path computes it."""
+    ours, _ = narrow_models(torch.bfloat16, drop_rate=0.3)
+    ours.train()
+    idx = torch.randint(0, 61, (2, 40))
+    found = []
+    for watched in (False, True):
+        if watched:  # takes the blocks apart
+            for block in ours.trf_blocks:
+                block.ff.register_forward_hook(lambda *args: None)
+        torch.manual_seed(7)
+        found.append(ours(idx).double())
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[1].abs().max()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
-from fastgpt.cpu.records import data
+from fastgpt.cpu.records import FORMATS, data
 
 
 def layer_norm(
@@ -77,9 +77,10 @@ def layer_norm_backward(
     partials = None
     if dweight is not None:
         partials = x.new_empty(_C.norm_partials(rows, cols))
-    tensors = (dy, x, weight, mean, rstd, dtotal, dx, dweight, dbias, partials)
+    rest = (mean, rstd, dtotal, dx, dweight, dbias, partials)
+    scale = (data(weight), FORMATS[torch.float32])
     _C.layer_norm_backward(
-        [*map(data, tensors), rows, cols],
+        [data(dy), data(x), *scale, *map(data, rest), rows, cols],
         data(dbranch),
         seed,
         dropout_p,

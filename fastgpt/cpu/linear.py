@@ -15,7 +15,8 @@ from fastgpt.cpu.workspace import workspace
 def takes(weight: Any, bias: Tensor | None) -> bool:
     """Whether a weight lies as the kernel can read it; any but an odd view does."""
     n_out, n_in = shape_of(weight)
-    return n_in > 0 and linear_fields(weight, bias, torch.float32, n_in, n_out) is not None
+    dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+    return n_in > 0 and linear_fields(weight, bias, dtype, n_in, n_out) is not None
 
 
 def linear(

@@ -26,7 +26,8 @@ def linear_cross_entropy(
     upstream, the gradients of the losses, dx and dweight where they are given.
 
     x, dx: [N, D] contiguous; weight: [V, D], row- or column-major; targets: [N] int64 contiguous,
-    in range; loss, upstream: [N] contiguous; dweight: as ``gradient_like`` makes it.
+    in range; loss, upstream: [N] contiguous, float32; dweight: as ``gradient_like`` makes it. The
+    others are of one dtype; sums are float32 whatever it is, and bfloat16 factors stay that.
     """
     V, D = weight.shape
     N = x.shape[0]
@@ -34,20 +35,31 @@ def linear_cross_entropy(
         if dweight is not None:
             dweight.zero_()
         return
-    record = linear_fields(weight, None, torch.float32, D, V)
+    record = linear_fields(weight, None, weight.dtype, D, V)
     assert record is not None
+    wide, wide_dx, wide_dweight = x.float(), _wide(dx), _wide(dweight)
     threads = threads_for(N * D * V)
     with workspace(owner, _C.linear_cross_entropy_workspace(N, V, threads)) as scratch:
         _C.linear_cross_entropy(
             record,
-            x.data_ptr(),
+            wide.data_ptr(),
             targets.data_ptr(),
             ignore_index,
             loss.data_ptr(),
             data(upstream),
-            data(dx),
-            linear_gradient(dweight, None),
+            data(wide_dx),
+            linear_gradient(wide_dweight, None),
             N,
             scratch,
             threads,
         )
+    for gradient, found in ((dx, wide_dx), (dweight, wide_dweight)):
+        if gradient is not None and found is not None and found is not gradient:
+            gradient.copy_(found)
+
+
+def _wide(gradient: Tensor | None) -> Tensor | None:
+    """Where its sums are made: itself if it is float32."""
+    if gradient is None or gradient.dtype is torch.float32:
+        return gradient
+    return torch.empty_like(gradient, dtype=torch.float32)

@@ -194,7 +194,7 @@ def weight_fields(weight: Any, dtype: torch.dtype, n_in: int, n_out: int) -> tup
     """
     if isinstance(weight, tuple):
         return _quantized_fields(weight, n_in, n_out)
-    if not readable(weight, dtype, n_out, n_in):
+    if dtype not in FORMATS or not readable(weight, dtype, n_out, n_in):
         return None
     row, col = weight.stride()
     if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
@@ -231,9 +231,11 @@ def linear_gradient(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, 
     return data(dweight), row, col, data(dbias)
 
 
-def gradient_like(weight: Tensor) -> Tensor:
-    """An empty gradient in the layout that autograd wants for this weight, [n_out, n_in]."""
-    like = torch.empty_like(weight)
+def gradient_like(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty gradient in the layout that autograd wants for this weight, [n_out, n_in]; of the
+    weight's dtype if no other is given.
+    """
+    like = torch.empty_like(weight, dtype=dtype)
     row_or_column_major = like.stride(1) == 1 or like.stride(0) == 1
     return like if row_or_column_major else like.new_empty(like.shape)
 

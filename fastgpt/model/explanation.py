@@ -65,10 +65,8 @@ def _on_the_cpu(model: GPTModel, obstacles: list[Obstacle], dtype: torch.dtype) 
         yield "  without gradients: the whole pass is one call into C++"
     else:
         yield f"  without gradients: {', '.join([*ends, share])} in C++, the rest as modules"
-    if dtype is torch.float32:
-        yield f"  with gradients: {share} as one operation each, the rest by fused operations"
-    else:
-        yield "  with gradients: PyTorch's own operations"
+    rest = "fused operations" if dtype is torch.float32 else "PyTorch's own operations"
+    yield f"  with gradients: {share} as one operation each, the rest by {rest}"
 
 
 def _below(path: str, of: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.cpu.records import Block, block_fields
+from fastgpt.cpu.records import FORMATS, Block, block_fields
 from fastgpt.cpu.transformer_block import Dropouts, transformer_block_backward
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
 from fastgpt.ops.causal_attention import weights as attention_weights
@@ -28,7 +28,8 @@ def transformer_block(
     """m + dropout(ff(norm2(m))) with m = x + dropout(attention(norm1(x))).
 
     Args:
-        x: [B, T, D] float32 on the CPU.
+        x: [B, T, D] on the CPU, in the parameters' dtype: float32, bfloat16 or float16. Under
+            autocast to bfloat16 products take bfloat16 factors.
         parameters: with D a multiple of n_heads.
         n_heads: number of heads.
         attention_p: probability of dropping an attention weight.
@@ -45,40 +46,46 @@ def transformer_block(
     """
     if n_heads <= 0 or x.shape[-1] % n_heads:
         raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
-    if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype != torch.float32:
+    if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype not in FORMATS:
+        return None
+    autocasts = dispatch.autocasts(x)
+    if autocasts and x.dtype is torch.float16:  # which would not stay float16
         return None
     if any(isinstance(p, tuple) for p in parameters.flat()):  # quantised
         return None
-    fields = block_fields(parameters, torch.float32, x.shape[2])
+    fields = block_fields(parameters, x.dtype, x.shape[2])
     if fields is None:
         return None
     seeds = draw_seeds(attention_p, shortcut_p, shortcut_p)
     drops = Dropouts(attention_p, shortcut_p, seeds)
-    return _TransformerBlock.apply(x, n_heads, drops, eps, owner, fields, *parameters.flat())
+    how = (n_heads, drops, eps, autocasts or x.dtype is torch.bfloat16, owner)
+    return _TransformerBlock.apply(x, how, fields, *parameters.flat())
 
 
 class _TransformerBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, n_heads, drops, eps, owner, fields, *flat):
+    def forward(ctx, x, how, fields, *flat):
+        n_heads, drops, eps, narrow, owner = how
         inside = x.contiguous()
         y = torch.empty_like(inside)
-        kept = cpu_forward(inside, Block.of(flat), n_heads, y, drops, eps, owner, fields)
+        kept = cpu_forward(inside, Block.of(flat), n_heads, y, drops, eps, narrow, owner, fields)
         ctx.save_for_backward(x, *flat, kept)
-        ctx.n_heads, ctx.drops, ctx.eps, ctx.owner = n_heads, drops, eps, owner
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, *flat, kept = ctx.saved_tensors
-        p, want_x, rest = Block.of(flat), ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        n_heads, drops, eps, narrow, owner = ctx.how
+        p, want_x, rest = Block.of(flat), ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         if dispatch.first_order(None, dy):
-            tensors = (dy.contiguous(), x.contiguous(), p, ctx.n_heads, kept, ctx.drops)
-            dx, grads = transformer_block_backward(*tensors, want_x, Block.of(rest), ctx.owner)
+            tensors = (dy.contiguous(), x.contiguous(), p, n_heads, kept, drops)
+            dx, grads = transformer_block_backward(*tensors, want_x, Block.of(rest), narrow, owner)
             found = (dx, *grads.flat())
         else:
-            refuse_double_backward(max(ctx.drops.attention_p, ctx.drops.shortcut_p))
-            found = _differentiable_gradients(dy, x, p, ctx.n_heads, ctx.eps, (want_x, *rest))
-        return found[0], None, None, None, None, None, *found[1:]
+            refuse_double_backward(max(drops.attention_p, drops.shortcut_p))
+            found = _differentiable_gradients(dy, x, p, n_heads, eps, (want_x, *rest))
+        return found[0], None, None, *found[1:]
 
 
 def _differentiable_gradients(dy, x, p, n_heads, eps, wanted):
