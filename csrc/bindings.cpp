@@ -17,6 +17,9 @@
 #ifndef _WIN32
 #include <pthread.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
@@ -210,6 +213,17 @@ void forward(const Fields& fields, const Fields& blocks, float eps, int threads)
     kernels().forward(f, records.data(), eps, usable(threads));
 }
 
+// A fresh block costs a page fault for each page that is first written to, so a large one asks for large pages. Only a
+// hint, and only for what the allocator maps by itself: it goes with the block.
+void ask_for_large_pages(uintptr_t block, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, begin = (block + page - 1) / page * page, end = (block + bytes) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    static_cast<void>(block), static_cast<void>(bytes);
+#endif
+}
+
 double seconds_now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -241,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("openmp") = false;
 #endif
+    m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
     m.def("product_scratch", [](bool backward) { return kernels().product_scratch(backward); });
     m.def("linear_cross_entropy_workspace", [](int64_t rows, int64_t vocab, int threads) {

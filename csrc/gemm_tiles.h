@@ -159,7 +159,7 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
         // The part of K from unit u0 on.
         const auto prepare = [&](int64_t u0) {
             const int64_t u = min(depth, units - u0), k0 = u0 * A::in_unit, k = min(u * A::in_unit, p.k - k0);
-            if (turned) pack_transposed<A>(p.x.at + m0 + k0 * p.x.col, p.x.col, m1 - m0, k, scratch.x);
+            if constexpr (turned) pack_transposed<A>(p.x.at + m0 + k0 * p.x.col, p.x.col, m1 - m0, k, scratch.x);
             for (int64_t m = m0; prepared && m < m1; m++) {
                 RowScale& scale = scratch.scales[m - m0];
                 const float offset = prepare_row<A>(row_of_x(m) + k0, k, dynamic ? scale.scale : 1.0f,

@@ -45,14 +45,18 @@ FASTGPT_INLINE Vec load_half_bytes(const uint8_t* p, int shift) {
     const __m512i half = _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift));
     return {_mm512_cvtepi32_ps(_mm512_and_si512(half, _mm512_set1_epi32(15)))};
 }
-// To nearest, ties to even; a NaN stays one.
+// To nearest, ties to even; a NaN stays one. The instruction for it takes subnormal numbers for 0.
 FASTGPT_INLINE void store(BFloat16* p, Vec a, int64_t n) {
+#ifdef FASTGPT_NARROW_DOTS
+    _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(rounded));
+#endif
 }
 FASTGPT_INLINE void store(Float16* p, Vec a, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

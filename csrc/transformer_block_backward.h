@@ -68,8 +68,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
     if (!through_attention && !to.scale2) return;
     share(team, gradient(b.up, back.wide, F, back.dh, D));
     team.barrier();
-    norm_backward(team, {back.dh, r.middle, b.scale2, r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2,
-                         to.shift2, back.partials, M, D});
+    norm_backward(team, {back.dh, r.middle, b.scale2, r.mean2, r.rstd2, back.dy, back.dmiddle, to.scale2, to.shift2,
+                         back.partials, M, D});
     if (!through_attention) return;
 
     const float* dmiddle = dropped(r.drop_shortcut1, back.dmiddle);
@@ -89,8 +89,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
         share(team, p);
     }
     team.barrier();
-    norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1,
-                         to.shift1, back.partials, M, D});
+    norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1, to.shift1,
+                         back.partials, M, D});
 }
 
 // What is kept for backward, one after the other: of the softmax, [batch, heads, tokens, 2]; the stream after

@@ -65,7 +65,7 @@ _KERNELS = {
         (torch.float32,),
         lambda index: cpu.missing_reason(),
         {},
-        {"linear_cross_entropy": (torch.bfloat16, torch.float16)},
+        dict.fromkeys(("layer_norm", "linear_cross_entropy"), (torch.bfloat16, torch.float16)),
     ),
 }
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}

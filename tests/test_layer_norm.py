@@ -111,8 +111,15 @@ def test_no_work_for_gradients_nobody_asked_for(path):
     torch.testing.assert_close(branch.grad, leaf.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_run_on_pytorch(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "cols"), [(3, 17), (130, 96)])
+def test_narrow_dtypes(path, rows, cols, dtype):
+    inputs = [t.to(dtype) for t in _inputs(rows, cols)]
+    check_operation(layer_norm, _torch, inputs, [torch.randn(rows, cols).to(dtype)])
+
+
+def test_float64_runs_on_pytorch():
+    dtype = torch.float64
     x, weight, bias = (t.to(dtype) for t in _inputs(4, 64))
     fastgpt.dispatch._say_once.cache_clear()
     if fastgpt.backends()["cpu"].available:

@@ -156,8 +156,9 @@ def test_what_it_does_not_take():
     parameters, width, heads, *_ = block.record()
     for x in (torch.randn(4, 48), torch.randn(0, 4, 48), torch.randn(1, 4, 48).double()):
         assert ops.transformer_block(x, parameters, heads) is None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert ops.transformer_block(torch.randn(1, 4, 48), parameters, heads) is None
+    assert ops.transformer_block(torch.randn(1, 4, 48).bfloat16(), parameters, heads) is None
     strided = parameters._replace(up=Linear(torch.randn(192, 96)[:, ::2], None))
     assert ops.transformer_block(torch.randn(1, 4, width), strided, heads) is None
 

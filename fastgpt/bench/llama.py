@@ -121,7 +121,7 @@ def _write(path: Path, model: TorchGPT, cfg: dict[str, Any], kind: str) -> None:
     file.add_tensor("token_embd.weight", model.tok_emb.weight.detach().numpy())
     file.add_tensor("position_embd.weight", model.pos_emb.weight.detach().numpy())
     narrow = gguf.GGMLQuantizationType[kind]
-    for name, module in _modules(model):
+    for name, module in _layers(model):
         weight = module.weight.detach().numpy()
         if isinstance(module, nn.Linear):
             weight = gguf.quants.quantize(weight, narrow)
@@ -139,7 +139,7 @@ def _write(path: Path, model: TorchGPT, cfg: dict[str, Any], kind: str) -> None:
     file.close()
 
 
-def _modules(model: TorchGPT) -> Iterator[tuple[str, Any]]:
+def _layers(model: TorchGPT) -> Iterator[tuple[str, Any]]:
     """The norms and the linear layers by the names of the file."""
     for i, block in enumerate(model.blocks):
         yield f"blk.{i}.attn_norm", block.norm1

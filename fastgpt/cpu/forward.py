@@ -27,7 +27,7 @@ from fastgpt.cpu.records import (
     threads_for,
     weight_fields,
 )
-from fastgpt.cpu.workspace import workspace
+from fastgpt.cpu.workspace import on_large_pages, workspace
 
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 _NO_NORM = (0,) * 4
@@ -190,6 +190,7 @@ class _Stream:
         n_out = self.whole.width if head is _NO_LINEAR else head[-2]
         dtype = self.whole.result_dtype
         out = torch.empty(B, 1 if last_only else T, n_out, dtype=dtype, device="cpu")
+        on_large_pages(out)
         self._call(out, norm, head, last_only)
         return out
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fastgpt.cpu import _C
+from fastgpt.cpu.in_float32 import in_float32
 from fastgpt.cpu.records import FORMATS, data
 
 
+@in_float32("y", "total")
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -25,7 +27,7 @@ def layer_norm(
     """Writes y = LayerNorm(x), or total = x + dropout(branch) and y = LayerNorm(total).
 
     x, branch, total, y: [..., D] contiguous; weight, bias: [D] contiguous; mean, rstd: one a row.
-    All float32. total may be x.
+    Sums are float32 whatever they are; mean and rstd stay that. total may be x.
     """
     cols = x.shape[-1]
     if x.numel() == 0:
@@ -48,6 +50,7 @@ def layer_norm(
     )
 
 
+@in_float32("dx", "dweight", "dbias", "dbranch")
 def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -65,7 +68,7 @@ def layer_norm_backward(
     """Writes the gradients that are given: dx with dtotal added, dbranch = dx behind the dropout.
 
     x: what was normalised. dy, x, dx, dtotal, dbranch: [..., D] contiguous; weight, dweight, dbias:
-    [D] contiguous, the gradients both or neither; mean, rstd: one a row. All float32.
+    [D] contiguous, the gradients both or neither; mean, rstd: one a row.
     """
     cols = x.shape[-1]
     rows = x.numel() // max(cols, 1)

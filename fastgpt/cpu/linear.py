@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt.cpu import _C
 from fastgpt.cpu.records import data, linear_fields, linear_gradient, shape_of, threads_for
-from fastgpt.cpu.workspace import workspace
+from fastgpt.cpu.workspace import on_large_pages, workspace
 
 
 def takes(weight: Any, bias: Tensor | None) -> bool:
@@ -34,6 +34,7 @@ def linear(
     record, rows = linear_fields(weight, bias, torch.float32, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
+    on_large_pages(y)
     narrow = not isinstance(weight, Tensor)
     with workspace(owner, threads * _C.product_scratch(narrow) + 32) as scratch:
         _C.linear(record, x.data_ptr(), y.data_ptr(), rows, scratch, threads)
@@ -61,6 +62,9 @@ def linear_backward(
     record, rows = linear_fields(weight, None, torch.float32, n_in, n_out), x.numel() // n_in
     assert record is not None
     threads = threads_for(rows * n_in * n_out)
+    for gradient in (dx, dweight):
+        if gradient is not None:
+            on_large_pages(gradient)
     with workspace(owner, threads * _C.product_scratch(True) + 32) as scratch:
         _C.linear_backward(
             record,

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt.cpu import _C
 from fastgpt.cpu.linear import takes as takes
 from fastgpt.cpu.records import data, linear_fields, linear_gradient, threads_for
-from fastgpt.cpu.workspace import workspace
+from fastgpt.cpu.workspace import on_large_pages, workspace
 
 
 def linear_cross_entropy(
@@ -38,6 +38,8 @@ def linear_cross_entropy(
     record = linear_fields(weight, None, weight.dtype, D, V)
     assert record is not None
     wide, wide_dx, wide_dweight = x.float(), _wide(dx), _wide(dweight)
+    if wide_dweight is not None:
+        on_large_pages(wide_dweight)
     threads = threads_for(N * D * V)
     with workspace(owner, _C.linear_cross_entropy_workspace(N, V, threads)) as scratch:
         _C.linear_cross_entropy(

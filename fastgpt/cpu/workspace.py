@@ -16,6 +16,11 @@ import weakref
 import torch
 from torch import Tensor
 
+from fastgpt.cpu import _C
+
+# From here on glibc's allocator maps every block by itself.
+_LARGE = 32 << 20
+
 _idle: dict[weakref.ref[object], list[Tensor]] = {}
 
 
@@ -41,6 +46,14 @@ class workspace:
 
     def __exit__(self, *error: object) -> None:
         self.own.append(self.block)
+
+
+def on_large_pages(result: Tensor) -> Tensor:
+    """The same result, still to be written: first writes to a large one then cost a third."""
+    size = result.numel() * result.element_size()
+    if size > _LARGE:
+        _C.ask_for_large_pages(result.data_ptr(), size)
+    return result
 
 
 def _forget(
