@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED := build/sanitize
 OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_embedding.py \
             tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
-            tests/test_cpu.py tests/test_precisions.py
+            tests/test_cpu.py tests/test_precisions.py tests/test_quantization.py::test_whole_pass
 
 .PHONY: help setup venv demo test bench scaling figures sanitize lint format dist clean
 help:  ## list the targets

@@ -1,7 +1,7 @@
 // Attention's own small product: C (+)= A B for a tile of C that stays in registers.
 #pragma once
 
-#include "vec.h"
+#include "arithmetic.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
@@ -12,9 +12,9 @@ constexpr int kGroupRows = 6;
 constexpr int kGroupVecs = Vec::width == 16 ? 4 : 2;
 constexpr int kGroupCols = kGroupVecs * Vec::width;
 
-// C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W]; the last vector holds `last` columns (W unless PART). TURNED: A
-// lies as [k, ROWS], lda from one k to the next.
-template <int ROWS, int VECS, bool ADD, bool TURNED, bool PART>
+// C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W], over k units; the last vector holds `last` columns (W unless PART).
+// TURNED: A lies as [k, ROWS], lda from one k to the next.
+template <class Units, int ROWS, int VECS, bool ADD, bool TURNED, bool PART>
 inline void attention_product_fixed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                     int64_t k, int64_t last) {
     const auto column = [last](const float* p, int j) {
@@ -28,7 +28,7 @@ inline void attention_product_fixed(const float* a, int64_t lda, const float* b,
         for (int j = 0; j < VECS; ++j) row[j] = column(b + p * ldb, j);
         for (int i = 0; i < ROWS; ++i) {
             const Vec s = broadcast(TURNED ? a[p * lda + i] : a[i * lda + p]);
-            for (int j = 0; j < VECS; ++j) acc[i][j] = fma(s, row[j], acc[i][j]);
+            for (int j = 0; j < VECS; ++j) acc[i][j] = Units::add_product(acc[i][j], s, row[j]);
         }
     }
     for (int i = 0; i < ROWS; ++i)
@@ -38,22 +38,22 @@ inline void attention_product_fixed(const float* a, int64_t lda, const float* b,
         }
 }
 
-template <int ROWS, bool ADD, bool TURNED, int VECS = kGroupVecs>
+template <class Units, int ROWS, bool ADD, bool TURNED, int VECS = kGroupVecs>
 inline void attention_product_cols(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                    int64_t k, int64_t cols) {
     if (cols > (VECS - 1) * Vec::width) {
         const int64_t last = cols - (VECS - 1) * Vec::width;
         if (last == Vec::width)
-            attention_product_fixed<ROWS, VECS, ADD, TURNED, false>(a, lda, b, ldb, c, ldc, k, last);
+            attention_product_fixed<Units, ROWS, VECS, ADD, TURNED, false>(a, lda, b, ldb, c, ldc, k, last);
         else
-            attention_product_fixed<ROWS, VECS, ADD, TURNED, true>(a, lda, b, ldb, c, ldc, k, last);
+            attention_product_fixed<Units, ROWS, VECS, ADD, TURNED, true>(a, lda, b, ldb, c, ldc, k, last);
     } else if constexpr (VECS > 1) {
-        attention_product_cols<ROWS, ADD, TURNED, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
+        attention_product_cols<Units, ROWS, ADD, TURNED, VECS - 1>(a, lda, b, ldb, c, ldc, k, cols);
     }
 }
 
 // C[rows, cols] (+)= A[rows, k] B[k, cols] for any number of rows and columns.
-template <bool ADD, bool TURNED = false>
+template <bool ADD, bool TURNED = false, class Units = Single>
 inline void attention_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                               int64_t rows, int64_t cols, int64_t k) {
     const int64_t step = TURNED ? 1 : lda;  // from one row of A to the next
@@ -61,11 +61,11 @@ inline void attention_product(const float* a, int64_t lda, const float* b, int64
         const int64_t n = min(kGroupCols, cols - j);
         int64_t i = 0;
         for (; i + kGroupRows <= rows; i += kGroupRows)
-            attention_product_cols<kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<Units, kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i + 2 <= rows; i += 2)
-            attention_product_cols<2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<Units, 2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i < rows; ++i)
-            attention_product_cols<1, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<Units, 1, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
     }
 }
 

@@ -25,29 +25,37 @@ static_assert(kKeyTile == kDropoutGroup, "a tile of keys is one group of the gen
 struct AttentionWorkspace {
     float* scores;                              // [kQueryTile, kKeyTile]
     float* out;                                 // [kQueryTile, head_dim]
-    float* values;                              // [kKeyTile, head_dim], where they are no float32
+    float* values;                              // [kKeyTile, head_dim], where they are not read in place
+    float* queries;                             // [kQueryTile, head_dim] as units, likewise
     float* keys;                                // [ceil(keys / kGroupCols), head_dim, kGroupCols]
     float top[kQueryTile], weight[kQueryTile];  // running maximum and sum of each row
 
     AttentionWorkspace(float* memory, int64_t head_dim)
         : scores(memory),
           out(scores + kQueryTile * kKeyTile),
-          values(out + kQueryTile * head_dim),
-          keys(values + kKeyTile * head_dim) {}
+          values(out + kQueryTile * head_dim), queries(values + kKeyTile * head_dim),
+          keys(queries + kQueryTile * unit_row(head_dim)) {}
     static int64_t floats(int64_t n_keys, int64_t head_dim) {
         const int64_t panels = (n_keys + kGroupCols - 1) / kGroupCols;
-        return panels * head_dim * kGroupCols + kQueryTile * (kKeyTile + head_dim) + kKeyTile * head_dim;
+        return panels * head_dim * kGroupCols + kQueryTile * (kKeyTile + head_dim) + kKeyTile * head_dim +
+               kQueryTile * unit_row(head_dim);
     }
 };
 
-// panel[d, j] = k[j, d] for n keys; the columns past n are zero, so that their scores are finite until masked.
-template <class KV>
+// panel[u, j] = unit u of k[j] for n keys; the columns past n are zero, so that their scores are finite until masked.
+template <class A, class KV>
 inline void pack_keys(const KV* k, int64_t stride, int64_t n, int64_t head_dim, float* panel) {
+    constexpr int64_t whole = Vec::width * A::in_unit;
+    const auto units = [&](int64_t key, int64_t u, int64_t numbers) {
+        WeightRow<KV> row;
+        row.at = k + key * stride;
+        return numbers >= whole ? A::units(row, u * A::in_unit) : A::units(row, u * A::in_unit, numbers);
+    };
     for (int64_t j = 0; j < kGroupCols; j += Vec::width)
         transpose_rows(
-            n - j, head_dim, panel + j, kGroupCols,
-            [&](int64_t i, int64_t d) { return load(k + (j + i) * stride + d); },
-            [&](int64_t i, int64_t d, int64_t c) { return load(k + (j + i) * stride + d, c); });
+            n - j, units_of<A>(head_dim), panel + j, kGroupCols,
+            [&](int64_t i, int64_t u) { return units(j + i, u, head_dim - u * A::in_unit); },
+            [&](int64_t i, int64_t u, int64_t) { return units(j + i, u, head_dim - u * A::in_unit); });
 }
 
 // Turns the scores of one row into weights: the first n of them count, the rest become 0, as far as a group of
@@ -78,25 +86,38 @@ inline void online_softmax(float* score, int64_t n, float scale, float& top, flo
     weight += sum(total);
 }
 
-// n rows of head_dim values in float32; they are read in place where they are that already.
-inline const float* in_float32(const float* v, int64_t, int64_t, int64_t, float*) { return v; }
-template <class KV>
-inline const float* in_float32(const KV* v, int64_t stride, int64_t n, int64_t head_dim, float* values) {
-    for (int64_t i = 0; i < n; ++i)
-        for_each_vec(head_dim, [&](int64_t d, int64_t c) {
-            store_part(values + i * head_dim + d, load(v + i * stride + d, c), c);
-        });
-    return values;
+// n values of head_dim as rows of units: of float32 in place where they are that.
+template <class A, class KV>
+inline const float* values_as_units(const KV* v, int64_t& stride, int64_t n, int64_t head_dim, float* values) {
+    if constexpr (A::in_unit == 1 && same<KV, float>) {
+        return v;
+    } else {
+        for (int64_t i = 0; i < n; i += A::in_unit)
+            for_each_vec(head_dim, [&](int64_t d, int64_t c) {
+                store_part(values + i / A::in_unit * head_dim + d, A::column_units(v + i * stride + d, stride, n - i, c),
+                           c);
+            });
+        stride = head_dim;
+        return values;
+    }
 }
 
 // The queries [first, first + rows) of one head; packed is how many keys of it are packed already.
-template <class KV>
+template <class A, class KV>
 inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, float* softmax, float scale,
                         const AttentionShape& s, const Dropout& drop, int64_t head, int64_t first, int64_t rows,
                         int64_t& packed, AttentionWorkspace& w) {
-    const int64_t D = s.head_dim, past = s.keys - s.queries, visible = past + first + rows;
+    const int64_t D = s.head_dim, units = units_of<A>(D), past = s.keys - s.queries, visible = past + first + rows;
     for (; packed < visible; packed += kGroupCols)
-        pack_keys(k + packed * s.k_token, s.k_token, min(kGroupCols, s.keys - packed), D, w.keys + packed * D);
+        pack_keys<A>(k + packed * s.k_token, s.k_token, min(kGroupCols, s.keys - packed), D, w.keys + packed * units);
+    const float* queries = q + first * s.q_token;
+    int64_t q_token = s.q_token;
+    if (A::in_unit > 1) {
+        q_token = unit_row(units);
+        for (int64_t i = 0; i < rows; ++i)
+            prepare_row<A>(q + (first + i) * s.q_token, D, 1.0f, w.queries + i * q_token);
+        queries = w.queries;
+    }
     std::memset(w.out, 0, sizeof(float) * static_cast<size_t>(rows * D));
     for (int64_t i = 0; i < rows; ++i) w.top[i] = -INFINITY, w.weight[i] = 0.0f;
 
@@ -106,9 +127,9 @@ inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, floa
         const int64_t n = min(kKeyTile, visible - key);
         for (int64_t j = 0; j < n; j += kGroupCols)
             for (int64_t i = skip; i < rows; i += kGroupRows)
-                attention_product<false>(q + (first + i) * s.q_token, s.q_token, w.keys + (key + j) * D, kGroupCols,
-                                         w.scores + i * kKeyTile + j, kKeyTile, min(kGroupRows, rows - i), kGroupCols,
-                                         D);
+                attention_product<false, false, A>(queries + i * q_token, q_token, w.keys + (key + j) * units,
+                                                   kGroupCols, w.scores + i * kKeyTile + j, kKeyTile,
+                                                   min(kGroupRows, rows - i), kGroupCols, units);
         for (int64_t i = skip; i < rows; ++i)
             online_softmax(w.scores + i * kKeyTile, min(n, past + first + i + 1 - key), scale, w.top[i], w.weight[i],
                            w.out + i * D, D);
@@ -116,12 +137,15 @@ inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, floa
         for (int64_t i = skip; i < rows && drop.on(); ++i)
             drop.group(head * s.queries + first + i, key / kKeyTile, w.scores + i * kKeyTile,
                        min(n, past + first + i + 1 - key));
-        const float* const values = in_float32(v + key * s.v_token, s.v_token, n, D, w.values);
-        const int64_t v_token = sizeof(KV) == sizeof(float) ? s.v_token : D;
+        int64_t v_token = s.v_token;
+        const float* const values = values_as_units<A>(v + key * s.v_token, v_token, n, D, w.values);
         for (int64_t i = skip; i < rows; i += kGroupRows) {
             const int64_t group = min(kGroupRows, rows - i), seen = min(n, past + first + i + group - key);
-            attention_product<true>(w.scores + i * kKeyTile, kKeyTile, values, v_token, w.out + i * D, D, group, D,
-                                    seen);
+            if (A::in_unit > 1)  // in place
+                for (int64_t r = i; r < i + group; ++r)
+                    prepare_row<A>(w.scores + r * kKeyTile, seen, 1.0f, w.scores + r * kKeyTile);
+            attention_product<true, false, A>(w.scores + i * kKeyTile, kKeyTile, values, v_token, w.out + i * D, D, group,
+                                              D, units_of<A>(seen));
         }
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -131,7 +155,7 @@ inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, floa
 }
 
 // What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
-template <class KV>
+template <class A, class KV>
 inline void attention_share(const float* q, const KV* k, const KV* v, float* out, float* softmax, float scale,
                             const AttentionShape& s, const Dropout& drop, float* scratch, int64_t part, int64_t parts) {
     const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
@@ -142,7 +166,7 @@ inline void attention_share(const float* q, const KV* k, const KV* v, float* out
         const int64_t head = unit / shares, b = head / s.heads, h = head % s.heads;
         int64_t packed = 0;
         for (int64_t t = unit % shares; t < tiles; t += shares)
-            attend_tile(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
+            attend_tile<A>(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
                         v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
                         softmax ? softmax + 2 * head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
                         min(kQueryTile, s.queries - t * kQueryTile), packed, w);
@@ -163,7 +187,7 @@ inline bool causal_attention(const float* q, const float* k, const float* v, flo
     if (!block) return false;
     float* memory = aligned(static_cast<float*>(block));
     parallel_region(parts, [&](int64_t part, int64_t of) {
-        attention_share(q, k, v, out, softmax, scale, s, drop, memory + part * floats, part, of);
+        attention_share<Single>(q, k, v, out, softmax, scale, s, drop, memory + part * floats, part, of);
     });
     std::free(block);
     return true;

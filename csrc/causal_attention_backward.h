@@ -68,8 +68,8 @@ inline void attend_tile_backward(const AttentionBackward& a, int64_t batch, int6
     float *keys = scratch, *values = keys + D * kKeyTile, *dk = values + D * kKeyTile, *dv = dk + D * kKeyTile;
     float *scores = dv + D * kKeyTile, *dweights = scores + kQueryTile * kKeyTile;
     for (int64_t j = 0; j < kKeyTile; j += kGroupCols) {
-        pack_keys(k + min(j, n_keys - 1) * s.k_token, s.k_token, max(0, n_keys - j), D, keys + j * D);
-        pack_keys(v + min(j, n_keys - 1) * s.v_token, s.v_token, max(0, n_keys - j), D, values + j * D);
+        pack_keys<Single>(k + min(j, n_keys - 1) * s.k_token, s.k_token, max(0, n_keys - j), D, keys + j * D);
+        pack_keys<Single>(v + min(j, n_keys - 1) * s.v_token, s.v_token, max(0, n_keys - j), D, values + j * D);
     }
     std::memset(dk, 0, sizeof(float) * static_cast<size_t>(2 * D * kKeyTile));
     for (int64_t i0 = max(0, first - past); i0 < s.queries; i0 += kQueryTile) {

@@ -64,8 +64,14 @@ inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v
     if (T > kFewQueries || r.softmax || r.drop_attention.on()) {
         const AttentionShape s{r.batch, r.heads,  T,        keys,    D,        T * r.qkv_row, D, r.qkv_row, kv_batch,
                                kv_head, kv_token, kv_batch, kv_head, kv_token, T * r.width,   D, r.width};
-        return attention_share(r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention, team.scratch,
-                               team.part, team.parts);
+#ifdef FASTGPT_NARROW_DOTS
+        // A backward pass takes the scores anew, in float32.
+        if (r.cache_format == kBFloat16 && !r.softmax)
+            return attention_share<Pairs>(r.qkv, k, v, r.context, nullptr, r.scale(), s, r.drop_attention, team.scratch,
+                                          team.part, team.parts);
+#endif
+        return attention_share<Single>(r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention, team.scratch,
+                                       team.part, team.parts);
     }
     for (int64_t unit = team.part; unit < r.batch * r.heads; unit += team.parts) {
         const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;

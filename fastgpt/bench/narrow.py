@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastgpt
-from fastgpt import GPTModel, generate_text_simple
+from fastgpt import GPTModel, generate_text_simple, quantize
 
 
 def narrowed(model: GPTModel, precision: str) -> GPTModel:
     """A copy of a model in bfloat16, or quantised; the model is left as it is."""
     if precision == "bfloat16":
         return copy.deepcopy(model).to(torch.bfloat16)
-    quantize: Any = getattr(fastgpt, "quantize", None)
-    quantized: GPTModel = quantize(model, precision)
-    return quantized
+    return quantize(model, precision)
 
 
 class Narrow:

@@ -6,10 +6,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from typing import NamedTuple
 
-import fastgpt
-
 PRECISIONS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")
-QUANTIZED = PRECISIONS[2:]  # by fastgpt.quantize
 
 
 class Engine(NamedTuple):
@@ -65,8 +62,6 @@ class Peer(NamedTuple):
 
     def missing(self) -> str | None:
         """What is not installed that the peer needs; None if nothing is."""
-        if self.engine == "fastgpt" and self.precision in QUANTIZED:
-            return None if hasattr(fastgpt, "quantize") else "there is no fastgpt.quantize"
         absent = [name for name in ENGINES[self.engine].packages if find_spec(name) is None]
         return f"{', '.join(absent)} not installed" if absent else None
 
