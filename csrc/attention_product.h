@@ -61,7 +61,8 @@ inline void attention_product(const float* a, int64_t lda, const float* b, int64
         const int64_t n = min(kGroupCols, cols - j);
         int64_t i = 0;
         for (; i + kGroupRows <= rows; i += kGroupRows)
-            attention_product_cols<Units, kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
+            attention_product_cols<Units, kGroupRows, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc,
+                                                                   k, n);
         for (; i + 2 <= rows; i += 2)
             attention_product_cols<Units, 2, ADD, TURNED>(a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, k, n);
         for (; i < rows; ++i)

@@ -33,7 +33,8 @@ struct AttentionWorkspace {
     AttentionWorkspace(float* memory, int64_t head_dim)
         : scores(memory),
           out(scores + kQueryTile * kKeyTile),
-          values(out + kQueryTile * head_dim), queries(values + kKeyTile * head_dim),
+          values(out + kQueryTile * head_dim),
+          queries(values + kKeyTile * head_dim),
           keys(queries + kQueryTile * unit_row(head_dim)) {}
     static int64_t floats(int64_t n_keys, int64_t head_dim) {
         const int64_t panels = (n_keys + kGroupCols - 1) / kGroupCols;
@@ -94,8 +95,8 @@ inline const float* values_as_units(const KV* v, int64_t& stride, int64_t n, int
     } else {
         for (int64_t i = 0; i < n; i += A::in_unit)
             for_each_vec(head_dim, [&](int64_t d, int64_t c) {
-                store_part(values + i / A::in_unit * head_dim + d, A::column_units(v + i * stride + d, stride, n - i, c),
-                           c);
+                store_part(values + i / A::in_unit * head_dim + d,
+                           A::column_units(v + i * stride + d, stride, n - i, c), c);
             });
         stride = head_dim;
         return values;
@@ -144,8 +145,8 @@ inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, floa
             if (A::in_unit > 1)  // in place
                 for (int64_t r = i; r < i + group; ++r)
                     prepare_row<A>(w.scores + r * kKeyTile, seen, 1.0f, w.scores + r * kKeyTile);
-            attention_product<true, false, A>(w.scores + i * kKeyTile, kKeyTile, values, v_token, w.out + i * D, D, group,
-                                              D, units_of<A>(seen));
+            attention_product<true, false, A>(w.scores + i * kKeyTile, kKeyTile, values, v_token, w.out + i * D, D,
+                                              group, D, units_of<A>(seen));
         }
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -167,9 +168,9 @@ inline void attention_share(const float* q, const KV* k, const KV* v, float* out
         int64_t packed = 0;
         for (int64_t t = unit % shares; t < tiles; t += shares)
             attend_tile<A>(q + b * s.q_batch + h * s.q_head, k + b * s.k_batch + h * s.k_head,
-                        v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
-                        softmax ? softmax + 2 * head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
-                        min(kQueryTile, s.queries - t * kQueryTile), packed, w);
+                           v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
+                           softmax ? softmax + 2 * head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
+                           min(kQueryTile, s.queries - t * kQueryTile), packed, w);
     }
 }
 

@@ -55,9 +55,11 @@ inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
     }
 }
 
-// Attention of every head, from the query columns of qkv into context; k and v from there or from the cache.
+// Attention of every head, from the query columns of qkv into context; k and v from there or from the cache. pairs:
+// whether many queries may be multiplied as bfloat16.
 template <class KV>
-inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached) {
+inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached,
+                   [[maybe_unused]] bool pairs) {
     const int64_t T = r.tokens, D = r.head_dim, keys = r.past + T;
     const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
     const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
@@ -66,7 +68,7 @@ inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v
                                kv_head, kv_token, kv_batch, kv_head, kv_token, T * r.width,   D, r.width};
 #ifdef FASTGPT_NARROW_DOTS
         // A backward pass takes the scores anew, in float32.
-        if (r.cache_format == kBFloat16 && !r.softmax)
+        if (pairs && !r.softmax)
             return attention_share<Pairs>(r.qkv, k, v, r.context, nullptr, r.scale(), s, r.drop_attention, team.scratch,
                                           team.part, team.parts);
 #endif
@@ -109,11 +111,13 @@ inline void block_forward(const Team& team, const BlockRun& r, const Block& b, f
     share(team, product(b.value, r.h, D, r.qkv + 2 * D, r.qkv_row));
     team.barrier();
     if (b.key_cache) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
+    const bool pairs = r.cache_format == kBFloat16 || b.query.weight.format >= kInt8;
     if (b.key_cache)
-        as_type(r.cache_format, b.key_cache,
-                [&](const auto* keys) { attend(team, r, keys, static_cast<decltype(keys)>(b.value_cache), true); });
+        as_type(r.cache_format, b.key_cache, [&](const auto* keys) {
+            attend(team, r, keys, static_cast<decltype(keys)>(b.value_cache), true, pairs);
+        });
     else
-        attend(team, r, r.qkv + D, r.qkv + 2 * D, false);
+        attend(team, r, r.qkv + D, r.qkv + 2 * D, false, pairs);
     team.barrier();
     shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);
     norm(r.middle, b.scale2, b.shift2, r.mean2, r.rstd2);

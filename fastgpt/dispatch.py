@@ -93,7 +93,10 @@ def _backend(name: str) -> Backend:
     elif name == "cpu":
         reason = cpu.missing_reason()
         isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
-        detail = f"CPU tensors in float32, instruction set {isa}; other dtypes run on reference"
+        detail = (
+            f"CPU tensors in float32, whole models and blocks also in bfloat16 and float16, "
+            f"instruction set {isa}; other dtypes run on reference"
+        )
     else:
         reason, detail = None, "PyTorch's own best form, any device and dtype"
     return Backend(name, reason is None, reason, detail)
