@@ -7,6 +7,7 @@ cannot be built the package installs without it, and fastgpt.backends() says so.
 import os
 import sys
 import sysconfig
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -44,16 +45,20 @@ if not MSVC:
 
 
 class build_ext(pybind11_build_ext):
-    """Adds one object of kernels.cpp for each instruction set."""
+    """Adds one object of kernels.cpp for each instruction set, compiled side by side."""
 
     def build_extension(self, ext):
-        for isa, flags in ISAS.items():
-            ext.extra_objects += self.compiler.compile(
+        def objects(isa):
+            return self.compiler.compile(
                 ["csrc/kernels.cpp"],
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("FASTGPT_ISA", isa)],
-                extra_postargs=[*ext.extra_compile_args, *flags],
+                extra_postargs=[*ext.extra_compile_args, *ISAS[isa]],
             )
+
+        with ThreadPool(os.cpu_count()) as pool:
+            for made in pool.map(objects, ISAS):
+                ext.extra_objects += made
         super().build_extension(ext)
 
 

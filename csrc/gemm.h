@@ -29,11 +29,6 @@ inline Way way_for(const Product& p) {
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 
-// Whether a product may need kRearrangedScratch.
-inline bool rearranges(const Product& p) {
-    return p.x.col != 1 || p.w.format != kFloat32 || p.y_format != kFloat32 || p.narrow_sums;
-}
-
 // The sum of neighbours in a prepared row of bfloat16.
 inline float group_sum(const float* row, int64_t k, int64_t n) {
     const BFloat16* x = reinterpret_cast<const BFloat16*>(row) + k;

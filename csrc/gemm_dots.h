@@ -146,9 +146,10 @@ static void dots(const Product& p, const float* x, int64_t x_row, const RowScale
                 WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
                 for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
                 for (int64_t g = 0, m0 = 0; g < groups; g++) {
-                    const int64_t m1 = p.m * (g + 1) / groups, kernel = m1 - m0 - 1 + (cols == 3 ? 1 : 0);
-                    dots_by_rows<A, T>[kernel](k0, k, x + m0* x_row + k0 / A::in_unit, x_sums + m0* x_row, x_row, w,
-                                               g ? 0 : ahead, sums + m0* kDotChunk + j, k0 > 0);
+                    const int64_t m1 = p.m * (g + 1) / groups;
+                    const DotKernel<A, T> kernel = dots_by_rows<A, T>[m1 - m0 - (cols == 4)];
+                    kernel(k0, k, x + m0 * x_row + k0 / A::in_unit, x_sums + m0 * x_row, x_row, w, g ? 0 : ahead,
+                           sums + m0 * kDotChunk + j, k0 > 0);
                     m0 = m1;
                 }
             }
