@@ -106,13 +106,13 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, y:
     n_rows = y.numel() // n_cols if n_cols else 0
     if n_rows == 0:
         return
-    rows = padded_rows(n_rows)
+    rows, int8 = padded_rows(n_rows), isinstance(weight, Int8Weight)
     launch: dict[str, Any] = {"ROWS": rows, "PRECISION": launch_table.precision(x)}
-    launch |= launch_table.launch("linear_rows", x, rows)
-    grid = (triton.cdiv(n_cols, launch["BLOCK_N"]),)
-    tensors = (x, *weight, bias, y, n_rows, n_cols, depth)
-    if isinstance(weight, Int8Weight):
-        int8_rows_kernel[grid](*tensors, **launch)
-        return
-    groups = weight.scale.shape[1]
-    int4_rows_kernel[grid](*tensors, GROUP=depth // (RUN * groups) if groups else 1, **launch)
+    launch |= launch_table.launch("int8_rows" if int8 else "int4_rows", x, rows)
+    if not int8:
+        groups = weight.scale.shape[1]
+        launch["GROUP"] = depth // (RUN * groups) if groups else 1
+    kernel = int8_rows_kernel if int8 else int4_rows_kernel
+    kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
+        x, *weight, bias, y, n_rows, n_cols, depth, **launch
+    )
