@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgpt.quantized_weight import RUN, dequantize, quantize_weight
 from fastgpt.triton.causal_attention import (
     causal_attention,
     causal_attention_backward,
@@ -24,6 +25,7 @@ from fastgpt.triton.gelu import bias_gelu, bias_gelu_backward
 from fastgpt.triton.layer_norm import layer_norm, layer_norm_backward
 from fastgpt.triton.linear import linear
 from fastgpt.triton.linear_cross_entropy import linear_cross_entropy
+from fastgpt.triton.quantized_linear import quantized_linear
 
 EPS, IGNORED, SEED = 1e-5, -100, 123
 
@@ -167,6 +169,24 @@ def _linear(s: Scale, new: partial[Tensor], rows: int = 0) -> Work:
     return Work(inputs, upstream, definition, forward, None, peers, moved, operations)
 
 
+def _quantized_linear(s: Scale, new: partial[Tensor], precision: str, rows: int = 8) -> Work:
+    depth = -(-s.width // RUN) * RUN
+    x, bias = new(rows, depth), new(4 * s.width)
+    weight = quantize_weight(new(4 * s.width, depth) * depth**-0.5, precision)
+    y = x.new_empty(rows, 4 * s.width)
+
+    def forward() -> Tensors:
+        quantized_linear(x, weight, bias, y)
+        return (y,)
+
+    def definition(x: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+
+    peers = {"dequantize, addmm": definition}
+    moved, operations = (_bytes(x, *weight, y), 0.0), (2.0 * y.numel() * depth, 0.0)
+    return Work((x, bias), (new(*y.shape),), definition, forward, None, peers, moved, operations)
+
+
 def _attention(s: Scale, new: partial[Tensor], dropout_p: float = 0.0) -> Work:
     packed = new(s.batch, s.tokens, 3, s.heads, s.head_dim)  # as one product leaves q, k and v
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -308,6 +328,8 @@ OPERATIONS: dict[str, Callable[[Scale, partial[Tensor]], Work]] = {
     "bias_gelu": _bias_gelu,
     "linear": _linear,
     "linear, 8 rows": partial(_linear, rows=8),
+    "quantized_linear, int8, 8 rows": partial(_quantized_linear, precision="int8"),
+    "quantized_linear, int4, 8 rows": partial(_quantized_linear, precision="int4"),
     "causal_attention": _attention,
     "decode_attention": _decode,
     "embedding": _embedding,

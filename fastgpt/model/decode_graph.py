@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch, ops
-from fastgpt.cpu.records import Block, Linear, Norm
+from fastgpt.cpu.records import Block, Dynamic, Linear, Norm, n_rows, shape_of
 from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
+from fastgpt.quantized_weight import dequantize
 from fastgpt.triton import launch_table
 
 # Fewer steps than these are not worth a capture.
@@ -27,9 +28,12 @@ MIN_STEPS = 8
 
 
 class Parts(NamedTuple):
-    """The parameters that a step reads, how many heads there are, and the norms' eps."""
+    """The parameters that a step reads, how many heads there are, and the norms' eps.
 
-    tok: Tensor
+    Weights, and the tokens' table, may be quantised.
+    """
+
+    tok: Any
     pos: Tensor
     blocks: tuple[Block, ...]
     norm: Norm
@@ -37,7 +41,8 @@ class Parts(NamedTuple):
     n_heads: int
     eps: float
 
-    def tensors(self) -> list[Tensor]:
+    def parameters(self) -> list[Any]:
+        """Tensors and quantised weights."""
         every = (
             self.tok,
             self.pos,
@@ -47,11 +52,21 @@ class Parts(NamedTuple):
         )
         return [t for t in every if t is not None]
 
+    def tensors(self) -> list[Tensor]:
+        """The same, with the tensors that a quantised weight consists of."""
+        return [t for one in self.parameters() for t in _tensors_of(one)]
+
     def key(self) -> tuple[Any, ...]:
         """What a graph of them depends on."""
         where = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in self.tensors())
-        how = launch_table.precision(self.tok), torch.are_deterministic_algorithms_enabled()
+        how = launch_table.precision(self.pos), torch.are_deterministic_algorithms_enabled()
         return self.n_heads, self.eps, how, *where
+
+
+def _tensors_of(parameter: Any) -> tuple[Tensor, ...]:
+    if isinstance(parameter, Dynamic):
+        return parameter.weight
+    return parameter if isinstance(parameter, tuple) else (parameter,)
 
 
 def parts_of(model: GPTModel) -> Parts | None:
@@ -63,14 +78,14 @@ def parts_of(model: GPTModel) -> Parts | None:
         return None
     (tok, pos), (norm, eps, head) = record.embeddings, record.end
     assert head is not None
-    width, n_heads = tok.shape[1], record.blocks[0].n_heads
+    width, n_heads = pos.shape[1], record.blocks[0].n_heads
     for block in record.blocks:
         if block.attention_p or block.shortcut_p or (block.n_heads, block.eps) != (n_heads, eps):
             return None
         if not _fit(block.parameters, width):
             return None
     # An id that the head has and the table has not must be refused, which a graph cannot.
-    if head.weight.shape[0] > tok.shape[0]:
+    if n_rows(head.weight) > n_rows(tok):
         return None
     if width // n_heads > launch_table.WIDEST["causal_attention"]:
         return None
@@ -80,12 +95,14 @@ def parts_of(model: GPTModel) -> Parts | None:
 
 def _fit(p: Block, width: int) -> bool:
     """Whether the parameters have the shapes of a block of this width."""
-    hidden = p.up.weight.shape[0]
+    hidden = n_rows(p.up.weight)
     return (
         all(t is not None and t.shape == (width,) for t in (*p.norm1, *p.norm2))
-        and all(layer.weight.shape == (width, width) for layer in (p.query, p.key, p.value, p.out))
-        and p.up.weight.shape == (hidden, width)
-        and p.down.weight.shape == (width, hidden)
+        and all(
+            shape_of(layer.weight) == (width, width) for layer in (p.query, p.key, p.value, p.out)
+        )
+        and shape_of(p.up.weight) == (hidden, width)
+        and shape_of(p.down.weight) == (width, hidden)
     )
 
 
@@ -93,12 +110,12 @@ class State:
     """The memory of one graph: the step's tokens, their position and the caches."""
 
     def __init__(self, parts: Parts, batch: int) -> None:
-        tok, context = parts.tok, parts.pos.shape[0]
-        heads, head_dim = parts.n_heads, tok.shape[1] // parts.n_heads
-        self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=tok.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=tok.device)
+        pos, heads = parts.pos, parts.n_heads
+        context, head_dim = pos.shape[0], pos.shape[1] // heads
+        self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=pos.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=pos.device)
         shape = (batch, heads, context, head_dim)
-        self.caches = [(tok.new_zeros(shape), tok.new_zeros(shape)) for _ in parts.blocks]
+        self.caches = [(pos.new_zeros(shape), pos.new_zeros(shape)) for _ in parts.blocks]
 
     def fill(self, cache: KVCache) -> None:
         """Takes over what the prompt left in an ordinary cache."""
@@ -119,11 +136,8 @@ def step(parts: Parts, state: State) -> Tensor:
     """Logits [B, 1, vocab_size] of the state's tokens, whose keys and values join the caches. The
     position moves on.
     """
-    tok, pos = parts.tok, parts.pos
     length = (state.position + 1).to(torch.int32)
-    x = tok.new_empty(*state.ids.shape, tok.shape[1])
-    embed = dispatch.module("triton", "embedding", tok).embedding
-    embed(state.ids, tok.contiguous(), pos.contiguous(), state.position, x)
+    x = _embedded(parts, state)
     branch: Tensor | None = None
     for p, (keys, values) in zip(parts.blocks, state.caches, strict=True):
         if branch is None:
@@ -131,15 +145,36 @@ def step(parts: Parts, state: State) -> Tensor:
         else:
             h, x = ops.add_layer_norm(x, branch, *p.norm1, parts.eps)
         context = _attended(p, h, keys, values, state.position, length)
-        attended = ops.linear(context, *p.out)
+        attended = _product(p.out, context)
         h, x = ops.add_layer_norm(x, attended, *p.norm2, parts.eps)
-        no_bias = p.up.bias is None
-        h = ops.gelu(ops.linear(h, p.up.weight)) if no_bias else ops.linear_gelu(h, *p.up)
-        branch = ops.linear(h, *p.down)
+        fused = p.up.bias is not None and isinstance(p.up.weight, Tensor)
+        h = ops.linear_gelu(h, *p.up) if fused else ops.gelu(_product(p.up, h))
+        branch = _product(p.down, h)
     assert branch is not None
     h, _ = ops.add_layer_norm(x, branch, *parts.norm, parts.eps)
     state.position += 1
-    return ops.linear(h, *parts.head)
+    return _product(parts.head, h)
+
+
+def _embedded(parts: Parts, state: State) -> Tensor:
+    """The blocks' input, [B, 1, D]."""
+    tok, pos, ids = parts.tok, parts.pos, state.ids
+    if not isinstance(tok, Tensor):
+        rows = type(tok)(*(t[ids] for t in tok))
+        return dequantize(rows, pos.dtype) + pos[state.position]
+    x = pos.new_empty(*ids.shape, pos.shape[1])
+    embed = dispatch.module("triton", "embedding", tok).embedding
+    embed(ids, tok.contiguous(), pos.contiguous(), state.position, x)
+    return x
+
+
+def _product(layer: Linear, x: Tensor) -> Tensor:
+    weight, bias = layer
+    if isinstance(weight, Tensor):
+        return ops.linear(x, weight, bias)
+    if isinstance(weight, Dynamic):
+        return ops.quantized_linear(x, weight.weight, bias, dynamic=True)
+    return ops.quantized_linear(x, weight, bias)
 
 
 def _attended(
@@ -148,9 +183,11 @@ def _attended(
     """What the attention hands to its output projection, [B, 1, D]."""
     B, H, _, head_dim = keys.shape
     layers = (p.query, p.key, p.value)
-    projected = ops.packed_linear(h, *zip(*layers, strict=True))
+    projected = None
+    if all(isinstance(layer.weight, Tensor) for layer in layers):
+        projected = ops.packed_linear(h, *zip(*layers, strict=True))
     if projected is None:
-        projected = tuple(ops.linear(h, *layer) for layer in layers)
+        projected = tuple(_product(layer, h) for layer in layers)
     q, k, v = (t.unflatten(-1, (H, head_dim)).transpose(1, 2) for t in projected)
     keys.index_copy_(2, position, k)
     values.index_copy_(2, position, v)
@@ -188,7 +225,7 @@ class Decoder:
     def __init__(self, parts: Parts, batch: int) -> None:
         self.key = (batch, *parts.key())
         # In inference mode the memory could only be written in inference mode ever after.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parts.tok):
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parts.pos):
             self.state = State(parts, batch)
             self._replay, self._logits = capture(lambda: step(parts, self.state))
 
@@ -205,8 +242,8 @@ class Decoder:
         return (
             parts is not None
             and self.key == (self.state.ids.shape[0], *parts.key())
-            and dispatch.on_triton("decode_attention", parts.tok)
-            and not dispatch.autocasts(parts.tok)
+            and dispatch.on_triton("decode_attention", parts.pos)
+            and not dispatch.autocasts(parts.pos)
         )
 
 
@@ -223,9 +260,10 @@ def decoding(model: GPTModel, cache: KVCache, steps: int) -> Iterator[Decoder | 
     if (
         batch > 0
         and parts is not None
-        and not dispatch.autocasts(parts.tok)
-        and dispatch.choose("layer_norm", *parts.tensors()) == "triton"
-        and all(dispatch.on_triton(op, parts.tok) for op in ("embedding", "decode_attention"))
+        and not dispatch.autocasts(parts.pos)
+        and dispatch.direct(parts.tensors())
+        and dispatch.choose("layer_norm", *filter(torch.is_tensor, parts.parameters())) == "triton"
+        and all(dispatch.on_triton(op, parts.pos) for op in ("embedding", "decode_attention"))
     ):
         decoder = _decoder(model, parts, batch, steps)
     if decoder is None:

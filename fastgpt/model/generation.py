@@ -226,10 +226,10 @@ def _steps(
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
     """The module that decodes by CUDA graphs; None if the Triton backend does not run."""
-    tok = getattr(model.tok_emb, "weight", None)
-    if not isinstance(tok, Tensor) or tok.device != idx.device:
+    pos = getattr(model.pos_emb, "weight", None)
+    if not isinstance(pos, Tensor) or pos.device != idx.device:
         return None
-    if not dispatch.on_triton("decode_attention", tok):
+    if not dispatch.on_triton("decode_attention", pos):
         return None
     return decode_graph
 

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from fastgpt import dispatch
 from fastgpt.cpu.records import Dynamic, shape_of
 from fastgpt.quantized_weight import Int4Weight, Int8Weight, QuantizedWeight, dequantize
+from fastgpt.triton import vendor
 
 
+@dispatch.falls_back
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, dynamic: bool = False
 ) -> Tensor:
@@ -44,17 +46,11 @@ def quantized_linear(
 
 
 def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dynamic: bool) -> Tensor:
-    held = Dynamic(weight) if dynamic and isinstance(weight, Int8Weight) else weight
-    if (
-        not torch.compiler.is_compiling()
-        and not dispatch.autocasts(x)
-        and dispatch.choose("quantized_linear", x, bias) == "cpu"
-    ):
-        kernels, (n_out, n_in) = dispatch.module("cpu", "linear", x), shape_of(weight)
-        if x.dim() > 0 and x.shape[-1] == n_in and kernels.takes(held, bias):
-            y = x.new_empty(*x.shape[:-1], n_out)
-            kernels.linear(x.contiguous(), held, bias, y)
-            return y
+    launch = _launcher(x, weight, bias, dynamic)
+    if launch is not None:
+        y = x.new_empty(*x.shape[:-1], weight.values.shape[0])
+        launch(x.contiguous(), _held(weight, dynamic), bias, y)
+        return y
     if not dynamic:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -67,6 +63,27 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dynamic: b
     with autocast:  # whole numbers, exact in float32 as far as their sums stay below 2^24
         y = F.linear(q, weight.values.to(wide)) * (scale * weight.scale)
     return (y if bias is None else y + bias).to(dtype)
+
+
+def _launcher(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dynamic: bool) -> Any:
+    """What writes the product; None for PyTorch's own, of the dequantised weight."""
+    if torch.compiler.is_compiling() or dispatch.autocasts(x):
+        return None
+    backend = dispatch.choose("quantized_linear", x, bias)
+    if backend == "reference" or x.dim() == 0 or x.shape[-1] != shape_of(weight)[1]:
+        return None
+    if backend == "cpu":
+        kernels = dispatch.module("cpu", "linear", x)
+        return kernels.linear if kernels.takes(_held(weight, dynamic), bias) else None
+    rows = x.numel() // max(x.shape[-1], 1)
+    if dynamic or not vendor.own_product(x, rows) or not dispatch.direct(weight):
+        return None
+    kernels = dispatch.module("triton", "quantized_linear", x)
+    return kernels.quantized_linear if kernels.takes(x, weight, bias) else None
+
+
+def _held(weight: QuantizedWeight, dynamic: bool) -> QuantizedWeight | Dynamic:
+    return Dynamic(weight) if dynamic and isinstance(weight, Int8Weight) else weight
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -141,6 +141,20 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
     },
+    # By the rows likewise; blocks of W of which each thread reads 16 bytes.
+    "int8_rows": {
+        (ANY, "half", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=1024),
+        (ANY, "float", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=512),
+        (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
+        (ANY, "float", 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
+        **{("gfx942", "float", n): _row(4, 2, BLOCK_N=4, BLOCK_K=1024) for n in (1, 2, 4)},
+    },
+    "int4_rows": {
+        (ANY, ANY, ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=1024),
+        (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
+        (ANY, "float", 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
+        **{("gfx942", ANY, n): _row(4, 2, BLOCK_N=4, BLOCK_K=2048) for n in (1, 2, 4)},
+    },
     # "narrow" heads are 16, 32 or 64 wide; "dropout" is the same with dropout; "wide" any other.
     "causal_attention_fwd": {
         (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),

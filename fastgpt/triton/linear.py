@@ -37,7 +37,7 @@ def _halves(acc):
 
 
 @triton.jit
-def _finish_part(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU: tl.constexpr):
+def finish_part(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU: tl.constexpr):
     """Adds the bias, writes the sum to pre and, through GELU, to y, from (row, col) on."""
     rows, cols = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     mask = (row + rows[:, None] < n_rows) & (col + cols[None, :] < n_cols)
@@ -61,20 +61,20 @@ def _finish(
     """The epilogue in 1, 2 or 4 parts side by side, as many as keep it in the registers."""
     N: tl.constexpr = acc.shape[1]
     if PARTS == 1:
-        _finish_part(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+        finish_part(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
     else:
         a, b = _halves(acc)
         if PARTS == 2:
-            _finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
-            _finish_part(b, row, col + N // 2, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(b, row, col + N // 2, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
         else:
             a, c = _halves(a)
-            _finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
-            _finish_part(c, row, col + N // 4, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(c, row, col + N // 4, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
             col += N // 2
             a, c = _halves(b)
-            _finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
-            _finish_part(c, row, col + N // 4, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(a, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+            finish_part(c, row, col + N // 4, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -148,6 +148,26 @@ def linear_tma_kernel(
         _finish(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, PARTS)
 
 
+@triton.jit
+def add_rows(acc, weight, x_ptr, k, n_rows, depth, PRECISION: tl.constexpr):
+    """acc + x weight^T over the elements k of each row of x, for a weight [N, K] in registers."""
+    ROWS: tl.constexpr = acc.shape[0]
+    rows = tl.arange(0, ROWS)
+    if ROWS >= 16:
+        offset = rows[:, None] * depth + k[None, :]
+        x_mask = (rows[:, None] < n_rows) & (k[None, :] < depth)
+        x = tl.load(x_ptr + offset, mask=x_mask, other=0.0)  # [ROWS, K]
+        acc = tl.dot(x, tl.trans(weight.to(x.dtype)), acc, input_precision=PRECISION)
+    else:
+        wide = weight.to(tl.float32)
+        for row in tl.static_range(ROWS):
+            ends = tl.where(row < n_rows, depth, 0)
+            x = tl.load(x_ptr + row * depth + k, mask=k < ends, other=0.0).to(tl.float32)  # [K]
+            sums = tl.sum(wide * x[None, :], axis=1)  # [N]
+            acc += tl.where(rows[:, None] == row, sums[None, :], 0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def linear_rows_kernel(
     x_ptr,  # [n_rows, depth]
@@ -167,7 +187,7 @@ def linear_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # One program owns BLOCK_N columns of all rows.
-    rows, cols = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     weight_ptr += cols[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_k
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -175,22 +195,15 @@ def linear_rows_kernel(
         inside = start + k < depth
         weight_mask = (cols[:, None] < n_cols) & inside[None, :]
         weight = tl.load(weight_ptr, mask=weight_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-        if ROWS >= 16:
-            offset = rows[:, None] * depth + start + k[None, :]
-            x_mask = (rows[:, None] < n_rows) & inside[None, :]
-            x = tl.load(x_ptr + offset, mask=x_mask, other=0.0)  # [ROWS, BLOCK_K]
-            acc = tl.dot(x, tl.trans(weight), acc, input_precision=PRECISION)
-        else:
-            wide = weight.to(tl.float32)
-            for row in tl.static_range(ROWS):
-                at = x_ptr + row * depth + start + k
-                ends = tl.where(row < n_rows, depth, 0)
-                x = tl.load(at, mask=start + k < ends, other=0.0).to(tl.float32)  # [BLOCK_K]
-                sums = tl.sum(wide * x[None, :], axis=1)  # [BLOCK_N]
-                acc += tl.where(rows[:, None] == row, sums[None, :], 0.0)
+        acc = add_rows(acc, weight, x_ptr, start + k, n_rows, depth, PRECISION)
         weight_ptr += BLOCK_K * stride_k
     col = tl.program_id(0) * BLOCK_N
     _finish(acc, 0, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, 1)
+
+
+def padded_rows(n_rows: int) -> int:
+    """The rows that a program of few holds: 1, 2, 4 or 16."""
+    return triton.next_power_of_2(n_rows) if n_rows <= 4 else SMALL
 
 
 def _takes_tma(x: Tensor, weight: Tensor) -> bool:
@@ -234,7 +247,7 @@ def linear(
     precision = launch_table.precision(x)
     tensors = (bias, y, pre, n_rows, n_cols, depth)
     if n_rows <= SMALL:
-        rows = triton.next_power_of_2(n_rows) if n_rows <= 4 else SMALL
+        rows = padded_rows(n_rows)
         launch = launch_table.launch("linear_rows", x, rows)
         linear_rows_kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
             x, weight, *tensors, *weight.stride(), gelu, precision, ROWS=rows, **launch

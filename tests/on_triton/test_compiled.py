@@ -10,7 +10,7 @@ import torch
 from on_triton.support import gpu
 
 OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
-OPERATIONS += ["causal_attention", "decode_attention", "dropout"]
+OPERATIONS += ["causal_attention", "decode_attention", "dropout", "quantized_linear"]
 
 
 def cases():

@@ -12,6 +12,7 @@ import fastgpt
 from fastgpt import reference
 from fastgpt.model import decode_graph
 from fastgpt.model.cache import idle
+from fastgpt.quantized_weight import PRECISIONS
 from fastgpt.triton import vendor
 
 pytestmark = pytest.mark.usefixtures("dispatched", "captures")
@@ -87,6 +88,21 @@ def test_replaced_parameters_are_captured_anew(captures):
         model.out_head.weight = torch.nn.Parameter(flipped)
     _same(ours, book, ids, 5)
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantised_weights(captures, precision, tied):
+    given, _ = pair(emb_dim=96, n_layers=1)
+    if tied:
+        given.out_head.weight = given.tok_emb.weight
+    model, ids = fastgpt.quantize(given.eval(), precision), some_ids(B=2, T=3)
+    mine = fastgpt.generate_text_simple(model, ids, 5, CONFIG["context_length"])
+    assert len(captures) == 1
+    with fastgpt.use_backend("reference"):
+        again = fastgpt.generate_text_simple(model, ids, 5, CONFIG["context_length"])
+    assert torch.equal(mine, again)
+    assert len(captures) == 1
 
 
 def test_few_steps_and_other_models_go_without(captures):

@@ -12,6 +12,7 @@ from triton.runtime.jit import KernelInterface
 
 import fastgpt
 from fastgpt import cli, dispatch, ops, triton
+from fastgpt.quantized_weight import quantize_weight
 
 CPU = torch.device("cpu")
 
@@ -66,6 +67,11 @@ def _embedding(tok, pos):
     return ops.embedding(torch.tensor([[1, 3, 0]]), tok, pos)
 
 
+def _quantized(precision):
+    weight = quantize_weight(torch.linspace(-1, 1, 5 * 64).view(5, 64), precision)
+    return lambda x, bias: ops.quantized_linear(x, weight, bias)
+
+
 HEADS = ((1, 2, 9, 16),) * 3
 NORM = ((7, 24), (24,), (24,))
 CASES = {
@@ -81,6 +87,8 @@ CASES = {
     "cross_entropy_fwd_kernel": (_cross_entropy("mean"), ((7, 8), (5, 8))),
     "cross_entropy_bwd_kernel": (_cross_entropy("none"), ((7, 8), (5, 8))),
     "linear_rows_kernel": (ops.linear_gelu, ((7, 8), (5, 8), (5,))),
+    "int8_rows_kernel": (_quantized("int8"), ((7, 64), (5,))),
+    "int4_rows_kernel": (_quantized("int4"), ((7, 64), (5,))),
 }
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import fastgpt
 from fastgpt import ops, reference
+from fastgpt.quantized_weight import PRECISIONS, dequantize, quantize_weight
 from fastgpt.triton import vendor
 from on_triton.support.cases import DTYPE_IDS, DTYPES
 
@@ -142,6 +143,41 @@ def test_linear(launches, dtype, rows):
     inputs = [_randn(*shape, dtype=dtype) for shape in ((rows, 24), (20, 24), (20,))]
     check_operation(ops.linear, F.linear, inputs, [torch.randn(rows, 20)])
     assert launches == (["linear_rows_kernel"] if rows == 3 else [])
+
+
+@DTYPE
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantized_linear(launches, dtype, rows, precision):
+    """Few rows run on our kernels, with gradients too; many, and int8 by int8, on PyTorch's."""
+    weight = quantize_weight(torch.randn(20, 64), precision)
+    inputs = [_randn(*shape, dtype=dtype) for shape in ((rows, 64), (20,))]
+    dynamic = precision == "int8-dynamic"
+
+    def theirs(x, bias):
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+
+    if dynamic:
+        ops.quantized_linear(inputs[0], weight, inputs[1], dynamic)
+    else:
+        ours = lambda x, bias: ops.quantized_linear(x, weight, bias)  # noqa: E731
+        check_operation(ours, theirs, inputs, [torch.randn(rows, 20)])
+    ran = rows == 3 and not dynamic
+    assert launches == ([f"{precision}_rows_kernel"] * 2 if ran else [])
+
+
+def test_quantized_linear_of_what_the_kernels_do_not_take(launches):
+    weight = quantize_weight(torch.randn(20, 64), "int8")
+    with pytest.raises(RuntimeError, match="shapes"):
+        ops.quantized_linear(torch.randn(3, 32), weight)
+    with pytest.raises(RuntimeError, match=r"expand|broadcast|size"):
+        ops.quantized_linear(torch.randn(3, 64), weight, torch.randn(7))
+    apart = type(weight)(weight.values.t().contiguous().t(), weight.scale)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(
+        ops.quantized_linear(x, apart), F.linear(x, dequantize(weight, x.dtype))
+    )
+    assert launches == []
 
 
 @DTYPE
