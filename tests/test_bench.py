@@ -26,6 +26,7 @@ TINY = (
 def tiny(monkeypatch):
     """The command on work that takes no time, its memory unmeasured."""
     monkeypatch.setattr(workloads, "QUICK", TINY)
+    monkeypatch.setattr("fastgpt.bench.quality.STEPS", 1)
     monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(measure, "peak_memory", lambda work, peer, threads: 3 * 2**20)
     monkeypatch.setattr(rounds, "MOST_SPREAD", math.inf)  # however busy this machine is
@@ -59,7 +60,7 @@ def test_report_and_figures(tmp_path, capsys):
     assert list(train["peers"]) == ["reference", "products", "fastgpt", "loss"]
     assert list(loop["peers"]) == ["reference", "cached", "torch", "products", "fastgpt"]
     assert list(decode["peers"]) == ["reference", "torch", "products", "fastgpt"]
-    assert [row["precision"] for row in document["quality"]] == ["float32", "int8"]
+    assert document["quality"] == []
     for row in document["works"]:
         seconds = {name: peer["seconds"] for name, peer in row["peers"].items()}
         for name, peer in row["peers"].items():
@@ -152,7 +153,7 @@ def test_what_is_missing_is_left_out_and_said(tmp_path, tiny, monkeypatch):
         "openvino": "openvino not installed",
         "openvino int8": "openvino not installed",
     }
-    assert document["quality"] == []
+    assert [row["precision"] for row in document["quality"]] == ["float32", "int8"]
     assert "OpenVINO, int8 (openvino not installed)" in out.read_text()
 
 
