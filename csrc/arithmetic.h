@@ -147,12 +147,15 @@ inline float row_scale(const float* x, int64_t k) {
     return largest(high) / 127.0f + sum(odd);
 }
 
+// Whole numbers of a scale are a row times this; a row too small for it to be finite counts as 0.
+inline Vec factor_of(float scale) { return broadcast(scale > 1.2e-38f ? 1.0f / scale : 0.0f); }
+
 // A row of x as units; with a scale as whole numbers of it. Returns what a weight's 128 too many add to a sum.
 template <class A>
 inline float prepare_row(const float* x, int64_t k, float scale, float* units) {
     if constexpr (A::in_unit == 4) {
 #ifdef FASTGPT_NARROW_DOTS
-        const Vec factor = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
+        const Vec factor = factor_of(scale);
         char* to = reinterpret_cast<char*>(units);
         __m512i total = _mm512_setzero_si512();
         for_each_vec(k, [&](int64_t j, int64_t n) {
@@ -169,7 +172,7 @@ inline float prepare_row(const float* x, int64_t k, float scale, float* units) {
         for (; j + 2 * Vec::width <= k; j += 2 * Vec::width) store(units + j / 2, A::units(row, j));
         if (j < k) store(units + j / 2, A::units(row, j, k - j));
     } else {
-        const Vec factor = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
+        const Vec factor = factor_of(scale);
         for_each_vec(k, [&](int64_t j, int64_t n) { store_part(units + j, round(load_part(x + j, n) * factor), n); });
     }
     return 0.0f;

@@ -47,8 +47,9 @@ constexpr int64_t kDotChunk = 64;              // columns between two epilogues 
 constexpr int64_t kMaxDotM = kWide ? 16 : 64;  // rows of x up to which dots are used
 // Floats of scratch a thread, and what a product that rearranges x or writes narrow numbers needs on top.
 constexpr int64_t kProductScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
-constexpr int64_t kPreparedX = (kPreparedM + 2 * kTileRows) * kBlockK;
-constexpr int64_t kRearrangedScratch = kPreparedX + kPreparedM * (kBlockCols + 2);
+constexpr int64_t kPreparedRows = kPreparedM + 2 * kTileRows;  // whole tiles may take a few more
+constexpr int64_t kPreparedX = kPreparedRows * kBlockK;
+constexpr int64_t kRearrangedScratch = kPreparedX + kPreparedRows * (kBlockCols + 2);
 constexpr int64_t product_scratch(bool rearranges) { return kProductScratch + (rearranges ? kRearrangedScratch : 0); }
 
 // A thread's scratch, parted.
@@ -56,14 +57,14 @@ struct ProductScratch {
     float *packed, *sums;  // kBlockFloats, and a tile's or the dots'
     // Of kRearrangedScratch, where the product may need it:
     float *x, *partial;  // the rows of x as a kernel reads them; sums over a part of K
-    RowScale* scales;    // of kPreparedM rows
+    RowScale* scales;    // of kPreparedRows rows
 
     explicit ProductScratch(float* memory)
         : packed(memory),
           sums(packed + kBlockFloats),
           x(memory + kProductScratch),
           partial(x + kPreparedX),
-          scales(reinterpret_cast<RowScale*>(partial + kPreparedM * kBlockCols)) {}
+          scales(reinterpret_cast<RowScale*>(partial + kPreparedRows * kBlockCols)) {}
 };
 
 // One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with

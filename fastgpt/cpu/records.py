@@ -213,7 +213,7 @@ def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | N
             (weight.scale, torch.bfloat16, groups),
             (weight.minimum, torch.bfloat16, groups),
         )
-        fits = groups > 0 and n_in % (32 * groups) == 0
+        fits = groups > 0 and n_in in (32 * groups, 64 * groups)
     else:
         wanted = ((weight.values, torch.int8, n_in),)  # type: ignore[assignment]
         fits, groups = numbers(weight.scale, torch.float32, n_out) is not None, 0
