@@ -26,8 +26,8 @@ if X86:
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     ISAS["avx512"] = ["/arch:AVX512"] if MSVC else [*ISAS["avx2"], *avx512, *quiet]
     # .. with dot products of bfloat16 pairs and of int8.
-    narrow = ["/DFASTGPT_NARROW_DOTS"] if MSVC else ["-mavx512bf16", "-mavx512vnni"]
-    ISAS["avx512_bf16"] = [*ISAS["avx512"], *narrow]
+    if not MSVC:  # which casts between registers of these types otherwise
+        ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vnni"]
 
 if MSVC:
     compile_args, link_args = ["/O2", "/openmp"], []

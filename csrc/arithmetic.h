@@ -101,14 +101,10 @@ struct Quads {
     };
     FASTGPT_INLINE Sum nothing() { return {_mm512_setzero_si512()}; }
     FASTGPT_INLINE Sum add_product(Sum sum, Vec x, Vec w) {
-#ifdef _MSC_VER
-        return {_mm512_dpbusd_epi32(sum.v, _mm512_castps_si512(w.v), _mm512_castps_si512(x.v))};
-#else
         asm("vpdpbusd %2, %1, %0"
             : "+v"(sum.v)
             : "v"(w.v), "v"(x.v));  // by its intrinsic GCC 12 keeps sums on the stack
         return sum;
-#endif
     }
     FASTGPT_INLINE Vec value(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
     FASTGPT_INLINE Vec unsigned_bytes(__m512i w) {

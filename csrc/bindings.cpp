@@ -39,17 +39,19 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+#ifndef _MSC_VER
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+#endif
 #endif
 
 namespace {
 
 #if defined(FASTGPT_X86) && defined(_MSC_VER)
-bool cpuid_bit(int leaf, int reg, int bit, int subleaf = 0) {
+bool cpuid_bit(int leaf, int reg, int bit) {
     int r[4];
-    __cpuidex(r, leaf, subleaf);
+    __cpuidex(r, leaf, 0);
     return (r[reg] >> bit) & 1;
 }
 // The operating system must save the registers too: XCR0 names which.
@@ -59,7 +61,6 @@ bool has_avx512() {
     return has_avx2() && os_saves(0xe6) && cpuid_bit(7, 1, 16) && cpuid_bit(7, 1, 17) && cpuid_bit(7, 1, 30) &&
            cpuid_bit(7, 1, 31);
 }
-bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 2, 11) && cpuid_bit(7, 0, 5, 1); }
 #elif defined(FASTGPT_X86)
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -78,7 +79,9 @@ std::vector<const Kernels*> runnable() {  // slowest first
 #ifdef FASTGPT_X86
     if (has_avx2()) found.push_back(&avx2::kernels);
     if (has_avx512()) found.push_back(&avx512::kernels);
+#ifndef _MSC_VER
     if (has_avx512_bf16()) found.push_back(&avx512_bf16::kernels);
+#endif
 #endif
     return found;
 }

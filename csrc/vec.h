@@ -33,7 +33,7 @@
 #endif
 #define FASTGPT_INLINE static FASTGPT_ALWAYS_INLINE
 // The build for processors with dot products of bfloat16 pairs and of int8.
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && !defined(FASTGPT_NARROW_DOTS)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define FASTGPT_NARROW_DOTS
 #endif
 
