@@ -16,9 +16,12 @@ from setuptools import setup
 
 MSVC = sys.platform == "win32"
 X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+ARM64 = not MSVC and sysconfig.get_platform().endswith(("aarch64", "arm64"))
 SANITIZE = os.environ.get("FASTGPT_SANITIZE") == "1"
 
-ISAS = {"baseline": []}
+ISAS = {"neon" if ARM64 else "baseline": []}
+if ARM64 and sys.platform == "linux":
+    ISAS["neon"] = ["-fno-schedule-insns"]  # GCC's first scheduling pass spills sums
 if X86:
     ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]

@@ -9,7 +9,7 @@ namespace FASTGPT_ISA {
 // Registers: kGroupRows * kGroupVecs accumulators, kGroupVecs columns of B and one broadcast of A: 29 of 32, or 15
 // of 16.
 constexpr int kGroupRows = 6;
-constexpr int kGroupVecs = Vec::width == 16 ? 4 : 2;
+constexpr int kGroupVecs = Vec::registers == 32 ? 4 : 2;
 constexpr int kGroupCols = kGroupVecs * Vec::width;
 
 // C[ROWS, VECS * W] (+)= A[ROWS, k] B[k, VECS * W], over k units; the last vector holds `last` columns (W unless PART).
@@ -21,21 +21,26 @@ inline void attention_product_fixed(const float* a, int64_t lda, const float* b,
         return PART && j == VECS - 1 ? load(p + j * Vec::width, last) : load(p + j * Vec::width);
     };
     Vec acc[ROWS][VECS];
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? column(c + i * ldc, j) : zero();
+    FASTGPT_UNROLL
+    for (int i = 0; i < ROWS; ++i) FASTGPT_UNROLL
+    for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? column(c + i * ldc, j) : zero();
     for (int64_t p = 0; p < k; ++p) {
         Vec row[VECS];
+        FASTGPT_UNROLL
         for (int j = 0; j < VECS; ++j) row[j] = column(b + p * ldb, j);
+        FASTGPT_UNROLL
         for (int i = 0; i < ROWS; ++i) {
             const Vec s = broadcast(TURNED ? a[p * lda + i] : a[i * lda + p]);
+            FASTGPT_UNROLL
             for (int j = 0; j < VECS; ++j) acc[i][j] = Units::add_product(acc[i][j], s, row[j]);
         }
     }
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < VECS; ++j) {
-            float* p = c + i * ldc + j * Vec::width;
-            PART&& j == VECS - 1 ? store(p, acc[i][j], last) : store(p, acc[i][j]);
-        }
+    FASTGPT_UNROLL
+    for (int i = 0; i < ROWS; ++i) FASTGPT_UNROLL
+    for (int j = 0; j < VECS; ++j) {
+        float* p = c + i * ldc + j * Vec::width;
+        PART&& j == VECS - 1 ? store(p, acc[i][j], last) : store(p, acc[i][j]);
+    }
 }
 
 template <class Units, int ROWS, bool ADD, bool TURNED, int VECS = kGroupVecs>

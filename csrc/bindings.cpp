@@ -29,9 +29,15 @@ namespace py = pybind11;
 
 namespace fastgpt {
 
+#ifdef __aarch64__
+namespace neon {
+extern const Kernels kernels;
+}
+#else
 namespace baseline {
 extern const Kernels kernels;
 }
+#endif
 #ifdef FASTGPT_X86
 namespace avx2 {
 extern const Kernels kernels;
@@ -75,7 +81,11 @@ bool has_avx512_bf16() {
 #endif
 
 std::vector<const Kernels*> runnable() {  // slowest first
+#ifdef __aarch64__
+    std::vector<const Kernels*> found{&neon::kernels};
+#else
     std::vector<const Kernels*> found{&baseline::kernels};
+#endif
 #ifdef FASTGPT_X86
     if (has_avx2()) found.push_back(&avx2::kernels);
     if (has_avx512()) found.push_back(&avx512::kernels);

@@ -97,12 +97,13 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
         }
     }
     if (kk < k) {
+        const float* rest = x + kk / A::in_unit;  // not xp, or the compiler keeps that in memory for this loop
         FASTGPT_UNROLL
         for (int j = 0; j < COLS; j++) {
             const Vec wj = A::units(rows[j], k0 + kk, k - kk);
             FASTGPT_UNROLL
             for (int i = 0; i < MR; i++)
-                sum[i][j] = A::add_product(sum[i][j], load(xp[i / 3] + (i % 3) * x_row, units_of<A>(k - kk)), wj);
+                sum[i][j] = A::add_product(sum[i][j], load(rest + i * x_row, units_of<A>(k - kk)), wj);
         }
     }
     FASTGPT_UNROLL

@@ -82,6 +82,27 @@ FASTGPT_INLINE void store(Float16* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+#elif defined(__aarch64__)
+
+FASTGPT_INLINE uint16x4_t at(const void* p) { return vld1_u16(static_cast<const uint16_t*>(p)); }
+FASTGPT_INLINE uint64_t four_bytes(const void* p) {
+    uint32_t r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+}
+FASTGPT_INLINE Vec load(const BFloat16* p) { return {vreinterpretq_f32_u32(vshll_n_u16(at(p), 16))}; }
+FASTGPT_INLINE Vec load(const Float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(at(p)))}; }
+FASTGPT_INLINE Vec load(const int8_t* p) {
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four_bytes(p))))))};
+}
+FASTGPT_INLINE Vec load_half_bytes(const uint8_t* p, int shift) {
+    const uint8x8_t half = vshl_u8(vcreate_u8(four_bytes(p)), vdup_n_s8(static_cast<int8_t>(-shift)));
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vand_u8(half, vdup_n_u8(15))))))};
+}
+FASTGPT_INLINE void store(Float16* p, Vec a) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
+}
+
 #else
 
 FASTGPT_INLINE float widened(Float16 h) {
