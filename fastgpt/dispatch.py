@@ -97,6 +97,8 @@ def _backend(name: str) -> Backend:
             f"CPU tensors in float32, whole models and blocks also in bfloat16 and float16, "
             f"instruction set {isa}; other dtypes run on reference"
         )
+        if reason is None and cpu.passed_over:
+            detail += f"; auto passes it over: {cpu.passed_over}"
     else:
         reason, detail = None, "PyTorch's own best form, any device and dtype"
     return Backend(name, reason is None, reason, detail)
@@ -173,7 +175,7 @@ def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> s
     given = [t for t in tensors if t is not None]
     if name == "reference" or not direct((*given, *beside)):
         return "reference"
-    backend = _BY_DEVICE.get(given[0].device.type) if name == "auto" else name
+    backend = _asked_for(name, op, given[0].device)
     if backend is None:
         return "reference"
     reason = _obstacle(backend, op, given, beside)
@@ -189,10 +191,12 @@ def explained(op: str, like: Tensor) -> tuple[str, str | None]:
     """The backend that ``choose`` takes for tensors such as this one, and why it is not the one of
     the device or of the request; says and raises nothing.
     """
-    name = requested()
-    backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
-    if backend is None or backend == "reference":
-        return "reference", None if backend else f"no kernels for {like.device.type}"
+    backend = _asked_for(requested(), op, like.device)
+    if backend == "reference":
+        return backend, None
+    if backend is None:
+        slower = cpu.passed_over if like.device.type == "cpu" else None
+        return "reference", slower or f"no kernels for {like.device.type}"
     reason = _obstacle(backend, op, [like], ())
     return (backend, None) if reason is None else ("reference", reason)
 
@@ -201,9 +205,18 @@ def on_triton(op: str, like: Tensor) -> bool:
     """Whether the operation may run on the Triton backend for tensors such as this one; says and
     raises nothing.
     """
-    name = requested()
-    backend = _BY_DEVICE.get(like.device.type) if name == "auto" else name
+    backend = _asked_for(requested(), op, like.device)
     return backend == "triton" and direct((like,)) and _obstacle(backend, op, [like], ()) is None
+
+
+def _asked_for(name: str, op: str, device: torch.device) -> str | None:
+    """The backend of that name; for "auto" the device's, or None if it has none that is faster."""
+    if name != "auto":
+        return name
+    # PyTorch has nothing for a narrow weight but to widen it in each call.
+    if device.type == "cpu" and cpu.passed_over and op != "quantized_linear":
+        return None
+    return _BY_DEVICE.get(device.type)
 
 
 def kernels(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> Any:
@@ -361,8 +374,8 @@ def runs_whole(x: Tensor) -> bool:
     return (
         autocast_dtype(x) in (None, torch.bfloat16)
         and not torch.compiler.is_compiling()
-        and requested() in ("auto", "cpu")
         and x.device.type == "cpu"
+        and _asked_for(requested(), "forward", x.device) == "cpu"
         and cpu.missing_reason() is None
         and direct((x,))
     )
@@ -380,7 +393,9 @@ def traceable(*tensors: Tensor) -> bool:
         return False
     if first.device.type == "cuda":
         return triton.missing is None and first.dtype in _ON_GPU
-    return cpu.missing is None and first.device.type == "cpu" and first.dtype == torch.float32
+    if cpu.missing is not None or (cpu.passed_over and asked != "cpu"):
+        return False
+    return first.device.type == "cpu" and first.dtype == torch.float32
 
 
 def _obstacle(backend: str, op: str, tensors: list[Tensor], beside: Iterable[Tensor]) -> str | None:

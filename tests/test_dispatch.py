@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import dispatch, ops
+from fastgpt import cpu, dispatch, ops
 
 CPU = fastgpt.backends()["cpu"].available
 
@@ -92,6 +92,48 @@ def _run(code, **environment):
 
 
 GELU = "import torch, fastgpt; print(fastgpt.dispatch.choose('gelu', torch.ones(3)))"
+
+
+@pytest.mark.skipif(not CPU, reason=str(fastgpt.backends()["cpu"].reason))
+def test_auto_passes_over_what_is_slower(monkeypatch, recwarn, capsys):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"emb_dim": 32, "n_heads": 2, "n_layers": 1})
+    monkeypatch.setattr(cpu, "passed_over", "it is slow here")
+    assert dispatch.choose("linear", x, w) == "reference"
+    assert not dispatch.runs_whole(x)
+    assert not dispatch.traceable(x)
+    assert dispatch.choose("quantized_linear", x) == "cpu"
+    assert fastgpt.backends()["cpu"].available
+    assert "auto passes it over: it is slow here" in fastgpt.backends()["cpu"].detail
+    fastgpt.explain(model)
+    assert "backend reference (it is slow here)" in capsys.readouterr().out
+    with fastgpt.use_backend("cpu"):
+        assert dispatch.choose("linear", x, w) == "cpu"
+        assert dispatch.runs_whole(x)
+        assert dispatch.traceable(x)
+    with cpu.use_isa(cpu.isas()[0]):
+        assert dispatch.choose("linear", x, w) == "cpu"
+    assert dispatch.choose("linear", x, w) == "reference"
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(not CPU, reason=str(fastgpt.backends()["cpu"].reason))
+@pytest.mark.parametrize(
+    ("platform", "isa", "reason"),
+    [
+        ("linux", "baseline", "baseline build is slower"),
+        ("linux", None, None),
+        ("darwin", None, "not been timed on a Mac"),
+        ("win32", None, "not been timed on Windows"),
+    ],
+)
+def test_what_auto_passes_over(monkeypatch, platform, isa, reason):
+    if isa not in (None, *cpu.isas()) or cpu.isas() == ["baseline"]:
+        pytest.skip(f"runs where there are a baseline build and another, here {cpu.isas()}")
+    monkeypatch.setattr(sys, "platform", platform)
+    with cpu.use_isa(isa or cpu.isas()[-1]):
+        found = cpu._slower()
+    assert found is None if reason is None else reason in found
 
 
 def test_environment():

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 
 missing: str | None = None  # why there is no extension
@@ -20,6 +21,22 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     missing = f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
+
+
+def _slower() -> str | None:
+    """Why PyTorch's own form is or may be the faster one on this machine."""
+    if sys.platform == "darwin":
+        return "it has not been timed on a Mac yet, where PyTorch has Accelerate and all cores"
+    if sys.platform == "win32":
+        return "it has not been timed on Windows yet"
+    if _C is not None and _C.isa() == "baseline":
+        return "its baseline build is slower than PyTorch's own operations"
+    return None
+
+
+# Why "auto" leaves the kernels alone though they can run, or None where it takes them, as it does
+# an instruction set that was asked for by name. A variable, which torch.compile can read.
+passed_over: str | None = None if os.environ.get("FASTGPT_CPU_ISA") else _slower()
 
 
 @functools.cache
@@ -58,10 +75,12 @@ def use_isa(name: str) -> Iterator[None]:
     Raises:
         ValueError: it cannot run here.
     """
-    before = isa()
+    global passed_over
+    before = isa(), passed_over
     _set(name, "use_isa")
+    passed_over = None
     try:
         yield
     finally:
-        if before is not None:
-            _C.set_isa(before)
+        _C.set_isa(before[0])
+        passed_over = before[1]
