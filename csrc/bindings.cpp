@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -18,6 +19,7 @@
 #include <pthread.h>
 #endif
 #ifdef __linux__
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 #if defined(_MSC_VER) && defined(_M_X64)
@@ -116,7 +118,22 @@ void set_isa(const std::string& name) {
 
 // GNU OpenMP's worker threads do not survive a fork, and a parallel region in the child would wait for them for ever.
 std::atomic<bool> forked{false};
-int usable(int threads) { return forked.load(std::memory_order_relaxed) || threads < 1 ? 1 : threads; }
+
+std::atomic<int> most_threads{1 << 30};
+
+// More threads than processors that they may run on would only wait for each other.
+int processors() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return 1 << 30;
+}
+
+int usable(int threads) {
+    if (forked.load(std::memory_order_relaxed) || threads < 2) return 1;
+    return std::min({threads, most_threads.load(std::memory_order_relaxed), processors()});
+}
 
 float* at(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
@@ -263,6 +280,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas, "Names of the instruction sets that this machine can run, slowest first.");
     m.def("isa", [] { return kernels().isa; }, "Name of the active instruction set.");
     m.def("set_isa", &set_isa, "Makes an instruction set the active one; ValueError if it cannot run.");
+    m.def("limit_threads", [](int most) { most_threads = most; }, "Calls use no more threads, whatever they ask for.");
+    m.def("usable_threads", &usable, "How many of so many threads a call uses.");
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

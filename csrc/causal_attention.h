@@ -155,15 +155,15 @@ inline void attend_tile(const float* q, const KV* k, const KV* v, float* o, floa
     }
 }
 
-// What part `part` of `parts` does of the attention: its units, nothing shared. scratch: AttentionWorkspace::floats.
+// The attention by a team; each thread's scratch: AttentionWorkspace::floats.
 template <class A, class KV>
-inline void attention_share(const float* q, const KV* k, const KV* v, float* out, float* softmax, float scale,
-                            const AttentionShape& s, const Dropout& drop, float* scratch, int64_t part, int64_t parts) {
+inline void share_attention(Team& team, const float* q, const KV* k, const KV* v, float* out, float* softmax,
+                            float scale, const AttentionShape& s, const Dropout& drop) {
     const int64_t heads = s.batch * s.heads, tiles = (s.queries + kQueryTile - 1) / kQueryTile;
     // Shares a head among several units only where heads alone would leave threads idle.
-    const int64_t shares = heads >= 4 * parts ? 1 : min(tiles, (4 * parts + heads - 1) / heads);
-    AttentionWorkspace w(scratch, s.head_dim);
-    for (int64_t unit = part; unit < heads * shares; unit += parts) {
+    const int64_t wanted = Team::kPieces * team.parts, shares = heads >= wanted ? 1 : min(tiles, up(wanted, heads));
+    AttentionWorkspace w(team.scratch, s.head_dim);
+    const auto attend = [&](int64_t unit) {
         const int64_t head = unit / shares, b = head / s.heads, h = head % s.heads;
         int64_t packed = 0;
         for (int64_t t = unit % shares; t < tiles; t += shares)
@@ -171,7 +171,10 @@ inline void attention_share(const float* q, const KV* k, const KV* v, float* out
                            v + b * s.v_batch + h * s.v_head, out + b * s.o_batch + h * s.o_head,
                            softmax ? softmax + 2 * head * s.queries : nullptr, scale, s, drop, head, t * kQueryTile,
                            min(kQueryTile, s.queries - t * kQueryTile), packed, w);
-    }
+    };
+    team.share_range(heads * shares, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) attend(unit);
+    });
 }
 
 // q, out: [batch, heads, queries, head_dim], k, v: [batch, heads, keys, head_dim] by the strides in the shape;
@@ -187,9 +190,8 @@ inline bool causal_attention(const float* q, const float* k, const float* v, flo
     void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * floats + 16));
     if (!block) return false;
     float* memory = aligned(static_cast<float*>(block));
-    parallel_region(parts, [&](int64_t part, int64_t of) {
-        attention_share<Single>(q, k, v, out, softmax, scale, s, drop, memory + part * floats, part, of);
-    });
+    in_team(parts, memory, floats,
+            [&](Team& team) { share_attention<Single>(team, q, k, v, out, softmax, scale, s, drop); });
     std::free(block);
     return true;
 }

@@ -11,6 +11,8 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
+constexpr int64_t kAttentionUnits = 32;  // at least so many, where there are tiles enough
+
 struct AttentionBackward {
     const float *q, *k, *v, *out, *dout;
     const float* softmax;
@@ -20,15 +22,14 @@ struct AttentionBackward {
     AttentionShape d;  // of dq, dk, dv and dout
     Dropout drop;
 
-    int64_t shares(int64_t parts) const {
+    // The same for any number of threads: the sums of dq depend on it.
+    int64_t shares() const {
         const int64_t heads = s.batch * s.heads, tiles = (s.keys + kKeyTile - 1) / kKeyTile;
-        return heads >= 4 * parts ? 1 : min(tiles, (4 * parts + heads - 1) / heads);
+        return min(tiles, up(kAttentionUnits, heads));
     }
     // Floats of what a thread has for itself, and of what the threads have together.
     static int64_t scratch(int64_t head_dim) { return kKeyTile * (4 * head_dim + 2 * kQueryTile) + 2 * kQueryTile; }
-    int64_t shared(int64_t parts) const {  // enough for fewer parts too
-        return s.batch * s.heads * s.queries * (1 + s.head_dim * shares(parts)) + 16;
-    }
+    int64_t shared() const { return s.batch * s.heads * s.queries * (1 + s.head_dim * shares()) + 16; }
 };
 
 // The weights and the gradient of the scores of one row from its scores and dout v^T, in place: n keys are seen, the
@@ -100,9 +101,9 @@ inline void attend_tile_backward(const AttentionBackward& a, int64_t batch, int6
 }
 
 // By a team; shared: AttentionBackward::shared floats. Ends with a barrier.
-inline void attention_backward(const Team& team, const AttentionBackward& a, float* shared) {
+inline void attention_backward(Team& team, const AttentionBackward& a, float* shared) {
     const AttentionShape &s = a.s, &d = a.d;
-    const int64_t heads = s.batch * s.heads, T = s.queries, D = s.head_dim, shares = a.shares(team.parts);
+    const int64_t heads = s.batch * s.heads, T = s.queries, D = s.head_dim, shares = a.shares();
     const int64_t tiles = (s.keys + kKeyTile - 1) / kKeyTile;
     float *delta = shared, *dq = shared + heads * T;  // [heads, T], [heads, shares, T, D]
     team.share_rows(heads * T, [&](int64_t row) {
@@ -113,13 +114,15 @@ inline void attention_backward(const Team& team, const AttentionBackward& a, flo
         for_each_vec(D, [&](int64_t c, int64_t n) { sums = fma(load_part(o + c, n), load_part(g + c, n), sums); });
         delta[row] = sum(sums);
     });
-    for (int64_t unit = team.part; unit < heads * shares; unit += team.parts) {
-        const int64_t head = unit / shares;
-        float* own = dq + unit * T * D;
-        std::memset(own, 0, sizeof(float) * static_cast<size_t>(T * D));
-        for (int64_t t = unit % shares; t < tiles; t += shares)
-            attend_tile_backward(a, head / s.heads, head % s.heads, t, delta + head * T, own, team.scratch);
-    }
+    team.share_range(heads * shares, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t head = unit / shares;
+            float* own = dq + unit * T * D;
+            std::memset(own, 0, sizeof(float) * static_cast<size_t>(T * D));
+            for (int64_t t = unit % shares; t < tiles; t += shares)
+                attend_tile_backward(a, head / s.heads, head % s.heads, t, delta + head * T, own, team.scratch);
+        }
+    });
     team.barrier();
     team.share_rows(heads * T, [&](int64_t row) {
         const int64_t head = row / T, b = head / s.heads, h = head % s.heads, t = row % T;
@@ -143,13 +146,10 @@ inline bool causal_attention_backward(const float* q, const float* k, const floa
     const AttentionBackward a{q, k, v, out, dout, softmax, dq, dk, dv, scale, s, g, drop};
     const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.head_dim);
     const int64_t parts = work < 2e5 ? 1 : threads, own = up(AttentionBackward::scratch(s.head_dim), 16) * 16;
-    void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * own + a.shared(parts) + 16));
+    void* block = std::malloc(sizeof(float) * static_cast<size_t>(parts * own + a.shared() + 16));
     if (!block) return false;
     float* memory = aligned(static_cast<float*>(block));
-    Barrier meeting;
-    parallel_region(parts, [&](int64_t part, int64_t of) {
-        attention_backward(Team{part, of, meeting, memory + part * own}, a, memory + parts * own);
-    });
+    in_team(parts, memory, own, [&](Team& team) { attention_backward(team, a, memory + parts * own); });
     std::free(block);
     return true;
 }

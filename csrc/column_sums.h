@@ -9,10 +9,9 @@ namespace FASTGPT_ISA {
 
 // out[c] = the sum of x[r * x_row + c] over the rows; nothing is shared. Eight rows, then eight such groups, then all:
 // short chains of additions round less.
-inline void column_sums(const Team& team, const float* x, int64_t x_row, int64_t rows, int64_t cols, float* out) {
-    const int64_t vecs = up(cols, Vec::width), end = min(cols, vecs * (team.part + 1) / team.parts * Vec::width);
-    for (int64_t c = vecs * team.part / team.parts * Vec::width; c < end; c += Vec::width) {
-        const int64_t n = min(Vec::width, end - c);
+inline void column_sums(Team& team, const float* x, int64_t x_row, int64_t rows, int64_t cols, float* out) {
+    const auto sums = [&](int64_t c) {
+        const int64_t n = min(Vec::width, cols - c);
         const auto row = [&](int64_t r) { return load_part(x + r * x_row + c, n); };
         Vec total = zero();
         for (int64_t r0 = 0; r0 < rows; r0 += 64) {
@@ -27,7 +26,10 @@ inline void column_sums(const Team& team, const float* x, int64_t x_row, int64_t
             total = total + (chunk + rest);
         }
         store_part(out + c, total, n);
-    }
+    };
+    team.share_range(up(cols, Vec::width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sums(i * Vec::width);
+    });
 }
 
 }  // namespace FASTGPT_ISA

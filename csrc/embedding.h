@@ -38,19 +38,9 @@ inline void embedding_backward(const Embedding& e, const float* dy, float* dtok,
                                int64_t context, int threads) {
     const int64_t D = e.width, groups = (D + kDropoutGroup - 1) / kDropoutGroup, rows = e.batch * e.tokens;
     const Dropout drop = dropout_of(e);
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, nullptr};
-        const auto clear = [&](float* to, int64_t n) {
-            if (to)
-                std::memset(to + n * part / parts, 0,
-                            sizeof(float) * static_cast<size_t>(n * (part + 1) / parts - n * part / parts));
-        };
-        clear(dtok, vocab * D);
-        clear(dpos, context * D);
-        team.barrier();
+    const auto add = [&](int64_t first, int64_t last) {
         for (int64_t row = 0; row < rows; ++row)
-            for (int64_t g = groups * part / parts; g < groups * (part + 1) / parts; ++g) {
+            for (int64_t g = first; g < last; ++g) {
                 float keep[kDropoutGroup];
                 if (drop.on()) drop.factors(row, g, keep);
                 const int64_t at = g * kDropoutGroup;
@@ -63,6 +53,17 @@ inline void embedding_backward(const Embedding& e, const float* dy, float* dtok,
                     if (position) store_part(position + c, load_part(position + c, n) + v, n);
                 });
             }
+    };
+    in_team(threads, nullptr, 0, [&](Team& team) {
+        const auto clear = [&](float* to, int64_t n) {
+            team.share_range(to ? n : 0, [&](int64_t begin, int64_t end) {
+                std::memset(to + begin, 0, sizeof(float) * static_cast<size_t>(end - begin));
+            });
+        };
+        clear(dtok, vocab * D);
+        clear(dpos, context * D);
+        team.barrier();
+        team.share_range(groups, add);
     });
 }
 

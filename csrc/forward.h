@@ -48,9 +48,7 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
     run.h = run.context = h;
     run.qkv = run.act = wide, run.qkv_row = run.act_row = wide_row(f);
 
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, scratches + part * scratch};
+    in_team(threads, scratches, scratch, [&](Team& team) {
         if (f.ids) team.share_rows(M, [&](int64_t r) { embed_row(f, r); });
         for (const Block* b = blocks; b < blocks + f.n_blocks; ++b) block_forward(team, run, *b, eps);
         if (!f.out) return;

@@ -44,9 +44,7 @@ inline void bias_gelu(const float* x, const float* bias, float* y, int64_t rows,
 // dx = dy gelu'(x + bias) and, where set, dbias = its sum over the rows; [rows, cols] contiguous, dx may be dy.
 inline void bias_gelu_backward(const float* dy, const float* x, const float* bias, float* dx, float* dbias,
                                int64_t rows, int64_t cols, int threads) {
-    Barrier meeting;
-    parallel_region(rows * cols < 16384 ? 1 : threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, nullptr};
+    in_team(rows * cols < 16384 ? 1 : threads, nullptr, 0, [&](Team& team) {
         // Without a bias a row may be all there is: shared out by stretches of it.
         const int64_t total = rows * cols, stretch = bias ? cols : 4096;
         team.share_rows((total + stretch - 1) / stretch, [&](int64_t i) {

@@ -17,6 +17,7 @@
 #include "gemm_dots.h"
 #include "gemm_stream.h"
 #include "gemm_tiles.h"
+#include "parallel.h"
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
@@ -39,12 +40,12 @@ inline float group_sum(const float* row, int64_t k, int64_t n) {
 
 // Few rows of x as the dots read them, made anew where they are no longer float32 as they stand.
 template <class A, class T>
-static void dots_by_arithmetic(const Product& p, const ProductScratch& scratch) {
+static void dots_by_arithmetic(const Product& p, const ProductScratch& scratch, bool again) {
     const bool dynamic = p.w.format == kInt8Dynamic;
     if (A::in_unit == 1 && !dynamic) return dots<A, T>(p, p.x.at, p.x.row, nullptr, scratch.sums);
     const int64_t units = unit_row(units_of<A>(p.k)), groups = by_groups<A, T>(p.m) ? p.k / p.w.group : 0;
     const int64_t x_row = units + unit_row(groups);
-    for (int64_t i = 0; i < p.m; i++) {
+    for (int64_t i = 0; i < p.m && !again; i++) {
         const float* x = p.x.at + i * p.x.row;
         float* to = scratch.x + i * x_row;
         const float scale = dynamic ? row_scale(x, p.k) : 1.0f;
@@ -55,7 +56,7 @@ static void dots_by_arithmetic(const Product& p, const ProductScratch& scratch) 
 }
 
 template <class T>
-static void by_arithmetic(const Product& p, Way way, const ProductScratch& scratch) {
+static void by_arithmetic(const Product& p, Way way, const ProductScratch& scratch, bool again) {
     if constexpr (!quantised<T>) {
         if (way == kStream) return stream<T>(p, scratch.packed);
     }
@@ -68,43 +69,77 @@ static void by_arithmetic(const Product& p, Way way, const ProductScratch& scrat
 #ifdef FASTGPT_NARROW_DOTS
     if constexpr (same<T, int8_t>) {
         if (p.w.format == kInt8Dynamic)
-            return way == kDots ? dots_by_arithmetic<Quads, T>(p, scratch)
+            return way == kDots ? dots_by_arithmetic<Quads, T>(p, scratch, again)
                                 : tiles<Quads, T, Rows::kPrepared>(p, scratch);
     }
     constexpr bool no_wider = quantised<T> || same<T, BFloat16>;
     if constexpr (no_wider) {
-        if (way == kDots && (p.m >= kPairedM || same<T, Int4>)) return dots_by_arithmetic<Pairs, T>(p, scratch);
+        if (way == kDots && (p.m >= kPairedM || same<T, Int4>)) return dots_by_arithmetic<Pairs, T>(p, scratch, again);
     }
     if constexpr (no_wider || same<T, float>) {
         if (way == kTiles && (no_wider || p.narrow_sums)) return tiles<Pairs, T, Rows::kPrepared>(p, scratch);
     }
 #endif
     if (way == kDots)
-        dots_by_arithmetic<Single, T>(p, scratch);
+        dots_by_arithmetic<Single, T>(p, scratch, again);
     else if (p.w.format == kInt8Dynamic)
         tiles<Single, T, Rows::kPrepared>(p, scratch);
     else
         tiles<Single, T, Rows::kInPlace>(p, scratch);
 }
 
-// Part `part` of `parts` of a product, into its own columns and rows of y: nothing is shared, so there is no barrier
-// inside, and the bits do not depend on `parts`. With more parts than threads the parts may be handed out as threads
-// get free. The workspace, product_scratch floats, belongs to the calling thread.
-[[maybe_unused]] static void run_product(const Product& whole, int64_t part, int64_t parts, float* workspace) {
-    Product p = whole;
-    Way way = way_for(p);
-    int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), parts_m = 1, best = -1;
+// A product in parts: of its rows and of its columns.
+struct Parts {
+    int64_t m, n;
+};
+
+constexpr double kPieceWork = 1 << 17;  // multiplications that a piece has at least, if a thread gets several
+constexpr int64_t kStreamPiece = 512;   // columns likewise: shorter rows of W are read more slowly
+
+// As many as a thread should have pieces, up to four, so that uneven threads finish together; as long as what each
+// piece does anew (packing W, rearranging x) makes the whole at most 3 % slower.
+inline Parts parts_of(const Product& p, int64_t threads) {
+    if (threads == 1) return {1, 1};
+    const Way way = way_for(p);
+    const double work = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+    const int64_t panels = up(p.n, kPanel), tiles_m = way == kTiles ? up(p.m, kTileRows) : 1;
     // A row of tiles costs about as much as packing its panel, and as packing its rows of x where those lie the other
     // way.
-    for (int64_t d = 1; way == kTiles && d <= parts; d++) {
-        int64_t rows = up(tiles_m, d), cost = up(panels, parts / d) * (rows + 1) + (p.x.col != 1 ? rows : 0);
-        if (parts % d == 0 && (best < 0 || cost < best)) best = cost, parts_m = d;
+    const bool turned = p.x.col != 1, prepared = p.narrow_sums || p.w.format != kFloat32;
+    Parts best{1, threads};
+    double cheapest = 0;
+    for (int64_t each = 1; each <= Team::kPieces; each *= 2) {
+        const int64_t pieces = threads * each;
+        if (each > 1 && work < kPieceWork * static_cast<double>(pieces)) break;
+        if (each > 1 && way == kStream && p.n < kStreamPiece * pieces) break;
+        Parts found{1, pieces};
+        double least = -1;
+        for (int64_t m = 1; way == kTiles && m <= pieces; m++) {
+            const int64_t rows = up(tiles_m, m), cols = up(panels, pieces / m);
+            const double cost = static_cast<double>(each) * (static_cast<double>(cols * (rows + (prepared ? 2 : 1))) +
+                                                             static_cast<double>(rows) * (turned     ? 1.0
+                                                                                          : prepared ? 0.2
+                                                                                                     : 0.0));
+            if (pieces % m == 0 && (least < 0 || cost < least)) least = cost, found = {m, pieces / m};
+        }
+        if (each == 1) cheapest = least;
+        if (least <= 1.03 * cheapest) best = found;
     }
-    int64_t parts_n = parts / parts_m, pn = part % parts_n, pm = part / parts_n;
-    int64_t n0 = panels * pn / parts_n * kPanel, n1 = min(panels * (pn + 1) / parts_n * kPanel, p.n);
-    int64_t m0 = tiles_m * pm / parts_m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts_m * kTileRows, p.m);
+    return best;
+}
+
+// One piece of a product, into its own columns and rows of y: nothing is shared, so there is no barrier inside, and the
+// bits do not depend on the parts. The workspace, product_scratch floats, belongs to the calling thread; again: what it
+// prepared for the product's last piece is still there.
+[[maybe_unused]] static void run_product(const Product& whole, const Parts& parts, int64_t piece, float* workspace,
+                                         bool again) {
+    Product p = whole;
+    const Way way = way_for(p);
+    const int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), pn = piece % parts.n, pm = piece / parts.n;
+    const int64_t n0 = panels * pn / parts.n * kPanel, n1 = min(panels * (pn + 1) / parts.n * kPanel, p.n);
+    const int64_t m0 = tiles_m * pm / parts.m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts.m * kTileRows, p.m);
     if (n0 >= n1 || m0 >= m1) return;
-    p.m = m1 - m0, p.n = n1 - n0;
+    p.m = m1 - m0, p.n = n1 - n0, p.following = whole.n - n1;
     p.x.at += m0 * p.x.row;
     p.w = rows_from(p.w, n0);
     p.y = const_cast<void*>(moved(p.y, bytes(p.y_format, m0 * p.y_row + n0)));
@@ -112,7 +147,7 @@ static void by_arithmetic(const Product& p, Way way, const ProductScratch& scrat
     if (p.act) p.act += m0 * p.y_row + n0;
     p.bias = from(p.bias, n0);
     if (p.residual) p.residual += m0 * p.residual_row + n0;
-    with_rows(p.w, [&](auto type) { by_arithmetic<decltype(type)>(p, way, ProductScratch(workspace)); });
+    with_rows(p.w, [&](auto type) { by_arithmetic<decltype(type)>(p, way, ProductScratch(workspace), again); });
 }
 
 }  // namespace FASTGPT_ISA

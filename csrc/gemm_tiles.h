@@ -169,7 +169,7 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
         };
         const auto multiply = [&](int64_t u0, int64_t n0) {
             const int64_t u = min(depth, units - u0), k0 = u0 * A::in_unit, k = min(u * A::in_unit, p.k - k0);
-            const int64_t n1 = min(n0 + width, p.n), next = min(width, p.n - n1);
+            const int64_t n1 = min(n0 + width, p.n), next = min(width, p.n + p.following - n1);
             for (int64_t n = n0; n < n1; n += kPanel) pack_panel<A, T>(p, n, k0, k, scratch.packed + (n - n0) * u);
             // The next block's part of W is fetched meanwhile: `runs` pieces of `run` lines, ahead_row apart.
             const int64_t format = p.w.format;

@@ -115,7 +115,7 @@ constexpr int64_t kNormChunk = 64;  // rows whose weight gradients are summed up
 inline int64_t norm_partials(int64_t rows, int64_t cols) { return (rows + kNormChunk - 1) / kNormChunk * 2 * cols; }
 
 // The order of the sums depends on the rows alone, not on the threads.
-inline void norm_backward(const Team& team, const NormBackward& b) {
+inline void norm_backward(Team& team, const NormBackward& b) {
     const int64_t chunks = (b.rows + kNormChunk - 1) / kNormChunk, D = b.cols;
     team.share_rows(chunks, [&](int64_t chunk) {
         float *dscale = b.dscale ? b.partials + chunk * 2 * D : nullptr, *dshift = dscale ? dscale + D : nullptr;
@@ -138,9 +138,7 @@ inline void norm_backward(const Team& team, const NormBackward& b) {
 // dbranch = the dropout's factors * dx, where there is a dropout.
 inline void layer_norm_backward(const NormBackward& b, float* dbranch, int64_t seed, double dropout_p, int threads) {
     const Dropout drop(seed, dropout_p, b.cols);
-    Barrier meeting;
-    parallel_region(b.rows * b.cols < 16384 ? 1 : threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, nullptr};
+    in_team(b.rows * b.cols < 16384 ? 1 : threads, nullptr, 0, [&](Team& team) {
         norm_backward(team, b);
         if (dbranch)
             team.share_rows(b.rows,

@@ -33,10 +33,13 @@ inline Product weight_gradient(const LinearGradient& to, const float* dy, int64_
 // y += the product rather than y =.
 inline void add_to_result(Product& p) { p.residual = static_cast<float*>(p.y), p.residual_row = p.y_row; }
 
-inline void share(const Team& team, const Product& p) { run_product(p, team.part, team.parts, team.scratch); }
+inline void share(Team& team, const Product& p) {
+    const Parts parts = parts_of(p, team.parts);
+    team.share(parts.m * parts.n, [&](int64_t i, bool again) { run_product(p, parts, i, team.scratch, again); });
+}
 
 // dW and the bias's gradient as the sum of dy's rows, each where it is wanted; dW added to what is there if `add`.
-inline void share_parameter_gradients(const Team& team, const LinearGradient& to, const float* dy, int64_t dy_row,
+inline void share_parameter_gradients(Team& team, const LinearGradient& to, const float* dy, int64_t dy_row,
                                       int64_t out, const float* x, int64_t x_row, int64_t in, int64_t rows,
                                       bool narrow_sums, bool add = false) {
     if (to.weight) {
@@ -49,18 +52,14 @@ inline void share_parameter_gradients(const Team& team, const LinearGradient& to
 }
 
 inline void linear(const Linear& w, const float* x, float* y, int64_t rows, float* workspace, int threads) {
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        run_product(forward_product(w, x, w.in, rows, y, w.out), part, parts,
-                    aligned(workspace) + part * product_scratch(w.weight.format != kFloat32));
-    });
+    in_team(threads, aligned(workspace), product_scratch(w.weight.format != kFloat32),
+            [&](Team& team) { share(team, forward_product(w, x, w.in, rows, y, w.out)); });
 }
 
 // dy: [rows, out], x: [rows, in], both contiguous; dx or null.
 inline void linear_backward(const Linear& w, const float* dy, const float* x, float* dx, const LinearGradient& to,
                             int64_t rows, float* workspace, int threads) {
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, aligned(workspace) + part * product_scratch(true)};
+    in_team(threads, aligned(workspace), product_scratch(true), [&](Team& team) {
         if (dx) share(team, input_gradient(w, dy, w.out, rows, dx, w.in));
         share_parameter_gradients(team, to, dy, w.out, w.out, x, w.in, w.in, rows, false);
     });

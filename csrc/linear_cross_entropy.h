@@ -52,9 +52,7 @@ inline void linear_cross_entropy(const Linear& w, const float* x, const int64_t*
                                  float* workspace, int threads) {
     float* logits = aligned(workspace);
     float* scratches = aligned(logits + min(rows, kLossChunk) * w.out);
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        const Team team{part, parts, meeting, scratches + part * product_scratch(true)};
+    in_team(threads, scratches, product_scratch(true), [&](Team& team) {
         // Equal chunks, so that the last is no sliver: W is rearranged once a chunk.
         const int64_t chunks = up(rows, kLossChunk);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {

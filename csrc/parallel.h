@@ -33,12 +33,15 @@ inline void yield_processor() {
 #endif
 }
 
+constexpr int64_t kMaxThreads = 256;
+constexpr int kSpins = 1000;  // looks at a counter before a waiting thread gives its core away
+
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
 inline void parallel_region(int64_t threads, F f) {
 #ifdef _OPENMP
     if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
+#pragma omp parallel num_threads(static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads))
         f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
         return;
     }
@@ -46,53 +49,131 @@ inline void parallel_region(int64_t threads, F f) {
     f(int64_t{0}, int64_t{1});
 }
 
-// Where the threads of a region meet. It spins for a little and then yields: OpenMP's own barrier spins on, and
-// on a machine with other work (or fewer cores than threads) that takes several times as long.
-class Barrier {
+// What the threads of a region have still to do. A job is a number of pieces; each thread has a queue with a share of
+// them, and takes from the others' when its own is empty. So a thread whose core is slow or taken does less, and one
+// that doesn't run at all holds nobody up: its pieces are done by others. Jobs are numbered from 1 on, the same for
+// all.
+class Work {
   public:
-    // Every one of the region's threads calls this with their number.
-    void wait(int64_t threads) {
-        if (threads == 1) return;
-        const int64_t phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
+    explicit Work(int64_t threads) {
+        for (int64_t i = 0; i < threads && i < kMaxThreads; ++i) queues_[i].state.store(0, std::memory_order_relaxed);
+    }
+
+    // A piece of what is left of the owner's share [first, last) of a job, the owner's own call from the front and
+    // others from the back; -1 if nothing is left. Whoever comes first fills the queue.
+    int64_t take(int64_t owner, uint64_t job, int64_t first, int64_t last, bool own) {
+        std::atomic<uint64_t>& state = queues_[owner].state;
+        uint64_t seen = state.load(std::memory_order_relaxed);
+        for (;;) {
+            if (seen >> 2 * kBits > job) return -1;
+            const bool begun = seen >> 2 * kBits == job;
+            const uint64_t next = begun ? seen >> kBits & kMask : static_cast<uint64_t>(first);
+            const uint64_t end = begun ? seen & kMask : static_cast<uint64_t>(last);
+            if (next >= end) return -1;
+            const uint64_t left = own ? (next + 1) << kBits | end : next << kBits | (end - 1);
+            if (state.compare_exchange_weak(seen, job << 2 * kBits | left, std::memory_order_relaxed))
+                return static_cast<int64_t>(own ? next : end - 1);
         }
-        for (int64_t spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-            if (spins < 4000)
-                FASTGPT_PAUSE();
+    }
+
+    void add_done(int64_t pieces) { done_.fetch_add(pieces, std::memory_order_release); }
+    bool done(int64_t pieces) const { return done_.load(std::memory_order_acquire) >= pieces; }
+
+    // Until so many pieces are done. It spins for a little and then yields: OpenMP's own barrier spins on, and on a
+    // machine with other work (or fewer cores than threads) that takes several times as long.
+    void wait(int64_t pieces) const {
+        for (int spins = 0; !done(pieces);)
+            if (spins < kSpins)
+                ++spins, FASTGPT_PAUSE();
             else
                 yield_processor();
     }
 
   private:
-    std::atomic<int64_t> arrived_{0}, phase_{0};
+    static constexpr int kBits = 20;  // of a piece's number; a job's number has the rest
+    static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+    struct alignas(64) Queue {
+        std::atomic<uint64_t> state;  // job, next piece, end
+    };
+    alignas(64) std::atomic<int64_t> done_{0};  // pieces of all jobs so far
+    Queue queues_[kMaxThreads];
 };
 
-// One thread's view of a region whose threads share phases of work.
-struct Team {
-    int64_t part, parts;
-    Barrier& meeting;
-    float* scratch;  // this thread's own
+// One thread's view of a region whose threads share jobs. Every thread calls the same methods in the same order.
+class Team {
+  public:
+    const int64_t part, parts;
+    float* const scratch;  // this thread's own
 
-    void barrier() const { meeting.wait(parts); }
+    Team(int64_t part_, int64_t parts_, Work& work, float* scratch_)
+        : part(part_), parts(parts_), scratch(scratch_), work_(work) {}
 
-    // f(row) for this thread's share of the rows, then a barrier.
+    // f(piece, again) for each of [0, pieces), at most 2^20, by whichever thread is free; again: whether this thread
+    // has done another piece of the job just before.
     template <class F>
-    void share_rows(int64_t rows, F f) const {
-        for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) f(r);
+    void share(int64_t pieces, F f) {
+        if (parts == 1) {
+            for (int64_t i = 0; i < pieces; ++i) f(i, i > 0);
+            return;
+        }
+        ++job_, due_ += pieces;
+        bool again = false;
+        const auto help = [&](int64_t owner) {
+            const int64_t first = pieces * owner / parts, last = pieces * (owner + 1) / parts;
+            int64_t count = 0;
+            for (int64_t i; (i = work_.take(owner, job_, first, last, owner == part)) >= 0; ++count, again = true)
+                f(i, again);
+            if (count) work_.add_done(count);
+        };
+        help(part);
+        for (int64_t i = 1; i < parts && !work_.done(due_); ++i) help((part + i) % parts);
+    }
+
+    // Until every piece of the jobs so far is done.
+    void barrier() {
+        if (parts > 1) work_.wait(due_);
+    }
+
+    // f(begin, end) over [0, n) in pieces.
+    template <class F>
+    void share_range(int64_t n, F f) {
+        const int64_t pieces = parts == 1 ? 1 : n < kPieces * parts ? n : kPieces * parts;
+        share(pieces, [&](int64_t i, bool) { f(n * i / pieces, n * (i + 1) / pieces); });
+    }
+
+    // f(row) for each of the rows, then a barrier.
+    template <class F>
+    void share_rows(int64_t rows, F f) {
+        share_range(rows, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) f(r);
+        });
         barrier();
     }
+
+    static constexpr int64_t kPieces = 4;  // of a job, for each thread
+
+  private:
+    Work& work_;
+    uint64_t job_ = 0;
+    int64_t due_ = 0;  // pieces of all jobs so far
 };
 
-// f(begin, end) over [0, n) in one piece a thread, none much shorter than the grain.
+// f(team) on each of at most `threads` threads, `floats` of the scratch for each.
+template <class F>
+inline void in_team(int64_t threads, float* scratch, int64_t floats, F f) {
+    Work work(threads);
+    parallel_region(threads, [&](int64_t part, int64_t parts) {
+        Team team(part, parts, work, scratch + part * floats);
+        f(team);
+    });
+}
+
+// f(begin, end) over [0, n) in pieces, on no more threads than there are grains.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {
-    const int64_t wanted = (n + grain - 1) / grain;
     if (n <= 0) return;
-    parallel_region(wanted < threads ? wanted : threads,
-                    [&](int64_t part, int64_t parts) { f(n * part / parts, n * (part + 1) / parts); });
+    const int64_t wanted = (n + grain - 1) / grain;
+    in_team(wanted < threads ? wanted : threads, nullptr, 0, [&](Team& team) { team.share_range(n, f); });
 }
 
 // The next address that begins a cache line.

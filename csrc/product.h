@@ -30,6 +30,7 @@ struct Product {
     float* pre = nullptr;        // [m, n], rows y_row apart, like act
     float* act = nullptr;
     int64_t y_format = kFloat32;
+    int64_t following = 0;     // rows of w behind these, which are likely to be read next
     bool narrow_sums = false;  // whether many rows may take factors in bfloat16 though the weight is wider
 };
 

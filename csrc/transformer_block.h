@@ -58,8 +58,7 @@ inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
 // Attention of every head, from the query columns of qkv into context; k and v from there or from the cache. pairs:
 // whether many queries may be multiplied as bfloat16.
 template <class KV>
-inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached,
-                   [[maybe_unused]] bool pairs) {
+inline void attend(Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached, [[maybe_unused]] bool pairs) {
     const int64_t T = r.tokens, D = r.head_dim, keys = r.past + T;
     const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
     const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
@@ -69,21 +68,22 @@ inline void attend(const Team& team, const BlockRun& r, const KV* k, const KV* v
 #ifdef FASTGPT_NARROW_DOTS
         // A backward pass takes the scores anew, in float32.
         if (pairs && !r.softmax)
-            return attention_share<Pairs>(r.qkv, k, v, r.context, nullptr, r.scale(), s, r.drop_attention, team.scratch,
-                                          team.part, team.parts);
+            return share_attention<Pairs>(team, r.qkv, k, v, r.context, nullptr, r.scale(), s, r.drop_attention);
 #endif
-        return attention_share<Single>(r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention, team.scratch,
-                                       team.part, team.parts);
+        return share_attention<Single>(team, r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention);
     }
-    for (int64_t unit = team.part; unit < r.batch * r.heads; unit += team.parts) {
-        const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;
-        for (int64_t t = 0; t < T; ++t)
-            attend_row(r.qkv + (batch * T + t) * r.qkv_row + head * D, k + kv, kv_token, v + kv, kv_token,
-                       r.past + t + 1, D, r.scale(), team.scratch, r.context + (batch * T + t) * r.width + head * D);
-    }
+    team.share_range(r.batch * r.heads, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;
+            for (int64_t t = 0; t < T; ++t)
+                attend_row(r.qkv + (batch * T + t) * r.qkv_row + head * D, k + kv, kv_token, v + kv, kv_token,
+                           r.past + t + 1, D, r.scale(), team.scratch,
+                           r.context + (batch * T + t) * r.width + head * D);
+        }
+    });
 }
 
-inline void block_forward(const Team& team, const BlockRun& r, const Block& b, float eps) {
+inline void block_forward(Team& team, const BlockRun& r, const Block& b, float eps) {
     const int64_t M = r.rows(), D = r.width;
     const auto norm = [&](const float* x, const Numbers& scale, const Numbers& shift, float* mean, float* rstd) {
         team.share_rows(M, [&](int64_t i) {

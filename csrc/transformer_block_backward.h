@@ -35,7 +35,7 @@ inline AttentionBackward attention_of(const BlockRun& r, const float* dcontext, 
             dqkv + W, dqkv + 2 * W, r.scale(),     s,         d,        r.drop_attention};
 }
 
-inline void block_backward(const Team& team, const BlockRun& r, const Block& b, const BlockBackward& back) {
+inline void block_backward(Team& team, const BlockRun& r, const Block& b, const BlockBackward& back) {
     const int64_t M = r.rows(), D = r.width, F = back.hidden;
     const BlockGradients& to = back.to;
     const bool through_qkv = back.dx || to.scale1 || to.query.any() || to.key.any() || to.value.any();
@@ -87,8 +87,8 @@ inline void block_backward(const Team& team, const BlockRun& r, const Block& b, 
         Product p = gradient(*projections[i], back.wide + i * D, 3 * D, back.dh, D);
         if (i > 0) add_to_result(p);
         share(team, p);
+        team.barrier();
     }
-    team.barrier();
     norm_backward(team, {back.dh, r.x, b.scale1, r.mean1, r.rstd1, back.dmiddle, back.dx, to.scale1, to.shift1,
                          back.partials, M, D});
 }
@@ -122,7 +122,7 @@ inline int64_t block_step_workspace(const BlockStep& s, bool backward, int threa
     if (!backward) return M * (D + s.hidden) + threads * BlockRun::scratch(s.tokens, s.head_dim) + 32;
     AttentionBackward a{};
     a.s.batch = s.batch, a.s.heads = s.heads, a.s.queries = a.s.keys = s.tokens, a.s.head_dim = s.head_dim;
-    return M * (4 * D + max(s.hidden, 3 * D) + max(s.hidden, D)) + norm_partials(M, D) + a.shared(threads) +
+    return M * (4 * D + max(s.hidden, 3 * D) + max(s.hidden, D)) + norm_partials(M, D) + a.shared() +
            threads * BlockBackward::scratch(s.head_dim) + 64;
 }
 
@@ -131,10 +131,7 @@ inline void block_step(const BlockStep& s, const Block& b, float eps, int thread
     r.h = aligned(s.workspace), r.act = r.h + r.rows() * s.width;
     float* scratches = aligned(r.act + r.rows() * s.hidden);
     const int64_t scratch = BlockRun::scratch(s.tokens, s.head_dim);
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        block_forward(Team{part, parts, meeting, scratches + part * scratch}, r, b, eps);
-    });
+    in_team(threads, scratches, scratch, [&](Team& team) { block_forward(team, r, b, eps); });
 }
 
 inline void block_step_backward(const BlockStep& s, const Block& b, const float* dy, float* dx,
@@ -149,12 +146,9 @@ inline void block_step_backward(const BlockStep& s, const Block& b, const float*
     back.attention = back.partials + norm_partials(M, D);
     AttentionBackward shape{};
     shape.s = attention_of(r, nullptr, nullptr).s;
-    float* scratches = aligned(back.attention + shape.shared(threads));
+    float* scratches = aligned(back.attention + shape.shared());
     const int64_t scratch = BlockBackward::scratch(s.head_dim);
-    Barrier meeting;
-    parallel_region(threads, [&](int64_t part, int64_t parts) {
-        block_backward(Team{part, parts, meeting, scratches + part * scratch}, r, b, back);
-    });
+    in_team(threads, scratches, scratch, [&](Team& team) { block_backward(team, r, b, back); });
 }
 
 }  // namespace FASTGPT_ISA

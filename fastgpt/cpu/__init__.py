@@ -15,12 +15,17 @@ import os
 import sys
 from collections.abc import Iterator
 
+from fastgpt.cpu import processors
+
 missing: str | None = None  # why there is no extension
 try:
     _C = importlib.import_module("fastgpt._C")
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     missing = f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
+
+if _C is not None and (allowed := processors.quota()):
+    _C.limit_threads(allowed)
 
 
 def _slower() -> str | None:
