@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt.bench import measure, workloads
+from fastgpt.bench import measure, rule, workloads
 from fastgpt.bench.formatting import UNTRUSTED, doubts
 from fastgpt.bench.peers import ENGINES, PRECISIONS, chosen
 from fastgpt.cli.progress import add_options, measuring, need_rich
@@ -39,7 +39,8 @@ def add_to(commands: Commands) -> None:
     sub.add_argument(
         "--quick",
         action="store_true",
-        help="a toy model, PyTorch's own peers, float32: takes seconds",
+        help="a toy model, PyTorch's own peers, float32: takes seconds; then, in under a minute, "
+        "whether auto takes what is fastest on this machine, in words for a report",
     )
     sub.add_argument(
         "--peers",
@@ -101,7 +102,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     peers = chosen(("fastgpt", *engines), precisions)
     with measuring(args.threads) as (show, _):
         works = workloads.QUICK if args.quick else workloads.FULL
-        return measure.measure(works, peers, rounds=args.rounds, progress=show)
+        document = measure.measure(works, peers, rounds=args.rounds, progress=show)
+        if args.quick:
+            print(*rule.check().lines(), sep="\n")
+    return document
 
 
 def _read(path: Path) -> dict[str, Any]:
