@@ -5,31 +5,20 @@
 #include <atomic>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <sched.h>
-#endif
+#include "kernels.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #define FASTGPT_PAUSE() _mm_pause()
 #else
 #define FASTGPT_PAUSE() static_cast<void>(0)
 #endif
+#ifdef _OPENMP  // declared here because omp.h may be that of another compiler
+extern "C" int omp_get_thread_num(), omp_get_num_threads();
+#endif
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
-
-inline void yield_processor() {
-#ifdef _WIN32
-    SwitchToThread();
-#else
-    sched_yield();
-#endif
-}
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
