@@ -22,7 +22,7 @@ namespace FASTGPT_ISA {
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
-inline void parallel_region(int64_t threads, F f) {
+inline void parallel_region([[maybe_unused]] int64_t threads, F f) {
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
