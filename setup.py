@@ -47,7 +47,7 @@ class build_ext(pybind11_build_ext):
 
     def use_clang_cl(self, ext):
         clang_cl = shutil.which("clang-cl")
-        if clang_cl is None:  # Microsoft's own compiler keeps no product's sums in registers
+        if clang_cl is None:  # Microsoft's own compiler has no pragma to unroll a loop
             raise CompileError("clang-cl is not on the PATH (LLVM's installer for Windows has it)")
         self.compiler.initialize(self.plat_name)
         self.compiler.cc = clang_cl

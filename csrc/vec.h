@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-// GCC, clang and clang-cl. Microsoft's own compiler has no such pragma and leaves the sums of a tile in memory.
+// For GCC, clang and clang-cl. A loop over registers that is not unrolled leaves them in memory.
 #ifdef __clang__
 #define FASTGPT_UNROLL _Pragma("clang loop unroll(full)")
 #else
