@@ -69,13 +69,13 @@ sanitize: setup  ## the operations' tests under AddressSanitizer and UndefinedBe
 lint: setup  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp
 	$(BIN)/mypy
 
 format: setup  ## put the sources into the form that `make lint` checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 dist: setup  ## the source distribution, and the wheel built from it
 	rm -rf dist

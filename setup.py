@@ -5,6 +5,7 @@ cannot be built the package installs without it, and fastgpt.backends() says so.
 """
 
 import os
+import shutil
 import sys
 import sysconfig
 from multiprocessing.pool import ThreadPool
@@ -13,44 +14,57 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
-MSVC = sys.platform == "win32"
+WINDOWS = sysconfig.get_platform().startswith("win-")
 X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
-ARM64 = not MSVC and sysconfig.get_platform().endswith(("aarch64", "arm64"))
+ARM64 = sysconfig.get_platform().endswith(("aarch64", "arm64"))
 SANITIZE = os.environ.get("FASTGPT_SANITIZE") == "1"
 
 ISAS = {"neon" if ARM64 else "baseline": []}
 if ARM64 and sys.platform == "linux":
     ISAS["neon"] = ["-fno-schedule-insns"]  # GCC's first scheduling pass spills sums
 if X86:
-    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
-    # GCC 12 finds its own AVX-512 header at fault.
-    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    ISAS["avx512"] = ["/arch:AVX512"] if MSVC else [*ISAS["avx2"], *avx512, *quiet]
+    ISAS["avx512"] = [*ISAS["avx2"], *avx512]
     # .. with dot products of bfloat16 pairs and of int8.
-    if not MSVC:  # which casts between registers of these types otherwise
-        ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vnni"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vnni"]
 
-if MSVC:
-    compile_args, link_args = ["/O2", "/openmp"], []
-elif sys.platform == "darwin":  # Apple's compiler has no OpenMP: one thread there
-    compile_args, link_args = ["-O3"], []
+# Contraction would make the baseline's rounding depend on the compiler's target.
+if WINDOWS:  # clang-cl, whose -Wall is every warning that it has; setuptools asks for /O2 and /W3
+    compile_args, link_args = ["-Wextra", "/clang:-ffp-contract=off"], []
+    compile_args += ["/openmp"] if X86 else []
 else:
-    compile_args, link_args = ["-O3", "-fopenmp"], ["-fopenmp"]
+    compile_args, link_args = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off"], []
+    if sys.platform != "darwin":  # Apple's compiler has no OpenMP: one thread there
+        compile_args, link_args = [*compile_args, "-fopenmp"], ["-fopenmp"]
 if SANITIZE:
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     compile_args += ["-g", "-O1", *flags]
     link_args += flags
-if not MSVC:
-    # Contraction would make the baseline's rounding depend on the compiler's target.
-    compile_args += ["-Wall", "-Wextra", "-ffp-contract=off"]
 
 
 class build_ext(pybind11_build_ext):
     """Adds one object of kernels.cpp for each instruction set, compiled side by side."""
 
+    def use_clang_cl(self, ext):
+        clang_cl = shutil.which("clang-cl")
+        if clang_cl is None:  # Microsoft's own compiler has no pragma to unroll a loop
+            raise CompileError("clang-cl is not on the PATH (LLVM's installer for Windows has it)")
+        self.compiler.initialize(self.plat_name)
+        self.compiler.cc = clang_cl
+        if X86:  # the OpenMP runtime in torch's wheels: importing torch has loaded it
+            library = os.path.join(self.build_temp, "libiomp5md.lib")
+            self.mkpath(self.build_temp)
+            made = ["/def:csrc/libiomp5md.def", "/machine:x64", f"/out:{library}"]
+            self.spawn([self.compiler.lib, "/nologo", *made])
+            ext.extra_objects.append(library)
+
     def build_extension(self, ext):
+        if WINDOWS:
+            self.use_clang_cl(ext)
+
         def objects(isa):
             return self.compiler.compile(
                 ["csrc/kernels.cpp"],

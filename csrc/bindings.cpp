@@ -11,6 +11,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -22,9 +23,8 @@
 #include <sched.h>
 #include <sys/mman.h>
 #endif
-#if defined(_MSC_VER) && defined(_M_X64)
-#include <immintrin.h>
-#include <intrin.h>
+#ifdef FASTGPT_X86
+#include <cpuid.h>
 #endif
 
 namespace py = pybind11;
@@ -47,38 +47,38 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-#ifndef _MSC_VER
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
-#endif
+
+void yield_processor() { std::this_thread::yield(); }
 
 namespace {
 
-#if defined(FASTGPT_X86) && defined(_MSC_VER)
-bool cpuid_bit(int leaf, int reg, int bit) {
-    int r[4];
-    __cpuidex(r, leaf, 0);
-    return (r[reg] >> bit) & 1;
+#ifdef FASTGPT_X86
+// __builtin_cpu_supports would be shorter, but on Windows clang-cl has no library for it.
+enum Register { kEax, kEbx, kEcx, kEdx };
+bool cpuid_bits(unsigned leaf, unsigned subleaf, Register in, unsigned bits) {
+    unsigned r[4];
+    return __get_cpuid_count(leaf, subleaf, r, r + 1, r + 2, r + 3) && (r[in] & bits) == bits;
 }
-// The operating system must save the registers too: XCR0 names which.
-bool os_saves(unsigned long long state) { return cpuid_bit(1, 2, 27) && (_xgetbv(0) & state) == state; }
-bool has_avx2() { return os_saves(0x6) && cpuid_bit(7, 1, 5) && cpuid_bit(1, 2, 12) && cpuid_bit(1, 2, 29); }
-bool has_avx512() {
-    return has_avx2() && os_saves(0xe6) && cpuid_bit(7, 1, 16) && cpuid_bit(7, 1, 17) && cpuid_bit(7, 1, 30) &&
-           cpuid_bit(7, 1, 31);
+// The operating system must save the registers too: XCR0 says which of them it does.
+bool os_saves(unsigned state) {
+    if (!cpuid_bits(1, 0, kEcx, bit_OSXSAVE)) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & state) == state;
 }
-#elif defined(FASTGPT_X86)
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return os_saves(0x06) && cpuid_bits(1, 0, kEcx, bit_FMA | bit_F16C) && cpuid_bits(7, 0, kEbx, bit_AVX2);
 }
 bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return has_avx2() && os_saves(0xe6) &&
+           cpuid_bits(7, 0, kEbx, bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL);
 }
 bool has_avx512_bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    return has_avx512() && cpuid_bits(7, 0, kEcx, bit_AVX512VNNI) && cpuid_bits(7, 1, kEax, bit_AVX512BF16);
 }
 #endif
 
@@ -91,9 +91,7 @@ std::vector<const Kernels*> runnable() {  // slowest first
 #ifdef FASTGPT_X86
     if (has_avx2()) found.push_back(&avx2::kernels);
     if (has_avx512()) found.push_back(&avx512::kernels);
-#ifndef _MSC_VER
     if (has_avx512_bf16()) found.push_back(&avx512_bf16::kernels);
-#endif
 #endif
     return found;
 }

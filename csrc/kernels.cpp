@@ -1,4 +1,8 @@
 // Compiled once per instruction set, with FASTGPT_ISA naming it and the matching compiler flags (setup.py).
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 finds its own AVX-512 header at fault
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include "kernels.h"
 
 #include "causal_attention_backward.h"

@@ -5,6 +5,10 @@
 
 namespace fastgpt {
 
+// Lets another thread have the core; in bindings.cpp, because no system header may be included with the kernels:
+// windows.h has macros for `min`, `max` and `small`.
+void yield_processor();
+
 struct AttentionShape {
     int64_t batch, heads, queries, keys, head_dim;
     // Elements between neighbours along batch, head and token; along head_dim neighbours are adjacent.

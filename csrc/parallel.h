@@ -5,40 +5,29 @@
 #include <atomic>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <sched.h>
-#endif
+#include "kernels.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #define FASTGPT_PAUSE() _mm_pause()
 #elif defined(__aarch64__)
-#define FASTGPT_PAUSE() asm volatile("isb")  // a pause of the length of x86's; `yield` is none on most cores
+#define FASTGPT_PAUSE() asm volatile("isb sy")  // a pause of the length of x86's; `yield` is none on most cores
 #else
 #define FASTGPT_PAUSE() static_cast<void>(0)
+#endif
+#ifdef _OPENMP  // declared here because omp.h may be that of another compiler
+extern "C" int omp_get_thread_num(), omp_get_num_threads();
 #endif
 
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-inline void yield_processor() {
-#ifdef _WIN32
-    SwitchToThread();
-#else
-    sched_yield();
-#endif
-}
-
 constexpr int64_t kMaxThreads = 256;
-constexpr int kSpins = 1000;  // looks at a counter before a waiting thread gives its core away
+constexpr int kLooks = 500;  // at a counter before a waiting thread offers its core to others
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
-inline void parallel_region(int64_t threads, F f) {
+inline void parallel_region([[maybe_unused]] int64_t threads, F f) {
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads))
@@ -82,9 +71,9 @@ class Work {
     // Until so many pieces are done. It spins for a little and then yields: OpenMP's own barrier spins on, and on a
     // machine with other work (or fewer cores than threads) that takes several times as long.
     void wait(int64_t pieces) const {
-        for (int spins = 0; !done(pieces);)
-            if (spins < kSpins)
-                ++spins, FASTGPT_PAUSE();
+        for (int looks = 1; !done(pieces); ++looks)
+            if (looks % kLooks)
+                FASTGPT_PAUSE();
             else
                 yield_processor();
     }

@@ -8,23 +8,19 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef _MSC_VER
-#define FASTGPT_ALWAYS_INLINE __forceinline
-#define FASTGPT_UNROLL
-#define FASTGPT_PREFETCH(address)
-#define FASTGPT_PREFETCH_FAR(address)
-#define FASTGPT_KEEP(variable)
+// For GCC, clang and clang-cl. A loop over registers that is not unrolled leaves them in memory.
+#ifdef __clang__
+#define FASTGPT_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define FASTGPT_ALWAYS_INLINE inline __attribute__((always_inline))
 #define FASTGPT_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define FASTGPT_ALWAYS_INLINE inline __attribute__((always_inline))
 #define FASTGPT_PREFETCH(address) __builtin_prefetch(address)
 #define FASTGPT_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 1)  // into the second cache
 #define FASTGPT_KEEP(variable) asm("" : "+r"(variable))                  // the compiler may not recompute it
 #ifdef __AVX512F__
 #define FASTGPT_KEEP_VEC(vec) asm("" : "+v"(vec.v))
-#endif
-#endif
-#ifndef FASTGPT_KEEP_VEC
+#else
 #define FASTGPT_KEEP_VEC(vec)
 #endif
 #define FASTGPT_INLINE static FASTGPT_ALWAYS_INLINE

@@ -1,5 +1,4 @@
-// Four lanes: NEON, and elsewhere what GCC's and clang's vector extension makes of them (SSE2 on x86). Other compilers
-// get plain loops.
+// Four lanes: NEON, and elsewhere what the compilers' vector extension makes of them, SSE2 on x86.
 #pragma once
 
 #ifdef __aarch64__
@@ -9,7 +8,6 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
-#if defined(__GNUC__) || defined(__clang__)
 typedef float Lanes __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(16)));
 typedef uint32_t WordLanes __attribute__((vector_size(16)));
@@ -18,54 +16,6 @@ FASTGPT_INLINE Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }
 FASTGPT_INLINE Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
 FASTGPT_INLINE IntLanes to_ints(Lanes a) { return __builtin_convertvector(a, IntLanes); }
 FASTGPT_INLINE Lanes power_of_2(IntLanes n) { return (Lanes)((WordLanes)(n + 127) << 23); }
-#else
-template <class T>
-struct FourOf {
-    T at[4];
-    T operator[](int i) const { return at[i]; }
-};
-using Lanes = FourOf<float>;
-using IntLanes = FourOf<int32_t>;
-
-template <class T, class F>
-FASTGPT_INLINE FourOf<T> lane_by_lane(F f) {
-    return {{f(0), f(1), f(2), f(3)}};
-}
-template <class T>
-FASTGPT_INLINE FourOf<T> operator+(FourOf<T> a, FourOf<T> b) {
-    return lane_by_lane<T>([&](int i) { return a[i] + b[i]; });
-}
-template <class T>
-FASTGPT_INLINE FourOf<T> operator-(FourOf<T> a, FourOf<T> b) {
-    return lane_by_lane<T>([&](int i) { return a[i] - b[i]; });
-}
-FASTGPT_INLINE Lanes operator*(Lanes a, Lanes b) {
-    return lane_by_lane<float>([&](int i) { return a[i] * b[i]; });
-}
-FASTGPT_INLINE Lanes operator/(Lanes a, Lanes b) {
-    return lane_by_lane<float>([&](int i) { return a[i] / b[i]; });
-}
-FASTGPT_INLINE IntLanes operator>>(IntLanes a, int by) {
-    return lane_by_lane<int32_t>([&](int i) { return a[i] >> by; });
-}
-FASTGPT_INLINE Lanes greater(Lanes a, Lanes b) {
-    return lane_by_lane<float>([&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
-}
-FASTGPT_INLINE Lanes smaller(Lanes a, Lanes b) {
-    return lane_by_lane<float>([&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
-}
-FASTGPT_INLINE IntLanes to_ints(Lanes a) {
-    return lane_by_lane<int32_t>([&](int i) { return a[i] == a[i] ? static_cast<int32_t>(a[i]) : 0; });
-}
-FASTGPT_INLINE Lanes power_of_2(IntLanes n) {
-    return lane_by_lane<float>([&](int i) {
-        const int32_t bits = (n[i] + 127) * (1 << 23);
-        float r;
-        std::memcpy(&r, &bits, sizeof r);
-        return r;
-    });
-}
-#endif
 
 struct Vec {
     static constexpr int width = 4;

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -21,6 +22,18 @@ def _run(code, **environment):
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="no such list of features"
+)
+def test_instruction_sets_are_those_of_the_processor():
+    with open("/proc/cpuinfo") as file:
+        flags = {word for line in file if line.startswith("flags") for word in line.split()}
+    needed = {"baseline": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16", "avx512_vnni"}
+    assert cpu.isas() == [name for name in needed if needed[name] <= flags]
 
 
 def test_instruction_sets():
