@@ -118,12 +118,14 @@ void set_isa(const std::string& name) {
 std::atomic<bool> forked{false};
 
 std::atomic<int> most_threads{1 << 30};
+std::atomic<bool> within_affinity{true};
 
 // More threads than processors that they may run on would only wait for each other.
 int processors() {
 #ifdef __linux__
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    if (within_affinity.load(std::memory_order_relaxed) && sched_getaffinity(0, sizeof set, &set) == 0)
+        return CPU_COUNT(&set);
 #endif
     return 1 << 30;
 }
@@ -278,7 +280,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas, "Names of the instruction sets that this machine can run, slowest first.");
     m.def("isa", [] { return kernels().isa; }, "Name of the active instruction set.");
     m.def("set_isa", &set_isa, "Makes an instruction set the active one; ValueError if it cannot run.");
-    m.def("limit_threads", [](int most) { most_threads = most; }, "Calls use no more threads, whatever they ask for.");
+    m.def(
+        "limit_threads",
+        [](int most, bool affinity) {
+            most_threads = most;
+            within_affinity = affinity;
+        },
+        py::arg("most"), py::arg("within_affinity") = true,
+        "Calls use no more threads, and no more than the processors that the process may run on.");
     m.def("usable_threads", &usable, "How many of so many threads a call uses.");
 #ifdef _OPENMP
     m.attr("openmp") = true;

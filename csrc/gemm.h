@@ -106,13 +106,13 @@ inline Parts parts_of(const Product& p, int64_t threads) {
     // A row of tiles costs about as much as packing its panel, and as packing its rows of x where those lie the other
     // way.
     const bool turned = p.x.col != 1, prepared = p.narrow_sums || p.w.format != kFloat32;
-    Parts best{1, threads};
+    Parts best{1, min(threads, panels)};
     double cheapest = 0;
     for (int64_t each = 1; each <= Team::kPieces; each *= 2) {
         const int64_t pieces = threads * each;
         if (each > 1 && work < kPieceWork * static_cast<double>(pieces)) break;
         if (each > 1 && way == kStream && p.n < kStreamPiece * pieces) break;
-        Parts found{1, pieces};
+        Parts found{1, min(pieces, panels)};  // none empty, so that each prepares x or finds it prepared
         double least = -1;
         for (int64_t m = 1; way == kTiles && m <= pieces; m++) {
             const int64_t rows = up(tiles_m, m), cols = up(panels, pieces / m);

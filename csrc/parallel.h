@@ -23,7 +23,7 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 constexpr int64_t kMaxThreads = 256;
-constexpr int kLooks = 500;  // at a counter before a waiting thread offers its core to others
+constexpr int kLooks = 500;  // at a counter before a waiting thread leaves its core to others
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
@@ -71,11 +71,14 @@ class Work {
     // Until so many pieces are done. It spins for a little and then yields: OpenMP's own barrier spins on, and on a
     // machine with other work (or fewer cores than threads) that takes several times as long.
     void wait(int64_t pieces) const {
-        for (int looks = 1; !done(pieces); ++looks)
-            if (looks % kLooks)
-                FASTGPT_PAUSE();
-            else
+        for (int looks = 0; !done(pieces);) {
+            if (looks == kLooks) {
                 yield_processor();
+                continue;
+            }
+            ++looks;
+            FASTGPT_PAUSE();
+        }
     }
 
   private:

@@ -1,8 +1,16 @@
-"""Uninitialised memory is filled with NaN, so that an element which a kernel never writes shows."""
+"""Uninitialised memory is filled with NaN, so that an element which a kernel never writes shows.
+
+Calls take as many threads as a test asks for, also more than there are processors.
+"""
 
 import pytest
 import torch
 from helpers import PATHS, use_path
+
+from fastgpt import cpu
+
+if cpu.missing is None:
+    cpu._C.limit_threads(1 << 30, within_affinity=False)
 
 
 @pytest.fixture(autouse=True)
