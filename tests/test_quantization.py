@@ -106,14 +106,17 @@ class TestWeights:
         torch.testing.assert_close(dequantize(stored, torch.float64), exact)
         torch.testing.assert_close(dequantize(stored, dtype), exact.to(dtype))
 
-    def test_int4_fits_its_grid_to_the_weights(self):
+    @pytest.mark.parametrize("group", [32, 64])
+    def test_int4_fits_its_grid_to_the_weights(self, group):
+        """Least squares from each group's ends alone get to 0.93 and 0.95 of the plain error."""
         w = torch.randn(256, 768)
-        low, high = w.unflatten(1, (-1, 32)).aminmax(dim=-1, keepdim=True)
+        grouped = w.unflatten(1, (-1, group))
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
         step = (high - low) / 15
-        q = ((w.unflatten(1, (-1, 32)) - low) / step).round()
-        plain = (q * step + low).flatten(1)
-        stored = dequantize(quantize_int4(w), torch.float32)
-        assert (stored - w).norm() < 0.95 * (plain - w).norm()
+        plain = (((grouped - low) / step).round() * step + low).flatten(1)
+        for shift in (0.0, 0.25):  # what bfloat16 ends can follow
+            stored = dequantize(quantize_int4(w + shift, group), torch.float32) - shift
+            assert (stored - w).norm() < 0.92 * (plain - w).norm()
 
     @pytest.mark.parametrize("value", [0.0, 0.3, -2.7])
     def test_int4_of_one_value(self, value):
