@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from helpers import PATHS, use_path
+from helpers import PAIRS, PATHS, use_path
+
+import fastgpt
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +25,11 @@ def path(request):
     """Runs the test once on every backend and instruction set."""
     with use_path(request.param):
         yield request.param
+
+
+@pytest.fixture
+def float32_products():
+    """On the fastest instruction set that doesn't round factors."""
+    isas = [isa for isa in fastgpt.cpu.isas() if isa != PAIRS]
+    with use_path(f"cpu-{isas[-1]}" if isas else "reference"):
+        yield
