@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -11,8 +12,11 @@ from torch import Tensor
 PRECISIONS = ("int8", "int8-dynamic", "int4")
 GROUPS = (32, 64)
 RUN = 32  # elements of a row whose halves share the bytes of an Int4Weight
-_FITS = 3  # of a group's grid to what it rounds; more lower the error hardly
-_CHUNK = 1 << 17  # elements quantised at a time, so that what lies in between stays in the cache
+# The grids tried for each group. Least squares alone leave a squared error 10% larger.
+_DRAWN_IN = (0, 0.04, 0.08, 0.12)  # each end, in parts of the group's reach
+_MOVES = (0.4, 0.2, 0.1)  # each end, in steps of the grid
+_FITS = 2
+_CHUNK = 1 << 17  # elements quantised at a time, so that the temporaries stay in the cache
 
 
 class Int8Weight(NamedTuple):
@@ -39,6 +43,7 @@ class Int4Weight(NamedTuple):
 
 
 QuantizedWeight: TypeAlias = Int8Weight | Int4Weight
+_Grid: TypeAlias = tuple[Tensor, Tensor]  # scale and minimum, bfloat16
 Device: TypeAlias = torch.device | str | None
 
 
@@ -147,31 +152,65 @@ def _int8(rows: Tensor) -> Int8Weight:
 
 def _int4(rows: Tensor, groups: int) -> Int4Weight:
     w = rows.unflatten(1, (groups, -1))  # [n, groups, group]
-    low, high = torch.aminmax(w, dim=-1, keepdim=True)
-    minimum = low.bfloat16()
-    scale = ((high - minimum) / 15).clamp_(min=0).bfloat16()
-    q, error = _on_grid(w, scale, minimum)
-    for _ in range(_FITS):
-        fitted = _fitted(w, q)
-        tried, its_error = _on_grid(w, *fitted)
-        better = its_error < error
-        q, error = tried.where(better, q), its_error.where(better, error)
-        scale, minimum = fitted[0].where(better, scale), fitted[1].where(better, minimum)
-    low_half, high_half = q.to(torch.uint8).reshape(len(rows), -1, 2, RUN // 2).unbind(2)
+    scale, minimum = _least_error(w)
+    q = _on_grid(w, scale, minimum).to(torch.uint8)
+    low_half, high_half = q.reshape(len(rows), -1, 2, RUN // 2).unbind(2)
     values = (low_half | (high_half << 4)).flatten(1)
     return Int4Weight(values, scale.squeeze(-1), minimum.squeeze(-1))
 
 
-def _on_grid(w: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest q of each element, and the squared error of each group, [..., 1]."""
-    scale, minimum = scale.to(w.dtype), minimum.to(w.dtype)
-    q = (w - minimum).div_(scale.where(scale > 0, 1.0)).round_().clamp_(0, 15)
-    error = torch.addcmul(minimum, q, scale).sub_(w).square_().sum(-1, keepdim=True)
-    return q, error
+def _least_error(w: Tensor) -> _Grid:
+    """The grid of each group, [n, groups, 1], with the least squared error of those tried.
+
+    First grids between the group's least and greatest value, drawn in at either end; then the
+    best one with its ends moved by part of a step; then least-squares fits to the best one's q.
+    llama.cpp's k-quants (make_qkx2_quants) also search and refit.
+    """
+    low, high = torch.aminmax(w, dim=-1, keepdim=True)
+    grid = _between(low, high)
+    error = _error(w, grid)
+
+    def attempt(other: _Grid) -> None:
+        nonlocal grid, error
+        its_error = _error(w, other)
+        better = its_error < error
+        error = its_error.where(better, error)
+        grid = other[0].where(better, grid[0]), other[1].where(better, grid[1])
+
+    reach = high - low
+    for left, right in itertools.product(_DRAWN_IN, repeat=2):
+        if left or right:
+            attempt(_between(low + left * reach, high - right * reach))
+    for part in _MOVES:
+        for left, right in ((-part, 0), (part, 0), (0, -part), (0, part)):
+            scale, minimum = (t.to(w.dtype) for t in grid)
+            attempt(_between(minimum + left * scale, minimum + (15 + right) * scale))
+    for _ in range(_FITS):
+        attempt(_fitted(w, _on_grid(w, *grid)))
+    return grid
 
 
-def _fitted(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and the minimum of each group with the least squared error for these q."""
+def _between(low: Tensor, high: Tensor) -> _Grid:
+    """The grid of 16 from low to high, as bfloat16 can hold it."""
+    minimum = low.bfloat16()
+    return ((high - minimum) / 15).clamp_(min=0).bfloat16(), minimum
+
+
+def _on_grid(w: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """The nearest q of each element, in w's dtype."""
+    step = scale.where(scale > 0, 1.0).to(w.dtype)
+    return (w - minimum).div_(step).round_().clamp_(0, 15)
+
+
+def _error(w: Tensor, grid: _Grid) -> Tensor:
+    """The root of the squared error of each group, [..., 1]."""
+    scale, minimum = (t.to(w.dtype) for t in grid)
+    apart = _on_grid(w, *grid).mul_(scale).add_(minimum).sub_(w)
+    return torch.linalg.vector_norm(apart, dim=-1, keepdim=True)
+
+
+def _fitted(w: Tensor, q: Tensor) -> _Grid:
+    """The grid of each group with the least squared error for these q."""
     n, of_q, of_w = w.shape[-1], q.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
     spread = n * q.square().sum(-1, keepdim=True) - of_q.square()
     scale = (n * (q * w).sum(-1, keepdim=True) - of_q * of_w) / spread.where(spread > 0, 1.0)

@@ -5,7 +5,9 @@ Calls take as many threads as a test asks for, also more than there are processo
 
 import pytest
 import torch
-from helpers import PATHS, use_path
+from helpers import PAIRS, PATHS, use_path
+
+import fastgpt
 
 from fastgpt import cpu
 
@@ -31,3 +33,11 @@ def path(request):
     """Runs the test once on every backend and instruction set."""
     with use_path(request.param):
         yield request.param
+
+
+@pytest.fixture
+def float32_products():
+    """On the fastest instruction set that doesn't round factors."""
+    isas = [isa for isa in fastgpt.cpu.isas() if isa != PAIRS]
+    with use_path(f"cpu-{isas[-1]}" if isas else "reference"):
+        yield

@@ -15,6 +15,8 @@ from fastgpt.bench.errors import (
 
 # Every backend, and the C++ one on every instruction set that this machine has.
 PATHS = ["reference", *(f"cpu-{isa}" for isa in fastgpt.cpu.isas())]
+# The instruction set that multiplies by pairs of bfloat16 where it pays.
+PAIRS = "avx512_bf16"
 
 
 @contextlib.contextmanager

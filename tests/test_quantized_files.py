@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import hugging_face
-from test_quantization import KINDS, full, logits, put_lora, quantized
+from quantized_models import KINDS, full, logits, put_lora, quantized
 
 import fastgpt
 from fastgpt import GPTModel, WeightsError

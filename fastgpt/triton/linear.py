@@ -157,7 +157,13 @@ def add_rows(acc, weight, x_ptr, k, n_rows, depth, PRECISION: tl.constexpr):
         offset = rows[:, None] * depth + k[None, :]
         x_mask = (rows[:, None] < n_rows) & (k[None, :] < depth)
         x = tl.load(x_ptr + offset, mask=x_mask, other=0.0)  # [ROWS, K]
-        acc = tl.dot(x, tl.trans(weight.to(x.dtype)), acc, input_precision=PRECISION)
+        weight = tl.trans(weight.to(x.dtype))
+        if x.dtype == tl.float32:
+            # A chain of sums as long as a block, no longer: the compiler turns `acc + dot` into one
+            # chain over the whole depth, whose error grows with it.
+            acc = tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, acc)
+        else:
+            acc = tl.dot(x, weight, acc)
     else:
         wide = weight.to(tl.float32)
         for row in tl.static_range(ROWS):

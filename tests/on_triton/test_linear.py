@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -57,6 +59,28 @@ SHAPES = [
 def test_linear(padded, rows, width, depth, dtype, device):
     with interpreter.interpreted(device):
         _check(padded, *_inputs(rows, width, depth, dtype, padded), gelu=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("depth", [512, 768, 1031, 3072])
+def test_few_rows_of_any_depth(padded, rows, depth):
+    """The error does not grow with a chain of sums as long as a row."""
+    x, weight, bias = _inputs(rows, 37, depth, torch.float32, padded)
+    _check(padded, x, weight, bias, gelu=False, with_pre=False)
+
+
+def test_compiled_products_of_few_rows_start_at_zero():
+    """The interpreter cannot show it: compilers turn `acc += dot` into one chain of sums."""
+    from on_triton.support.gpu import fake_gpu
+
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        with fake_gpu(arch) as launches:
+            _product(16, 768, 3072)(torch.float32)
+        ir = launches[0].compiled.asm["ttir"]
+        zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ir)
+        starts = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ir)
+        assert starts
+        assert set(starts) <= set(zeros)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

@@ -52,8 +52,17 @@ def test_against_float64(padded, rows, n_out, n_in, dtype, precision, group):
     _check(padded, weight, x, None)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("n_in", [512, 768, 3072])
+@KINDS
+def test_any_depth(padded, rows, n_in, precision, group):
+    """The error does not grow with a chain of sums as long as a row."""
+    weight = _stored(37, n_in, precision, group, padded)
+    _check(padded, weight, padded(torch.randn(rows, n_in)), None)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("n_in", [1, 33, 331])
+@pytest.mark.parametrize("n_in", [1, 33, 1031])
 def test_int8_of_any_width(padded, rows, n_in):
     weight = _stored(37, n_in, "int8", 32, padded)
     _check(padded, weight, padded(torch.randn(rows, n_in)), None)
