@@ -23,7 +23,7 @@ namespace fastgpt {
 namespace FASTGPT_ISA {
 
 constexpr int64_t kMaxThreads = 256;
-constexpr int kLooks = 500;  // at a counter before a waiting thread leaves its core to others
+constexpr int kLooks = 2000;  // at a counter before a waiting thread leaves its core to others
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
 template <class F>
