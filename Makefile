@@ -10,9 +10,18 @@ OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attent
             tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
             tests/test_cpu.py tests/test_precisions.py tests/test_quantization.py::test_whole_pass
 
-.PHONY: help setup venv demo test bench scaling figures sanitize lint format dist clean
+# A root folder of arm64 packages, and the package built for it. arm-short runs what takes seconds there.
+ARM := build/arm
+ARM_PYTHON := $(ARM)/root/usr/bin/python
+# torch 2.9's compiler does not trace is_autocast_available.
+ARM_TESTS = $(OP_TESTS) --deselect=tests/test_linear_cross_entropy.py::test_the_models_loss_under_compile
+arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_embedding.py tests/test_linear.py \
+    tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
+    tests/test_forward.py::test_threads_give_the_same_bits
+
+.PHONY: help setup venv demo test bench scaling figures sanitize arm arm-short lint format dist clean
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+)[a-z ]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and the extension
 
@@ -65,6 +74,18 @@ sanitize: setup  ## the operations' tests under AddressSanitizer and UndefinedBe
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(BIN)/python tests/sanitized.py $(SANITIZED)/lib $(OP_TESTS)
+
+$(ARM)/.installed: tests/arm/install tests/arm/python tests/arm/requirements.txt | $(VENV)/.installed
+	tests/arm/install $(ARM)/root $(PIP)
+	@touch $@
+
+# The emulated Python starts the cross compiler, which runs as a program of this machine.
+arm arm-short: $(ARM)/.installed  ## the operations' tests on emulated aarch64; arm-short: some of them
+	@rm -rf $(ARM)/lib
+	CPPFLAGS="$$(echo -I$(ARM)/root/usr/include/python3.*) -idirafter $(ARM)/root/usr/include" \
+	    $(ARM_PYTHON) setup.py -q build --build-base $(ARM) --build-lib $(ARM)/lib
+	PYTHONPATH=$(CURDIR)/$(ARM)/lib PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
+	    $(ARM_PYTHON) -c 'import sys, fastgpt._C, pytest; sys.exit(pytest.main(sys.argv[1:]))' $(ARM_TESTS)
 
 lint: setup  ## style, format and types
 	$(BIN)/ruff check .

@@ -68,9 +68,8 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
     WeightRow<T> rows[COLS];
     FASTGPT_UNROLL
     for (int j = 0; j < COLS; j++) rows[j] = w[j];
-    const float* xp[(MR + 2) / 3];  // every third row, as in a tile
-    FASTGPT_UNROLL
-    for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
+    // Every third row: the two between are reached by index. No array, or GCC keeps it in memory on Arm.
+    const float *x0 = x, *x3 = x + 3 * x_row, *x6 = x + 6 * x_row;
     int64_t kk = 0;
     if constexpr (by_groups<A, T>(MR)) {
         add_groups<A>(k0, k, x, x_sums, x_row, rows, ahead, sum);
@@ -85,19 +84,18 @@ static void dot_tile(int64_t k0, int64_t k, const float* x, const float* x_sums,
         }
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) {
-            Vec xi = load(xp[i / 3] + (i % 3) * x_row);
+            Vec xi = load((i < 3 ? x0 : i < 6 ? x3 : x6) + (i % 3) * x_row);
             FASTGPT_KEEP_VEC(xi);  // else the compiler loads it once for each row of W
             FASTGPT_UNROLL
             for (int j = 0; j < COLS; j++) sum[i][j] = A::add_product(sum[i][j], xi, wj[j]);
         }
-        FASTGPT_UNROLL
-        for (int g = 0; g < (MR + 2) / 3; g++) {
-            xp[g] += Vec::width;
-            FASTGPT_KEEP(xp[g]);
-        }
+        x0 += Vec::width, x3 += Vec::width, x6 += Vec::width;
+        FASTGPT_KEEP(x0);  // else the compiler keeps one pointer a row and spills them
+        if (MR > 3) FASTGPT_KEEP(x3);
+        if (MR > 6) FASTGPT_KEEP(x6);
     }
     if (kk < k) {
-        const float* rest = x + kk / A::in_unit;  // not xp, or the compiler keeps that in memory for this loop
+        const float* rest = x + kk / A::in_unit;
         FASTGPT_UNROLL
         for (int j = 0; j < COLS; j++) {
             const Vec wj = A::units(rows[j], k0 + kk, k - kk);

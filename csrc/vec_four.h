@@ -12,8 +12,6 @@ typedef float Lanes __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(16)));
 typedef uint32_t WordLanes __attribute__((vector_size(16)));
 
-FASTGPT_INLINE Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }
-FASTGPT_INLINE Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
 FASTGPT_INLINE IntLanes to_ints(Lanes a) { return __builtin_convertvector(a, IntLanes); }
 FASTGPT_INLINE Lanes power_of_2(IntLanes n) { return (Lanes)((WordLanes)(n + 127) << 23); }
 
@@ -56,12 +54,12 @@ FASTGPT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 FASTGPT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 FASTGPT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 FASTGPT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+FASTGPT_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+FASTGPT_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
 #ifdef __aarch64__
 
 FASTGPT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-FASTGPT_INLINE Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
-FASTGPT_INLINE Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
 FASTGPT_INLINE Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 FASTGPT_INLINE float sum(Vec a) { return vaddvq_f32(a.v); }
 FASTGPT_INLINE float largest(Vec a) { return vmaxvq_f32(a.v); }
@@ -72,8 +70,6 @@ FASTGPT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 #else
 
 FASTGPT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-FASTGPT_INLINE Vec max(Vec a, Vec b) { return {greater(a.v, b.v)}; }
-FASTGPT_INLINE Vec min(Vec a, Vec b) { return {smaller(a.v, b.v)}; }
 // Adding 1.5 * 2^23 leaves no bit for a fraction; right for |a| < 2^22, and the callers clamp first.
 FASTGPT_INLINE Vec round(Vec a) {
     const Vec shift = broadcast(12582912.0f);

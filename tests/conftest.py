@@ -8,7 +8,6 @@ import torch
 from helpers import PAIRS, PATHS, use_path
 
 import fastgpt
-
 from fastgpt import cpu
 
 if cpu.missing is None:

@@ -3,6 +3,7 @@ import torch
 from helpers import check_operation
 from torch.nn import functional as F
 
+import fastgpt
 from fastgpt.ops import linear
 
 # Rows on either side of where the kernel changes its way, and of its tiles and blocks.
@@ -51,6 +52,27 @@ def test_many_rows_are_summed_in_parts(path):
     """More rows than a packed block is deep, for the weight's gradient."""
     x, w = torch.randn(1700, 24), torch.randn(50, 24)
     check_operation(linear, F.linear, [x, w], [torch.randn(1700, 50)])
+
+
+@pytest.mark.parametrize("isa", fastgpt.cpu.isas())
+@pytest.mark.parametrize("rows", [3, 24, 129, 3000])
+def test_the_biass_gradient_is_rounded_once(isa, rows):
+    """Also where large numbers cancel; infinity and NaN stay what their sum is."""
+    bias, upstream = torch.zeros(100, requires_grad=True), torch.randn(rows, 100)
+    upstream[0, 50:] += 1e3
+    upstream[-1, 50:] -= 1e3
+    with fastgpt.use_backend("cpu"), fastgpt.cpu.use_isa(isa):
+
+        def gradient(upstream):
+            y = linear(torch.ones(rows, 4), torch.ones(100, 4), bias)
+            return torch.autograd.grad(y, bias, upstream)[0]
+
+        exact = upstream.double().sum(0)
+        torch.testing.assert_close(gradient(upstream).double(), exact, rtol=2**-24, atol=1e-7)
+        upstream[1, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf])
+        upstream[2, 3] = -torch.inf
+        special = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.nan])
+        torch.testing.assert_close(gradient(upstream)[:4], special, equal_nan=True)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
