@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import figures
 from fastgpt import cli, cpu
-from fastgpt.bench import measure, memory, peers, rounds, workloads
+from fastgpt.bench import measure, memory, peers, rounds, rule, workloads
 from fastgpt.bench.formatting import UNTRUSTED
 from fastgpt.bench.workloads import Work
 
@@ -27,6 +27,8 @@ def tiny(monkeypatch):
     """The command on work that takes no time, its memory unmeasured."""
     monkeypatch.setattr(workloads, "QUICK", TINY)
     monkeypatch.setattr("fastgpt.bench.quality.STEPS", 1)
+    monkeypatch.setattr(rule, "CONFIG", workloads.CONFIGS["toy"] | {"context_length": 128})
+    monkeypatch.setattr(rule, "ROUNDS", 1)
     monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(measure, "peak_memory", lambda work, peer, threads: 3 * 2**20)
     monkeypatch.setattr(rounds, "MOST_SPREAD", math.inf)  # however busy this machine is
@@ -42,6 +44,41 @@ def bench(folder, *arguments):
     out = folder / "made" / "report.html"
     code = cli.main(["bench", "--quick", "--rounds", "3", "--out", str(out), *arguments])
     return code, out
+
+
+@pytest.mark.parametrize(
+    ("taken", "why", "words"),
+    [
+        (rule.KERNELS, None, "auto takes the C++ kernels; nothing here is faster."),
+        (
+            rule.PYTORCH,
+            "slow",
+            "auto takes PyTorch's own form (slow); something else is faster in: b.",
+        ),
+    ],
+)
+def test_whether_auto_takes_what_is_fastest(taken, why, words):
+    seconds = {
+        "a": {rule.BOOK: 4.0, rule.PYTORCH: 2.0, rule.KERNELS: 2.0},
+        "b": {rule.BOOK: 4.0, rule.PYTORCH: 2.0, rule.KERNELS: 1.0},
+    }
+    found = rule.Rule(taken, why, seconds, "it is busy")
+    text = "\n".join(found.lines())
+    assert found.broken() == ([] if taken == rule.KERNELS else ["b"])
+    assert words in text
+    assert "  b              1.00                2.00             4.00" in text
+    assert "cannot be trusted: it is busy" in text
+
+
+@pytest.mark.usefixtures("tiny")
+def test_quick_says_whether_auto_takes_what_is_fastest(tmp_path, capsys):
+    code, _ = bench(tmp_path)
+    assert code == 0
+    out = capsys.readouterr().out
+    taken = rule.KERNELS if cpu.isa() else rule.PYTORCH
+    assert f"On the CPU auto takes {taken}" in out
+    for work in ("forward [1, 128]", "training step [1, 128]", "generation [1, 32] + 16"):
+        assert work in out
 
 
 @pytest.mark.usefixtures("tiny")

@@ -16,7 +16,7 @@ from runs import needs_table
 
 from benchmarks.figures import REGION, filled
 from fastgpt import cli
-from fastgpt.bench import rounds, workloads
+from fastgpt.bench import rounds, rule, workloads
 from fastgpt.training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,7 @@ RUN = [
     "README.md",
     "docs/backends.md",
     "docs/benchmarks.md",
+    "docs/platforms.md",
     "docs/quantization.md",
     "docs/readers.md",
     "docs/training.md",
@@ -88,6 +89,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setitem(settings.CONFIGS, "124M", settings.CONFIGS["toy"])
     monkeypatch.setattr(workloads, "QUICK", workloads.QUICK[:1])
     monkeypatch.setattr(rounds, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(rule, "CONFIG", workloads.CONFIGS["toy"] | {"context_length": 128})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun has no libuv there")

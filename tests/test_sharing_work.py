@@ -3,7 +3,10 @@ one that does not run.
 """
 
 import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,7 +121,21 @@ def test_more_threads_than_processors_from_several_python_threads():
     assert not wrong
 
 
-def test_gelu_of_a_bias_alone():
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_no_race(tmp_path):
+    here, program = Path(__file__).parent, tmp_path / "shared_work"
+    command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+    command += [f"-I{here.parent / 'csrc'}", here / "shared_work.cpp", "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr and "tsan" in built.stderr:
+        pytest.skip("ThreadSanitizer's library is not installed")
+    assert built.returncode == 0, built.stderr
+    for threads in ("2", "3", "8"):
+        run = subprocess.run([program, threads, "20"], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_gelu_of_one_long_row():
     """A long row is shared out by stretches of it."""
     x = torch.randn(1, 300_000)
     same_bits(results(lambda: [ops.gelu(x)]))
