@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up they need, once; see `make help`.
 PYTHON ?= python3
 VENV ?= .venv
+# Without triton where an older torch brings its own: EXTRAS=dev.
+EXTRAS ?= dev,triton
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -20,7 +22,7 @@ setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and
 # model doesn't use, and shuts out Python releases on which it works: hence the two flags.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[dev]'
+	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install -q -c constraints.txt --no-deps --ignore-requires-python llms-from-scratch
 	@touch $@
 

@@ -1,10 +1,13 @@
-"""How the C++ extension is loaded: which OpenMP runtime it takes, and what is said without one."""
+"""How the C++ extension is loaded: which OpenMP runtime it takes, what is said without one, and
+that it needs no GIL.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -63,11 +66,17 @@ def without_the_systems_libgomp():
 @pytest.mark.parametrize("first", ["fastgpt", "torch", "fastgpt._C"])
 def test_torchs_libgomp_is_enough_and_the_only_one(first, hidden):
     torchs = TORCH_LIBRARIES / "libgomp.so.1"
-    if not torchs.exists():
-        pytest.skip("this torch has no libgomp.so.1 of that name")
     start = without_the_systems_libgomp() if hidden else []
     command = [*start, sys.executable, "-W", "error", "-c", f"import {first}\n{SAYS}"]
-    assert what_it_says(command) == [True, None, [os.path.realpath(torchs)]]
+    available, reason, runtimes = what_it_says(command)
+    if torchs.exists():
+        assert (available, reason, runtimes) == (True, None, [os.path.realpath(torchs)])
+    elif hidden:  # this torch has it under another name
+        assert not available
+        assert "install the system's libgomp (apt install libgomp1" in reason
+    else:
+        assert available
+        assert len(runtimes) == 2
 
 
 @linux
@@ -85,3 +94,17 @@ def test_a_library_that_is_not_there_is_named_with_what_to_install(tmp_path):
     assert "cannot be loaded: libgomp.so.0: cannot open shared object file" in reason
     assert "apt install libgomp1" in reason
     assert "compiler" not in reason
+
+
+@built
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
+def test_a_python_without_a_gil_stays_without():
+    code = """
+import sys, tiktoken, torch
+before = sys._is_gil_enabled()
+import fastgpt
+assert sys._is_gil_enabled() == before
+"""
+    command = [sys.executable, "-W", "error", "-c", code]  # a GIL that comes back is a warning
+    run = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.returncode == 0, run.stderr
