@@ -365,8 +365,8 @@ def runs_whole(x: Tensor) -> bool:
     tells; their weights are looked at elsewhere.
     """
     return (
-        autocast_dtype(x) in (None, torch.bfloat16)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and autocast_dtype(x) in (None, torch.bfloat16)
         and requested() in ("auto", "cpu")
         and x.device.type == "cpu"
         and cpu.missing_reason() is None

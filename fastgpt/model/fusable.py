@@ -113,7 +113,7 @@ def drop_probability(dropout: Any) -> float | None:
     None if it is a modified module, or one that draws PyTorch's mask rather than ours.
     """
     cls = type(dropout)
-    if cls not in KNOWN or not issubclass(cls, nn.Dropout | nn.Identity):
+    if cls not in KNOWN or not issubclass(cls, (nn.Dropout, nn.Identity)):
         return None
     if not is_unmodified(dropout, cls):
         return None
