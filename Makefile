@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up they need, once; see `make help`.
 PYTHON ?= python3
 VENV ?= .venv
+# Without triton where an older torch brings its own: EXTRAS=dev.
+EXTRAS ?= dev,triton
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -8,7 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED := build/sanitize
 OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_embedding.py \
             tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
-            tests/test_cpu.py tests/test_precisions.py tests/test_quantization.py::test_whole_pass
+            tests/test_cpu.py tests/test_precisions.py tests/test_quantization.py::test_whole_pass \
+            tests/test_sharing_work.py::test_forward tests/test_sharing_work.py::test_training_step
 
 # A root folder of arm64 packages, and the package built for it. arm-short runs what takes seconds there.
 ARM := build/arm
@@ -29,7 +32,7 @@ setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and
 # model doesn't use, and shuts out Python releases on which it works: hence the two flags.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[dev]'
+	FASTGPT_NO_EXT=1 $(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install -q -c constraints.txt --no-deps --ignore-requires-python llms-from-scratch
 	@touch $@
 

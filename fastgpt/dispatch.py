@@ -59,11 +59,17 @@ class _Kernels(NamedTuple):
 
 _ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
-    "triton": _Kernels("cuda", _ON_GPU, triton.reason, launch_table.WIDEST, {}),
+    "triton": _Kernels(
+        "cuda",
+        _ON_GPU,
+        lambda index: torch_state.lacking or triton.reason(index),
+        launch_table.WIDEST,
+        {},
+    ),
     "cpu": _Kernels(
         "cpu",
         (torch.float32,),
-        lambda index: cpu.missing_reason(),
+        lambda index: torch_state.lacking or cpu.missing_reason(),
         {},
         dict.fromkeys(("layer_norm", "linear_cross_entropy"), (torch.bfloat16, torch.float16)),
     ),
@@ -91,7 +97,7 @@ def _backend(name: str) -> Backend:
             f"dtypes run on reference{failed}"
         )
     elif name == "cpu":
-        reason = cpu.missing_reason()
+        reason = _KERNELS[name].reason(None)
         isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
         detail = (
             f"CPU tensors in float32, whole models and blocks also in bfloat16 and float16, "
@@ -173,7 +179,7 @@ def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> s
     """
     name = requested()
     given = [t for t in tensors if t is not None]
-    if name == "reference" or not direct((*given, *beside)):
+    if name == "reference" or (torch_state.lacking is None and not direct((*given, *beside))):
         return "reference"
     backend = _asked_for(name, op, given[0].device)
     if backend is None:
@@ -372,8 +378,8 @@ def runs_whole(x: Tensor) -> bool:
     tells; their weights are looked at elsewhere.
     """
     return (
-        autocast_dtype(x) in (None, torch.bfloat16)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and autocast_dtype(x) in (None, torch.bfloat16)
         and x.device.type == "cpu"
         and _asked_for(requested(), "forward", x.device) == "cpu"
         and cpu.missing_reason() is None

@@ -1,25 +1,69 @@
-"""What PyTorch is doing around a call. The private functions of torch that we call are here."""
+"""What PyTorch is doing around a call, and every other private name of torch that fastgpt uses.
+
+None of them has a public form. What a module keeps in its own dictionaries (``_parameters``,
+``_modules``, its hooks) is read elsewhere too: pickles have held those names for years.
+"""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from operator import attrgetter
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.modules import module
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils import _python_dispatch
 
 _TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")
+
+# What tells whether something watches or transforms a call.
+_WATCHES = {
+    "torch": ("_C._are_functorch_transforms_active", "_C._get_tracing_state"),
+    "torch.autograd.forward_ad": ("_current_level",),
+    "torch.utils._python_dispatch": ("_len_torch_dispatch_stack",),
+    "torch.nn.modules.module": (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    ),
+}
+
+
+def _lacking() -> str | None:
+    for at, names in _WATCHES.items():
+        for name in names:
+            try:
+                attrgetter(name)(importlib.import_module(at))
+            except AttributeError:
+                return f"torch {torch.__version__} has no {at}.{name}, by which watchers are seen"
+    return None
+
+
+# Why this torch does not tell what watches a call. Then every call counts as watched, and all runs
+# on PyTorch's own operations.
+lacking = _lacking()
 
 
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode differentiation is at work."""
     return (
+        lacking is not None
         # Which torch.compile answers rightly, as it does not for functorch's own stack.
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
 def recorded() -> bool:
     """Whether a dispatch mode (fake tensors, FLOP counters) or torch.jit.trace sees what runs."""
-    return _len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return (
+        lacking is not None
+        or _python_dispatch._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def exporting() -> bool:
@@ -34,9 +78,35 @@ def exporting() -> bool:
 
 def has_global_hooks() -> bool:
     """Whether a hook listens to the calls of every module."""
-    return bool(
+    return lacking is not None or bool(
         module._global_forward_hooks
         or module._global_forward_pre_hooks
         or module._global_backward_hooks
         or module._global_backward_pre_hooks
     )
+
+
+def is_compile_error(error: Exception) -> bool:
+    """Whether torch.compile raised this. Imports no compiler: without one it has not."""
+    raised = getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())
+    return isinstance(error, raised)
+
+
+class PackedOneDNN:
+    """oneDNN's product of x with a weight, [n_out, n_in], packed once, plus a bias, [n_out].
+
+    Raises AttributeError if torch has no such operation. Only the benchmarks ask for it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Any:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor; False if torch does not tell."""
+    tells = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return tells is not None and bool(tells())

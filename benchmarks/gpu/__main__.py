@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu import table
 from benchmarks.gpu.measure import Bench
 from fastgpt import GPT_CONFIG_124M
-from fastgpt.triton import missing_reason
+from fastgpt.triton import missing_reason, too_old
 
 # By section, in their order, the share of the time after which it must end. Training comes last:
 # its torch.compile takes all the time that is left.
@@ -34,7 +34,8 @@ def main() -> int:
     asked = parser.parse_args()
     if unknown := set(asked.section) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}, only {', '.join(SECTIONS)}")
-    if (reason := missing_reason()) is None and not asked.dry_run and not torch.cuda.is_available():
+    reason = missing_reason() or too_old()
+    if reason is None and not asked.dry_run and not torch.cuda.is_available():
         reason = "torch finds no GPU"
     if reason is not None:
         print(f"Nothing was measured: {reason}. --dry-run needs no GPU.")

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastgpt import torch_state
 from fastgpt.bench.errors import (
     Result,
     allowed_error,
@@ -62,9 +63,9 @@ class Case:
             return "does not do this work"
         try:
             self.errors(peer)
-        except torch._dynamo.exc.TorchDynamoException:
-            return "torch.compile finds no C++ compiler"
         except Exception as error:  # a library of another version than its peer is written for
+            if torch_state.is_compile_error(error):
+                return "torch.compile finds no C++ compiler"
             if peer == "reference" or PEERS[peer].is_ours:
                 raise
             return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt import torch_state
 from fastgpt.bench.torch_gpt import TorchGPT
 
 
@@ -20,7 +21,7 @@ def onednn(book: Any, cfg: dict[str, Any], precision: str) -> TorchGPT:
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("this build of torch has no oneDNN")
     if precision == "bfloat16":
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not torch_state.onednn_has_bfloat16():
             raise RuntimeError("oneDNN has no bfloat16 on this processor")
         book = copy.deepcopy(book).bfloat16()
     model = TorchGPT(book, cfg).eval()
@@ -34,9 +35,9 @@ def onednn(book: Any, cfg: dict[str, Any], precision: str) -> TorchGPT:
 class _Packed(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
-        self.bias = None if linear.bias is None else linear.bias.data
+        bias = None if linear.bias is None else linear.bias.data
+        self.product = torch_state.PackedOneDNN(linear.weight.data, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        y: Tensor = self.product(x)
         return y

@@ -15,14 +15,28 @@ import os
 import sys
 from collections.abc import Iterator
 
+# Before the extension, which links to libgomp.so.1: torch may be the only one to have it.
+import torch  # noqa: F401
+
 from fastgpt.cpu import processors
+
+
+def _why_not_loaded(error: ImportError) -> str:
+    """Why there is no extension, and what to install."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
+    reason = f"the C++ extension cannot be loaded: {error}"
+    if "libgomp" not in str(error):
+        return reason
+    return f"{reason}; install the system's libgomp (apt install libgomp1, or dnf install libgomp)"
+
 
 missing: str | None = None  # why there is no extension
 try:
     _C = importlib.import_module("fastgpt._C")
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    missing = f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
+    missing = _why_not_loaded(error)
 
 if _C is not None and (allowed := processors.quota()):
     _C.limit_threads(allowed)

@@ -5,8 +5,8 @@ An idle block lies with the model or module that used it last and goes with it; 
 and has none takes another's, so there are never more than calls at once.
 
 Threads share the dictionary without a lock: each access is one operation of a plain dict or list,
-which no other thread and no garbage collection can interrupt. A WeakKeyDictionary is not: it
-iterates in Python.
+which no other thread and no garbage collection can interrupt, with a GIL or without. A
+WeakKeyDictionary is not: it iterates in Python.
 """
 
 from __future__ import annotations

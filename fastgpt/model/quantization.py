@@ -85,9 +85,9 @@ class _Quantized(nn.Module):
             new = fn(old)
             if new.dtype != old.dtype:
                 new = old.to(new.device)
-            if torch._has_compatible_shallow_copy_type(old, new):
+            try:
                 old.data = new
-            else:
+            except RuntimeError:  # a tensor of this kind can't become one of that: meta, a subclass
                 held[name] = new
         return self
 

@@ -39,6 +39,15 @@ def missing_reason() -> str | None:
     return missing
 
 
+def too_old() -> str | None:
+    """Why this triton cannot compile the kernels, or None if it is new enough. Imports it."""
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST:
+        return None
+    oldest = ".".join(map(str, OLDEST))
+    return f"the kernels need triton {oldest} or newer, this is {version}"
+
+
 @functools.cache
 def reason(index: int | None = None) -> str | None:
     """Why the kernels cannot run on the GPU of that index, or, without one, on any; None if they
@@ -64,10 +73,8 @@ def launch_failure(device: torch.device) -> str | None:
     """Why the smallest kernel cannot be launched there; None if it was."""
     x = torch.empty(1, dtype=torch.int32, device=device)
     try:
-        version = importlib.import_module("triton").__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            return f"the kernels need triton {oldest} or newer, this is {version}"
+        if (old := too_old()) is not None:
+            return old
         probe = importlib.import_module("fastgpt.triton.probe")
         with torch.cuda.device_of(x):
             probe.write_one(x)

@@ -1,5 +1,5 @@
 """The Triton kernels without a GPU: interpreted on CPU tensors, or compiled for a GPU that is not
-there. Where triton is not installed every file here is skipped.
+there. Where triton is not installed, or is too old, every file here is skipped.
 
 The folder is not called triton because tests/ is on the import path, where a folder of that name
 would pass for the package.
@@ -14,19 +14,22 @@ import torch
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.triton import missing_reason
+from fastgpt.triton import missing_reason, too_old
 
 _FOLDER = Path(__file__).parent
 # Compiled kernels are kept between runs; triton's own default is in the home directory.
 os.environ.setdefault("TRITON_CACHE_DIR", str(_FOLDER.parents[1] / "build" / "triton-cache"))
 
 
+_REASON = missing_reason() or too_old()
+
+
 class _Skipped(pytest.Module):
     def collect(self):
-        pytest.skip(missing_reason(), allow_module_level=True)
+        pytest.skip(_REASON, allow_module_level=True)
 
 
-if missing_reason() is not None:
+if _REASON is not None:
 
     def pytest_pycollect_makemodule(module_path, parent):
         return _Skipped.from_parent(parent, path=module_path)
