@@ -1,6 +1,7 @@
 """What several tests share: the paths that this machine can run, and the rule for errors."""
 
 import contextlib
+import warnings
 
 import torch
 
@@ -67,3 +68,10 @@ def check_operation(ours, theirs, inputs, upstream):
         assert_as_exact(m, t, e, label)
         if e.norm() > 0:
             assert_small_rms(m, t, e, label)
+
+
+def opcheck(operation, arguments):
+    """``torch.library.opcheck``, without the warning that its own look at ``.grad`` gives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        torch.library.opcheck(operation, arguments)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import assert_as_exact, check_operation
+from helpers import assert_as_exact, check_operation, opcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,7 +159,7 @@ def test_memory_holds_no_block_of_queries_by_keys():
 
 def test_registered_operation(path):
     q, k, v = (t.requires_grad_() for t in _qkv(1, 2, 9, 8))
-    torch.library.opcheck(torch.ops.fastgpt.causal_attention.default, (q, k, v, 0.3))
+    opcheck(torch.ops.fastgpt.causal_attention.default, (q, k, v, 0.3))
 
 
 def test_double_backward(path):

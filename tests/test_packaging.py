@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
     required = [line for line in headers.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(required) == ["tiktoken>=0.7", "torch>=2.5.1"]
     assert headers["License-Expression"] == "Apache-2.0"
+
+
+def test_ci_runs_the_lowest_torch_that_is_declared():
+    declared = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    run = re.findall(r'\{torch: "([\d.]+)"', workflow)
+    assert min(run, key=lambda version: [int(part) for part in version.split(".")]) == declared
 
 
 @pytest.mark.packaging
