@@ -93,7 +93,7 @@ struct Parts {
     int64_t m, n;
 };
 
-constexpr double kPieceWork = 1 << 17;  // multiplications that a piece has at least, if a thread gets several
+constexpr double kPieceWork = 1 << 17;  // multiplications of a piece, at least, if a thread gets several
 constexpr int64_t kStreamPiece = 512;   // columns likewise: shorter rows of W are read more slowly
 
 // As many as a thread should have pieces, up to four, so that uneven threads finish together; as long as what each
@@ -101,7 +101,9 @@ constexpr int64_t kStreamPiece = 512;   // columns likewise: shorter rows of W a
 inline Parts parts_of(const Product& p, int64_t threads) {
     if (threads == 1) return {1, 1};
     const Way way = way_for(p);
-    const double work = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+    // Of few rows the time is that of reading W.
+    const double rows_of_x = way == kTiles ? static_cast<double>(p.m) : static_cast<double>(bytes(p.w.format, 4)) / 16;
+    const double work = rows_of_x * static_cast<double>(p.n) * static_cast<double>(p.k);
     const int64_t panels = up(p.n, kPanel), tiles_m = way == kTiles ? up(p.m, kTileRows) : 1;
     // A row of tiles costs about as much as packing its panel, and as packing its rows of x where those lie the other
     // way.
