@@ -16,7 +16,7 @@ RUN = 32  # elements of a row whose halves share the bytes of an Int4Weight
 _DRAWN_IN = (0, 0.04, 0.08, 0.12)  # each end, in parts of the group's reach
 _MOVES = (0.4, 0.2, 0.1)  # each end, in steps of the grid
 _FITS = 2
-_CHUNK = 1 << 17  # elements quantised at a time, so that the temporaries stay in the cache
+_CHUNK = 1 << 16  # elements quantised at a time, so that the temporaries stay in the cache
 
 
 class Int8Weight(NamedTuple):
