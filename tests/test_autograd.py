@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from pairs import assert_same, assert_same_model, outputs_and_grads, pair, some_ids, weigh
+from torch.utils.checkpoint import checkpoint
 
 import fastgpt
 
@@ -120,9 +121,7 @@ def test_checkpointing(reentrant):
     results = []
     for i, model in enumerate(pair()):
         for block in model.trf_blocks if i == 0 else []:
-            block.forward = functools.partial(
-                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=reentrant
-            )
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)
         results.append(grads_of(model, model(some_ids()).square().mean()))
     assert_same(*results)
 

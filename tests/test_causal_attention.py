@@ -29,7 +29,9 @@ def _qkv(B, H, T, D, S=None):
 
 @pytest.mark.parametrize("T", LENGTHS)
 def test_lengths(path, T):
-    check_operation(causal_attention, _torch, _qkv(2, 3, T, 64), [torch.randn(2, 3, T, 64)])
+    # Of few numbers PyTorch's largest error, the measure, is a matter of luck.
+    B = 2 if T > 7 else 16
+    check_operation(causal_attention, _torch, _qkv(B, 3, T, 64), [torch.randn(B, 3, T, 64)])
 
 
 @pytest.mark.parametrize("D", [1, 5, 16, 24, 33, 64, 80, 128, 200])
@@ -94,6 +96,9 @@ def test_large_scores_do_not_overflow(path):
 def test_not_a_number_reaches_the_rows_that_see_it(path):
     q, k, v = _qkv(1, 1, 100, 16)
     k[0, 0, 70, 3] = torch.nan
+    torchs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if path == "reference" and not torchs[0, 0, 70:].isnan().all():
+        pytest.skip(f"the attention of torch {torch.__version__} loses NaN")
     y = causal_attention(q, k, v)
     assert y[0, 0, :70].isfinite().all()
     assert y[0, 0, 70:].isnan().all()

@@ -65,13 +65,13 @@ def without_the_systems_libgomp():
 @pytest.mark.parametrize("hidden", [False, True], ids=["system", "no-system"])
 @pytest.mark.parametrize("first", ["fastgpt", "torch", "fastgpt._C"])
 def test_torchs_libgomp_is_enough_and_the_only_one(first, hidden):
-    torchs = TORCH_LIBRARIES / "libgomp.so.1"
+    torchs = list(map(os.path.realpath, TORCH_LIBRARIES.glob("libgomp*.so.1")))
     start = without_the_systems_libgomp() if hidden else []
     command = [*start, sys.executable, "-W", "error", "-c", f"import {first}\n{SAYS}"]
     available, reason, runtimes = what_it_says(command)
-    if torchs.exists():
-        assert (available, reason, runtimes) == (True, None, [os.path.realpath(torchs)])
-    elif hidden:  # this torch has it under another name
+    if torchs:
+        assert (available, reason, runtimes) == (True, None, torchs)
+    elif hidden:  # this torch has it elsewhere, under another name of its own
         assert not available
         assert "install the system's libgomp (apt install libgomp1" in reason
     else:
