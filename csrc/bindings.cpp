@@ -270,7 +270,7 @@ void read_float32(uintptr_t block, int64_t size, int64_t piece, uintptr_t ends, 
 }  // namespace
 }  // namespace fastgpt
 
-// No GIL is needed: what threads share here, the active set and `forked`, is atomic.
+// No GIL is needed: what threads share here, the active set, `forked` and the limits of threads, is atomic.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     using namespace fastgpt;
     active = runnable().back();

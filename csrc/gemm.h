@@ -101,13 +101,14 @@ constexpr int64_t kStreamPiece = 512;   // columns likewise: shorter rows of W a
 inline Parts parts_of(const Product& p, int64_t threads) {
     if (threads == 1) return {1, 1};
     const Way way = way_for(p);
-    // Of few rows the time is that of reading W.
+    // Of few rows the time is that of reading W: a number of one byte counts as a quarter of a row in float32.
     const double rows_of_x = way == kTiles ? static_cast<double>(p.m) : static_cast<double>(bytes(p.w.format, 4)) / 16;
     const double work = rows_of_x * static_cast<double>(p.n) * static_cast<double>(p.k);
     const int64_t panels = up(p.n, kPanel), tiles_m = way == kTiles ? up(p.m, kTileRows) : 1;
-    // A row of tiles costs about as much as packing its panel, and as packing its rows of x where those lie the other
-    // way.
-    const bool turned = p.x.col != 1, prepared = p.narrow_sums || p.w.format != kFloat32;
+    // What a piece does anew, in tiles: for each panel to pack it, for each row of tiles to rearrange its rows of x.
+    const bool turned = p.x.col != 1, rounded = p.narrow_sums || p.w.format != kFloat32;
+    const int64_t packing = rounded ? 2 : 1;
+    const double rearranging = turned ? 1.0 : rounded ? 0.2 : 0.0;
     Parts best{1, min(threads, panels)};
     double cheapest = 0;
     for (int64_t each = 1; each <= Team::kPieces; each *= 2) {
@@ -117,12 +118,11 @@ inline Parts parts_of(const Product& p, int64_t threads) {
         Parts found{1, min(pieces, panels)};  // none empty, so that each prepares x or finds it prepared
         double least = -1;
         for (int64_t m = 1; way == kTiles && m <= pieces; m++) {
+            if (pieces % m != 0) continue;
             const int64_t rows = up(tiles_m, m), cols = up(panels, pieces / m);
-            const double cost = static_cast<double>(each) * (static_cast<double>(cols * (rows + (prepared ? 2 : 1))) +
-                                                             static_cast<double>(rows) * (turned     ? 1.0
-                                                                                          : prepared ? 0.2
-                                                                                                     : 0.0));
-            if (pieces % m == 0 && (least < 0 || cost < least)) least = cost, found = {m, pieces / m};
+            const double tiles = static_cast<double>(cols * (rows + packing)) + static_cast<double>(rows) * rearranging;
+            const double cost = static_cast<double>(each) * tiles;
+            if (least < 0 || cost < least) least = cost, found = {m, pieces / m};
         }
         if (each == 1) cheapest = least;
         if (least <= 1.03 * cheapest) best = found;

@@ -129,7 +129,7 @@ class Team {
     // f(begin, end) over [0, n) in pieces.
     template <class F>
     void share_range(int64_t n, F f) {
-        const int64_t pieces = parts == 1 ? 1 : n < kPieces * parts ? n : kPieces * parts;
+        const int64_t most = parts == 1 ? 1 : kPieces * parts, pieces = n < most ? n : most;
         share(pieces, [&](int64_t i, bool) { f(n * i / pieces, n * (i + 1) / pieces); });
     }
 

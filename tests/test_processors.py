@@ -14,7 +14,7 @@ CPU = fastgpt.backends()["cpu"]
 
 
 def groups(tmp_path, lines, files):
-    (tmp_path / "cgroup").write_text("\n".join(lines) + "\n")
+    (tmp_path / "cgroup").write_bytes(os.fsencode("\n".join(lines) + "\n"))
     for name, text in files.items():
         path = tmp_path / "sys" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +33,7 @@ def groups(tmp_path, lines, files):
         (["0::/of/the/host"], {"cpu.max": "200000 100000"}, 2),  # in a container
         (["0::/"], {}, None),
         (["0::/"], {"cpu.max": "nonsense"}, None),
+        (["", "nonsense", "0::/\udcff", "0::/"], {"cpu.max": "200000 100000"}, 2),
         (["4:memory:/a", "1:cpu:/"], {"cpu/cpu.cfs_quota_us": "-1"}, None),
         (
             ["2:cpu,cpuacct:/a", "0::/"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,10 @@ def quota(
     (Linux's admin-guide/cgroup-v2 and scheduler/sched-bwc).
     """
     try:
-        lines = groups.read_text().splitlines()
+        lines = os.fsdecode(groups.read_bytes()).splitlines()
     except OSError:
         return None
-    limits = [limit for line in lines for limit in _limits(line, root)]
+    limits = [limit for line in lines if line.count(":") > 1 for limit in _limits(line, root)]
     return max(1, math.ceil(min(limits))) if limits else None
 
 
