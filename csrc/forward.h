@@ -11,15 +11,22 @@ namespace FASTGPT_ISA {
 // The widest of a row's intermediate values: query, key and value side by side, or the feed-forward's middle.
 inline int64_t wide_row(const Forward& f) { return max(3 * f.width, f.hidden); }
 
-// Floats of workspace that forward needs for this many threads.
-inline int64_t forward_workspace(const Forward& f, int threads) {
-    return f.batch * f.tokens * (f.width + wide_row(f)) + threads * BlockRun::scratch(f.past + f.tokens, f.head_dim) +
-           32;
+// The most keys that a token sees.
+inline int64_t most_keys(const Forward& f) {
+    int64_t keys = f.sequences ? 0 : f.past + f.tokens;
+    for (int64_t i = 0; f.sequences && i < f.n_sequences; ++i)
+        keys = max(keys, f.sequences[i].past + f.sequences[i].tokens);
+    return keys;
 }
 
-inline void embed_row(const Forward& f, int64_t row) {
+// Floats of workspace that forward needs for this many threads.
+inline int64_t forward_workspace(const Forward& f, int threads) {
+    return f.batch * f.tokens * (f.width + wide_row(f)) + threads * BlockRun::scratch(most_keys(f), f.head_dim) + 32;
+}
+
+inline void embed_row(const Forward& f, const Sequence& s, int64_t row) {
     const int64_t id = f.wide_ids ? static_cast<const int64_t*>(f.ids)[row] : static_cast<const int32_t*>(f.ids)[row];
-    const int64_t position = (f.past + row % f.tokens) * f.width;
+    const int64_t position = (s.past + row - s.first) * f.width;
     with_rows(f.tok_emb, [&](auto type) {
         using T = decltype(type);
         const WeightRow<T> token(f.tok_emb, id);
@@ -37,24 +44,31 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
     float* h = aligned(f.workspace);
     float* wide = h + M * D;
     float* scratches = aligned(wide + M * wide_row(f));
-    const int64_t scratch = BlockRun::scratch(f.past + f.tokens, f.head_dim);
+    const int64_t scratch = BlockRun::scratch(most_keys(f), f.head_dim);
     if (M == 0) return;
 
     BlockRun run{};
     run.batch = f.batch, run.tokens = f.tokens, run.past = f.past, run.capacity = f.capacity;
     run.width = D, run.heads = f.heads, run.head_dim = f.head_dim;
     run.cache_format = f.cache_format, run.narrow_sums = f.narrow_sums;
+    run.sequences = f.sequences, run.n_sequences = f.n_sequences;
     run.x = run.middle = run.y = f.x;  // in place
     run.h = run.context = h;
     run.qkv = run.act = wide, run.qkv_row = run.act_row = wide_row(f);
 
     in_team(threads, scratches, scratch, [&](Team& team) {
-        if (f.ids) team.share_rows(M, [&](int64_t r) { embed_row(f, r); });
-        for (const Block* b = blocks; b < blocks + f.n_blocks; ++b) block_forward(team, run, *b, eps);
+        if (f.ids) team.share_rows(M, [&](int64_t r) { embed_row(f, run.sequence(run.sequence_of(r)), r); });
+        for (int64_t layer = 0; layer < f.n_blocks; ++layer) {
+            BlockRun of_layer = run;
+            of_layer.layer = layer;
+            block_forward(team, of_layer, blocks[layer], eps);
+        }
         if (!f.out) return;
-        const int64_t step = f.last_only ? f.tokens : 1, rows = M / step;
+        const int64_t rows = f.last_only ? run.count() : M;
         team.share_rows(rows, [&](int64_t r) {
-            norm_row(f.x + ((r + 1) * step - 1) * D, f.final_scale, f.final_shift, h + r * D, D, eps);
+            const Sequence s = run.sequence(r);
+            const int64_t from = f.last_only ? s.first + s.tokens - 1 : r;
+            norm_row(f.x + from * D, f.final_scale, f.final_shift, h + r * D, D, eps);
             for_each_vec(f.head.weight.at ? 0 : D, [&](int64_t c, int64_t n) {
                 store(f.result_format, f.out, r * D + c, load_part(h + r * D + c, n), n);
             });

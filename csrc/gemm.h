@@ -26,7 +26,7 @@ enum Way { kDots, kTiles, kStream };
 
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
-    if (p.w.col == 1) return p.m <= kMaxDotM && p.m * 2 * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
+    if (p.w.col == 1) return p.m <= kMaxDotM && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 
@@ -74,7 +74,7 @@ static void by_arithmetic(const Product& p, Way way, const ProductScratch& scrat
     }
     constexpr bool no_wider = quantised<T> || same<T, BFloat16>;
     if constexpr (no_wider) {
-        if (way == kDots && (p.m >= kPairedM || same<T, Int4>)) return dots_by_arithmetic<Pairs, T>(p, scratch, again);
+        if (way == kDots) return dots_by_arithmetic<Pairs, T>(p, scratch, again);
     }
     if constexpr (no_wider || same<T, float>) {
         if (way == kTiles && (no_wider || p.narrow_sums)) return tiles<Pairs, T, Rows::kPrepared>(p, scratch);
@@ -144,7 +144,7 @@ inline Parts parts_of(const Product& p, int64_t threads) {
     p.m = m1 - m0, p.n = n1 - n0, p.following = whole.n - n1;
     p.x.at += m0 * p.x.row;
     p.w = rows_from(p.w, n0);
-    p.y = const_cast<void*>(moved(p.y, bytes(p.y_format, m0 * p.y_row + n0)));
+    p.y = moved(p.y, bytes(p.y_format, m0 * p.y_row + n0));
     if (p.pre) p.pre += m0 * p.y_row + n0;
     if (p.act) p.act += m0 * p.y_row + n0;
     p.bias = from(p.bias, n0);

@@ -9,8 +9,7 @@ namespace FASTGPT_ISA {
 
 constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: rows of x ..
 constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
-constexpr int64_t kDotDepth = 768;   // units over which up to eight rows of x stay in the L1 cache
-constexpr int64_t kPairedM = 3;      // rows of x from which narrow factors save more than widening costs
+constexpr int64_t kDotDepth = 768;   // units over which a tile's rows of x stay in the L1 cache
 constexpr int64_t kDotAhead = 8192;  // bytes between what is used and what is fetched, at least
 
 // Whether a group's scale is applied to a group's sum, and its minimum to the sum of x over the group: less work than
@@ -133,7 +132,7 @@ static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
 template <class A, class T>
 static void dots(const Product& p, const float* x, int64_t x_row, const RowScale* scales, float* sums) {
     const int64_t groups = up(p.m, kDotRows), most = up(p.m, groups);
-    const int64_t depth = (p.m <= 2 ? 1 << 30 : p.m <= 8 ? kDotDepth : kDotDepth / 2) * A::in_unit;
+    const int64_t depth = kDotDepth * A::in_unit;
     const float* x_sums = x + unit_row(units_of<A>(p.k));  // of the groups of Int4, where they are used
     const int64_t cols = dot_cols(static_cast<int>(most)), chunk = kDotChunk / cols * cols;
     const int64_t ahead = cols * p.w.row * up(kDotAhead, bytes(p.w.format, cols * p.w.row));
@@ -141,15 +140,14 @@ static void dots(const Product& p, const float* x, int64_t x_row, const RowScale
         const int64_t n = min(chunk, p.n - n0);
         for (int64_t k0 = 0; k0 < p.k; k0 += depth) {  // x over this depth stays in the L1 cache
             const int64_t k = min(depth, p.k - k0);
-            for (int64_t j = 0; j < n; j += cols) {
-                WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
-                for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
-                for (int64_t g = 0, m0 = 0; g < groups; g++) {
-                    const int64_t m1 = p.m * (g + 1) / groups;
-                    const DotKernel<A, T> kernel = dots_by_rows<A, T>[m1 - m0 - (cols == 4)];
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t m0 = p.m * g / groups, m1 = p.m * (g + 1) / groups;
+                const DotKernel<A, T> kernel = dots_by_rows<A, T>[m1 - m0 - (cols == 4)];
+                for (int64_t j = 0; j < n; j += cols) {
+                    WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
+                    for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
                     kernel(k0, k, x + m0 * x_row + k0 / A::in_unit, x_sums + m0 * x_row, x_row, w, g ? 0 : ahead,
                            sums + m0 * kDotChunk + j, k0 > 0);
-                    m0 = m1;
                 }
             }
         }

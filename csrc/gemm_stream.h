@@ -13,7 +13,7 @@ constexpr int64_t kStreamCols = 1024;             // columns of y summed up side
 constexpr int64_t kStreamRow = kStreamCols + 16;  // .. in rows that do not fall on each other in the cache
 constexpr int64_t kStreamDepth = 128;             // .. and products in one sum before it joins y
 constexpr int64_t kStreamAhead = 256;             // numbers between what is used and what is fetched
-constexpr int64_t kMaxStreamM = 24;               // rows of x up to which a column-major W is streamed
+constexpr int64_t kMaxStreamM = 32;               // rows of x up to which a column-major W is streamed
 
 // G rows of W from k0 on by a few registers from column n on, times every row of x, into sums[i * kStreamRow + n - n0]:
 // stored where `fresh`, else added.

@@ -51,6 +51,13 @@ struct Block {
     void *key_cache, *value_cache;
 };
 
+// One of several texts that stand one behind another: its first row, and how many tokens, behind how many cached ones.
+// Its cache is [layers, 2, heads, capacity, head_dim], keys and then values, or null.
+struct Sequence {
+    int64_t first, tokens, past, capacity;
+    void* cache;
+};
+
 // One forward pass through embeddings (where ids is set), blocks, final norm and head (where out is set).
 struct Forward {
     int64_t batch, tokens, past, capacity, width, heads, head_dim, hidden;
@@ -61,12 +68,15 @@ struct Forward {
     float* x;          // [batch * tokens, width]: the residual stream
     Numbers final_scale, final_shift;
     Linear head;  // weight null: out receives the norm itself
-    void* out;    // [batch * tokens, head.out] or, of the last tokens only, [batch, head.out]; or null
+    void* out;    // [batch * tokens, head.out] or, of each sequence's last token only, [sequences, head.out]; or null
     int64_t result_format, cache_format;  // of the first three
     int64_t narrow_sums;  // whether products of many rows may take factors in bfloat16 though a weight is wider
     int64_t last_only;
     float* workspace;  // forward_workspace floats
     int64_t n_blocks;
+    // Null: batch sequences of as many tokens each. Else batch is 1, past and the blocks' own caches do not count.
+    const Sequence* sequences;
+    int64_t n_sequences;
 };
 
 // Where the gradients of an nn.Linear go; null what nobody asked for. Element (o, i) of the weight's at

@@ -203,6 +203,7 @@ FASTGPT_INLINE int64_t bytes(int64_t format, int64_t n) {
     return format == kInt4 ? n / 2 : format >= kInt8 ? n : format == kFloat32 ? 4 * n : 2 * n;
 }
 FASTGPT_INLINE const void* moved(const void* p, int64_t by) { return static_cast<const char*>(p) + by; }
+FASTGPT_INLINE void* moved(void* p, int64_t by) { return static_cast<char*>(p) + by; }
 FASTGPT_INLINE Numbers from(const Numbers& p, int64_t i) {
     return p.at ? Numbers{moved(p.at, bytes(p.format, i)), p.format} : p;
 }

@@ -32,9 +32,33 @@ struct BlockRun {
     float *softmax, *mean1, *rstd1, *mean2, *rstd2, *pre;
     Dropout drop_attention, drop_shortcut1, drop_shortcut2;
     int64_t cache_format;
-    bool narrow_sums;  // as Product has it
+    bool narrow_sums;           // as Product has it
+    const Sequence* sequences;  // as Forward has it, with the number of this block
+    int64_t n_sequences, layer;
 
     int64_t rows() const { return batch * tokens; }
+    int64_t count() const { return sequences ? n_sequences : batch; }
+    Sequence sequence(int64_t i) const {
+        return sequences ? sequences[i] : Sequence{i * tokens, tokens, past, capacity, nullptr};
+    }
+    // Which sequence a row belongs to.
+    int64_t sequence_of(int64_t row) const {
+        if (!sequences) return row / tokens;
+        int64_t low = 0, high = n_sequences;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (sequences[middle].first <= row ? low : high) = middle;
+        }
+        return low;
+    }
+    bool cached(const Block& b) const { return (sequences ? sequences[0].cache : b.key_cache) != nullptr; }
+    // The keys, or the values, of a sequence in the cache.
+    void* cache_of(const Block& b, int64_t i, bool values) const {
+        const Sequence s = sequence(i);
+        const int64_t of_layer = heads * s.capacity * head_dim;
+        if (!sequences) return moved(values ? b.value_cache : b.key_cache, bytes(cache_format, i * of_layer));
+        return moved(s.cache, bytes(cache_format, (2 * layer + values) * of_layer));
+    }
     float scale() const { return 1.0f / sqrtf(static_cast<float>(head_dim)); }
     // Floats of each thread's scratch: the largest of what the phases need.
     static int64_t scratch(int64_t keys, int64_t head_dim) {
@@ -42,43 +66,81 @@ struct BlockRun {
     }
 };
 
-// Appends the tokens' keys and values to the cache, [batch, heads, capacity, head_dim] each.
+// Appends a row's key and value to its sequence's cache.
 inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
-    const int64_t batch = row / r.tokens, token = r.past + row % r.tokens;
+    const int64_t i = r.sequence_of(row);
+    const Sequence s = r.sequence(i);
+    void *keys = r.cache_of(b, i, false), *values = r.cache_of(b, i, true);
     const float *key = r.qkv + row * r.qkv_row + r.width, *value = key + r.width;
     for (int64_t h = 0; h < r.heads; ++h) {
-        const int64_t at = ((batch * r.heads + h) * r.capacity + token) * r.head_dim, from = h * r.head_dim;
+        const int64_t at = (h * s.capacity + s.past + row - s.first) * r.head_dim, from = h * r.head_dim;
         for_each_vec(r.head_dim, [&](int64_t c, int64_t n) {
-            store(r.cache_format, b.key_cache, at + c, load_part(key + from + c, n), n);
-            store(r.cache_format, b.value_cache, at + c, load_part(value + from + c, n), n);
+            store(r.cache_format, keys, at + c, load_part(key + from + c, n), n);
+            store(r.cache_format, values, at + c, load_part(value + from + c, n), n);
         });
     }
 }
 
-// Attention of every head, from the query columns of qkv into context; k and v from there or from the cache. pairs:
-// whether many queries may be multiplied as bfloat16.
+// Keys and values of a sequence, and their strides.
 template <class KV>
-inline void attend(Team& team, const BlockRun& r, const KV* k, const KV* v, bool cached, [[maybe_unused]] bool pairs) {
-    const int64_t T = r.tokens, D = r.head_dim, keys = r.past + T;
-    const int64_t kv_token = cached ? D : r.qkv_row, kv_head = cached ? r.capacity * D : D;
-    const int64_t kv_batch = cached ? r.heads * r.capacity * D : T * r.qkv_row;
-    if (T > kFewQueries || r.softmax || r.drop_attention.on()) {
-        const AttentionShape s{r.batch, r.heads,  T,        keys,    D,        T * r.qkv_row, D, r.qkv_row, kv_batch,
-                               kv_head, kv_token, kv_batch, kv_head, kv_token, T * r.width,   D, r.width};
-#ifdef FASTGPT_NARROW_DOTS
-        // A backward pass takes the scores anew, in float32.
-        if (pairs && !r.softmax)
-            return share_attention<Pairs>(team, r.qkv, k, v, r.context, nullptr, r.scale(), s, r.drop_attention);
-#endif
-        return share_attention<Single>(team, r.qkv, k, v, r.context, r.softmax, r.scale(), s, r.drop_attention);
+struct KeysValues {
+    const KV *k, *v;
+    int64_t batch, head, token;
+};
+
+// They lie in the cache, or beside the queries in qkv.
+template <class KV>
+inline KeysValues<KV> keys_values(const BlockRun& r, const Block& b, int64_t i) {
+    const Sequence s = r.sequence(i);
+    if (r.cached(b)) {
+        const int64_t head = s.capacity * r.head_dim;
+        return {static_cast<const KV*>(r.cache_of(b, i, false)), static_cast<const KV*>(r.cache_of(b, i, true)),
+                r.heads * head, head, r.head_dim};
     }
-    team.share_range(r.batch * r.heads, [&](int64_t begin, int64_t end) {
+    if constexpr (same<KV, float>) {
+        const float* k = r.qkv + s.first * r.qkv_row + r.width;
+        return {k, k + r.width, s.tokens * r.qkv_row, r.head_dim, r.qkv_row};
+    }
+    return {};
+}
+
+// The tiled attention of as many sequences of one length, from sequence i on.
+template <class KV>
+inline void attend_tiled(Team& team, const BlockRun& r, const Block& b, int64_t i, int64_t batch,
+                         [[maybe_unused]] bool pairs) {
+    const Sequence s = r.sequence(i);
+    const KeysValues<KV> kv = keys_values<KV>(r, b, i);
+    const float* q = r.qkv + s.first * r.qkv_row;
+    float* out = r.context + s.first * r.width;
+    const int64_t T = s.tokens, D = r.head_dim;
+    const AttentionShape shape{batch,   r.heads,  T,        s.past + T, D,        T * r.qkv_row, D, r.qkv_row, kv.batch,
+                               kv.head, kv.token, kv.batch, kv.head,    kv.token, T * r.width,   D, r.width};
+#ifdef FASTGPT_NARROW_DOTS
+    // A backward pass takes the scores anew, in float32.
+    if (pairs && !r.softmax)
+        return share_attention<Pairs>(team, q, kv.k, kv.v, out, nullptr, r.scale(), shape, r.drop_attention);
+#endif
+    share_attention<Single>(team, q, kv.k, kv.v, out, r.softmax, r.scale(), shape, r.drop_attention);
+}
+
+// Attention of every head, from the query columns of qkv into context, over keys of KV. pairs: whether many queries may
+// be multiplied as bfloat16.
+template <class KV>
+inline void attend(Team& team, const BlockRun& r, const Block& b, const KV*, bool pairs) {
+    const auto tiled = [&](const Sequence& s) { return s.tokens > kFewQueries || r.softmax || r.drop_attention.on(); };
+    if (!r.sequences && tiled(r.sequence(0))) return attend_tiled<KV>(team, r, b, 0, r.batch, pairs);
+    for (int64_t i = 0; r.sequences && i < r.n_sequences; ++i)
+        if (tiled(r.sequence(i))) attend_tiled<KV>(team, r, b, i, 1, pairs);
+    team.share_range(r.count() * r.heads, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
-            const int64_t batch = unit / r.heads, head = unit % r.heads, kv = batch * kv_batch + head * kv_head;
-            for (int64_t t = 0; t < T; ++t)
-                attend_row(r.qkv + (batch * T + t) * r.qkv_row + head * D, k + kv, kv_token, v + kv, kv_token,
-                           r.past + t + 1, D, r.scale(), team.scratch,
-                           r.context + (batch * T + t) * r.width + head * D);
+            const int64_t i = unit / r.heads, head = unit % r.heads;
+            const Sequence s = r.sequence(i);
+            if (tiled(s)) continue;
+            const KeysValues<KV> kv = keys_values<KV>(r, b, i);
+            for (int64_t t = 0; t < s.tokens; ++t)
+                attend_row(r.qkv + (s.first + t) * r.qkv_row + head * r.head_dim, kv.k + head * kv.head, kv.token,
+                           kv.v + head * kv.head, kv.token, s.past + t + 1, r.head_dim, r.scale(), team.scratch,
+                           r.context + (s.first + t) * r.width + head * r.head_dim);
         }
     });
 }
@@ -110,14 +172,10 @@ inline void block_forward(Team& team, const BlockRun& r, const Block& b, float e
     share(team, product(b.key, r.h, D, r.qkv + D, r.qkv_row));
     share(team, product(b.value, r.h, D, r.qkv + 2 * D, r.qkv_row));
     team.barrier();
-    if (b.key_cache) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
     const bool pairs = r.cache_format == kBFloat16 || b.query.weight.format >= kInt8;
-    if (b.key_cache)
-        as_type(r.cache_format, b.key_cache, [&](const auto* keys) {
-            attend(team, r, keys, static_cast<decltype(keys)>(b.value_cache), true, pairs);
-        });
-    else
-        attend(team, r, r.qkv + D, r.qkv + 2 * D, false, pairs);
+    const bool cached = r.cached(b);
+    if (cached) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
+    as_type(cached ? r.cache_format : kFloat32, nullptr, [&](const auto* type) { attend(team, r, b, type, pairs); });
     team.barrier();
     shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);
     norm(r.middle, b.scale2, b.shift2, r.mean2, r.rstd2);

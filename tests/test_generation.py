@@ -5,7 +5,7 @@ from torch import nn
 
 import fastgpt
 from fastgpt import reference
-from fastgpt.model.generation import _drawn
+from fastgpt.model.sampling import drawn as _drawn
 
 CONFIG = {
     "vocab_size": 61,

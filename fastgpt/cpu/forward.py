@@ -28,6 +28,7 @@ from fastgpt.cpu.records import (
     weight_fields,
 )
 from fastgpt.cpu.workspace import on_large_pages, workspace
+from fastgpt.quantized_weight import Int4Weight
 
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 _NO_NORM = (0,) * 4
@@ -35,6 +36,18 @@ _NO_LINEAR = (0,) * 11
 _NO_TABLES = (0,) * 9
 
 Fields = tuple[int, ...]
+
+
+class PackedSequence(NamedTuple):
+    """One of several texts in one pass: how many tokens of it come, behind how many cached ones.
+
+    cache: [n_blocks, 2, n_heads, capacity, head_dim] of the pass's ``cache_dtype``, keys and then
+    values, which the new tokens join; None, for all sequences of a pass, without one.
+    """
+
+    tokens: int
+    past: int = 0
+    cache: Tensor | None = None
 
 
 class Piece(NamedTuple):
@@ -71,6 +84,9 @@ class WholePass:
         first: BlockRecord | None = next((b.record for b in blocks if b.record is not None), None)
         dtype = None if first is None else first.dtype
         self.fuses = dtype in FORMATS
+        # Whether every piece is one that C++ can read, and then whether a row has the same bits
+        # whatever other rows are in the pass, as long as all are few or all are many.
+        self.in_one_call = self.rows_alike = False
         if first is None or dtype not in FORMATS:
             return
         self.width, self.n_heads, self.eps = first.width, first.n_heads, first.eps
@@ -81,6 +97,8 @@ class WholePass:
         self._tables = self._embedding_fields(embeddings.record)
         self._blocks = [self._block_fields(piece.record) for piece in blocks]
         self._end = self._end_fields(end.record)
+        self.in_one_call = None not in (self._tables, *self._blocks, self._end)
+        self.rows_alike = self.in_one_call and not self._has_int4()
 
     def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
         if record is None:
@@ -105,6 +123,12 @@ class WholePass:
             head = linear_fields(*record.head, self.dtype, self.width, n_rows(record.head.weight))
         norm = norm_fields(record.norm, self.dtype, self.width)
         return None if norm is None or head is None else (norm, head)
+
+    def _has_int4(self) -> bool:
+        head = self.end.record.head
+        weights = [self.embeddings.record.tok, None if head is None else head.weight]
+        weights += [part for block in self.blocks for part in block.record.parameters.flat()]
+        return any(isinstance(weight, Int4Weight) for weight in weights)
 
     def run(self, ids: Tensor, past: int = 0, cache: Any = None, last_only: bool = False) -> Tensor:
         """The result for all tokens or the last, [B, T or 1, ...].
@@ -133,6 +157,27 @@ class WholePass:
         x = stream.flush()
         return self.end.call(x[:, -1:] if last_only else x)
 
+    def run_packed(
+        self, ids: Tensor, sequences: Sequence[PackedSequence], last_only: bool = False
+    ) -> Tensor:
+        """The result for sequences of different lengths, without padding; each as it is alone. Of
+        every token, [N, ...], or of each sequence's last, [sequences, ...].
+
+        Only where the pass runs ``in_one_call``. ids: [N], int32 or int64, all the sequences' new
+        tokens one behind another; none of the sequences may be longer than a block's context.
+
+        Raises:
+            IndexError: an id is outside the vocabulary.
+        """
+        check_ids(ids, n_rows(self.embeddings.record.tok))
+        stream = _Stream(self, ids.contiguous()[None], 0, sequences)
+        stream.tables = self._tables
+        for piece, fields in zip(self.blocks, self._blocks, strict=True):
+            assert fields is not None
+            stream.add(fields, piece.record, 0, None)
+        assert self._end is not None
+        return stream.finish(*self._end, last_only)
+
 
 class _Stream:
     """One run: what has gathered for the next call, and the residual stream before it.
@@ -140,8 +185,11 @@ class _Stream:
     The stream is this run's own: what a piece gave is copied first, what a piece gets is fresh.
     """
 
-    def __init__(self, whole: WholePass, ids: Tensor, past: int) -> None:
+    def __init__(
+        self, whole: WholePass, ids: Tensor, past: int, packed: Sequence[PackedSequence] = ()
+    ) -> None:
         self.whole, self.ids, self.past = whole, ids, past
+        self.sequences = _sequence_fields(packed) if packed else None
         self.x: Tensor | None = None
         self.tables: Fields | None = None
         self.blocks: list[int] = []
@@ -185,11 +233,16 @@ class _Stream:
         return self.x.to(self.whole.dtype) if self.fits else self.x
 
     def finish(self, norm: Fields, head: Fields, last_only: bool) -> Tensor:
-        """Runs what has gathered, the norm and the head. Returns [B, T or 1, n_out or width]."""
+        """Runs what has gathered, the norm and the head. Returns [B, T or 1, n_out or width], of
+        packed sequences [N or n, n_out or width].
+        """
         B, T = self.ids.shape
         n_out = self.whole.width if head is _NO_LINEAR else head[-2]
         dtype = self.whole.result_dtype
-        out = torch.empty(B, 1 if last_only else T, n_out, dtype=dtype, device="cpu")
+        shape = (B, 1 if last_only else T)
+        if self.sequences is not None:
+            shape = (len(self.sequences) if last_only else T,)  # type: ignore[assignment]
+        out = torch.empty(*shape, n_out, dtype=dtype, device="cpu")
         on_large_pages(out)
         self._call(out, norm, head, last_only)
         return out
@@ -207,9 +260,12 @@ class _Stream:
         whole = self.whole
         formats = (FORMATS[whole.result_dtype], FORMATS[whole.cache_dtype], int(whole.autocast))
         result = (out.data_ptr() if out is not None else 0, *formats, int(last_only))
+        packed = (0, 0)
+        if self.sequences is not None:
+            packed = self.sequences.data_ptr(), len(self.sequences)
 
         def fields(at_x: int, at_workspace: int) -> list[int]:
-            rest = (*result, at_workspace, self.n_blocks)
+            rest = (*result, at_workspace, self.n_blocks, *packed)
             return [*sizes, *ids, *(self.tables or _NO_TABLES), at_x, *norm, *head, *rest]
 
         rows = B * T
@@ -221,3 +277,13 @@ class _Stream:
             at_x = x.data_ptr() if x is not None else start
             _C.forward(fields(at_x, start + 4 * stream), self.blocks, self.whole.eps, threads)
         self.x, self.tables, self.blocks, self.n_blocks = x, None, [], 0
+
+
+def _sequence_fields(packed: Sequence[PackedSequence]) -> Tensor:
+    """An array of struct Sequence: [sequences, 5]."""
+    rows, first = [], 0
+    for tokens, past, cache in packed:
+        at = (0, 0) if cache is None else (cache.shape[3], cache.data_ptr())
+        rows.append((first, tokens, past, *at))
+        first += tokens
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

@@ -85,10 +85,25 @@ class Slot(tuple[Tensor, Tensor]):
             blocks = _Blocks((batch, heads, min(limit, max(2 * length, 64)), head_dim), like)
             if old is not None:
                 blocks.keys[:, :, :past], blocks.values[:, :, :past] = old
-        blocks.written = length
-        slot = cls((blocks.keys[:, :, :length], blocks.values[:, :, :length]))
+        return cls.of(blocks, length)
+
+    @classmethod
+    def of(cls, blocks: _Blocks, tokens: int) -> Slot:
+        """The first tokens of the blocks; what comes next goes over the rest."""
+        blocks.written = tokens
+        slot = cls((blocks.keys[:, :, :tokens], blocks.values[:, :, :tokens]))
         slot.blocks = blocks
         return slot
+
+
+def shorten(cache: KVCache, tokens: int) -> None:
+    """Forgets all but the first tokens of every layer."""
+    for layer, pair in enumerate(cache.get_all()):
+        if pair is not None and pair[0].shape[2] > tokens:
+            if isinstance(pair, Slot):
+                cache.update(layer, Slot.of(pair.blocks, tokens))
+            else:
+                cache.update(layer, (pair[0][:, :, :tokens], pair[1][:, :, :tokens]))
 
 
 def extended(

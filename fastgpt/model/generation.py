@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,17 +14,22 @@ from fastgpt import dispatch
 from fastgpt.config import as_ids
 from fastgpt.cpu.forward import WholePass
 from fastgpt.model import decode_graph
-from fastgpt.model.cache import KVCache
+from fastgpt.model.cache import KVCache, shorten
 from fastgpt.model.fusable import KNOWN, drops_nothing, is_unmodified
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import MultiHeadAttention
+from fastgpt.model.prompt_lookup import PromptLookup
+from fastgpt.model.sampling import Choose, likeliest, sampler
 
-# Divided by less, two logits that differ are never both drawn, and large ones overflow.
-GREEDY_BELOW = 1e-30
+_LARGE = 1 << 23  # parameters of a model for which tokens are guessed
 
 
 def generate_text_simple(
-    model: nn.Module, idx: Tensor, max_new_tokens: int, context_size: int
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    prompt_lookup: bool = True,
 ) -> Tensor:
     """Greedy decoding: appends the likeliest next token, max_new_tokens times.
 
@@ -33,6 +39,9 @@ def generate_text_simple(
         idx: [B, T] token ids, T at least 1.
         max_new_tokens: how many tokens to append.
         context_size: how many of the last tokens the model sees.
+        prompt_lookup: whether, for one sequence on the CPU, tokens that followed the last ones
+            where these stood before are guessed and checked, several a pass. The tokens are the
+            same; where a text repeats itself they come sooner.
 
     Returns:
         [B, T + max_new_tokens] token ids, the same as by a full forward pass for each token.
@@ -44,7 +53,7 @@ def generate_text_simple(
         IndexError: an id is outside the vocabulary.
     """
     idx = _start(idx)
-    for new in _steps(model, idx, max_new_tokens, context_size, _likeliest):
+    for new in _steps(model, idx, max_new_tokens, context_size, likeliest, prompt_lookup):
         idx = torch.cat((idx, new), dim=1)
     return idx
 
@@ -58,6 +67,7 @@ def generate(
     top_k: int | None = None,
     eos_id: int | None = None,
     top_p: float | None = None,
+    prompt_lookup: bool = True,
 ) -> Tensor:
     """Decoding with sampling, as in the book's chapter 5.
 
@@ -74,6 +84,7 @@ def generate(
             rows that end earlier are filled up with it.
         top_p: only the likeliest tokens that together reach this probability stay in the draw,
             after top_k and the temperature.
+        prompt_lookup: as for ``generate_text_simple``. What is drawn is the same too.
 
     Returns:
         [B, T + n] token ids with n <= max_new_tokens.
@@ -83,8 +94,8 @@ def generate(
             1 or top_p outside (0, 1].
         RuntimeError: a token is to be drawn on the CPU and a logit is NaN or infinite.
     """
-    choose, idx = _sampling(temperature, top_k, top_p), _start(idx)
-    steps = _steps(model, idx, max_new_tokens, context_size, choose)
+    choose, idx = sampler(temperature, top_k, top_p), _start(idx)
+    steps = _steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup)
     for new in _until(eos_id, steps):
         idx = torch.cat((idx, new), dim=1)
     return idx
@@ -99,14 +110,17 @@ def generate_stream(
     top_k: int | None = None,
     eos_id: int | None = None,
     top_p: float | None = None,
+    prompt_lookup: bool = True,
 ) -> Iterator[Tensor]:
     """``generate``, yielding each step's tokens [B, 1] as they come.
 
     Args, errors: those of ``generate``. The model may be changed between two steps, and stopping
-    early leaves nothing behind.
+    early leaves nothing behind. A change that PyTorch does not count, such as one through
+    ``.data``, shows once the tokens that were guessed and checked before it are through, at most
+    seven; without ``prompt_lookup`` at once.
     """
-    choose, idx = _sampling(temperature, top_k, top_p), _start(idx)
-    steps = _steps(model, idx, max_new_tokens, context_size, choose, watched=True)
+    choose, idx = sampler(temperature, top_k, top_p), _start(idx)
+    steps = _steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup, watched=True)
     return _until(eos_id, steps)
 
 
@@ -118,55 +132,6 @@ def _start(idx: Tensor) -> Tensor:
             "GPT-2, starts a new text"
         )
     return idx
-
-
-def _sampling(
-    temperature: float, top_k: int | None, top_p: float | None
-) -> Callable[[Tensor], Tensor]:
-    if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} is not 0 or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} is below 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
-
-    def choose(logits: Tensor) -> Tensor:
-        if temperature < GREEDY_BELOW:
-            return _likeliest(logits)
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        if top_k is not None:
-            least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-            scaled.masked_fill_(logits < least, -torch.inf)
-        probabilities = torch.softmax(scaled, dim=-1)
-        if top_p is not None:
-            probabilities = _likeliest_that_reach(top_p, probabilities)
-        return _drawn(probabilities)
-
-    return choose
-
-
-def _drawn(probabilities: Tensor) -> Tensor:
-    """[B, V] -> one token of each row, [B, 1], the one that ``torch.multinomial`` draws.
-
-    It computes the same, after checks that are most of its kernels. One NaN makes a row of softmax
-    NaN, so the first column tells; on a GPU it would have to be waited for.
-    """
-    if probabilities.device.type == "cpu" and probabilities[:, :1].isnan().any():
-        raise RuntimeError("no token can be drawn: a logit of the model is NaN or infinite")
-    waiting = torch.empty_like(probabilities).exponential_()
-    return _likeliest(torch.div(probabilities, waiting, out=waiting))
-
-
-def _likeliest_that_reach(top_p: float, probabilities: Tensor) -> Tensor:
-    """[B, V] -> the same with the tokens behind the first that reach top_p at 0."""
-    values, order = probabilities.sort(dim=-1, descending=True)
-    behind = values.cumsum(dim=-1) - values >= top_p
-    behind[:, 0] = False  # even where top_p is 0 in their dtype
-    return probabilities.masked_fill(behind.scatter(-1, order, behind), 0)
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1, keepdim=True)
 
 
 def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -185,43 +150,129 @@ def _steps(
     idx: Tensor,
     max_new_tokens: int,
     context_size: int,
-    choose: Callable[[Tensor], Tensor],
+    choose: Choose,
+    prompt_lookup: bool,
     watched: bool = False,
 ) -> Iterator[Tensor]:
     """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size].
 
     Watched, code of the user's runs between the steps, and may change the model.
     """
-    cache = _new_cache(model) if context_size > 0 else None
+    cache = new_cache(model) if context_size > 0 else None
     unseen = idx[:, -context_size:]
     whole: WholePass | None = None
     graphs = None if cache is None else _graphs(model, idx)
+    guesses: _Guesses | None = None
+    if cache is not None and prompt_lookup and idx.shape[0] == 1 and idx.is_cpu and _large(model):
+        guesses = _Guesses(idx, cache)
     with contextlib.ExitStack() as stack:
         decoder: Any = None
         for done in range(max_new_tokens):
             with torch.no_grad():
-                if cache is None or not isinstance(model, GPTModel):
-                    logits = model(idx[:, -context_size:])
+                if guesses is not None and guesses.holds(model if watched else None):
+                    last = guesses.logits()
+                elif cache is None or not isinstance(model, GPTModel):
+                    last = model(idx[:, -context_size:])[:, -1]
                 elif idx.shape[1] > context_size:  # the window slides, and with it every position
                     if whole is None or watched:
                         whole = model.whole_pass(idx)
-                    logits = model.forward_pass(idx[:, -context_size:], None, True, whole)
+                    last = model.forward_pass(idx[:, -context_size:], None, True, whole)[:, -1]
                 elif decoder is not None and (not watched or decoder.serves(model)):
-                    logits = decoder.step(model.checked(unseen, idx.shape[1] - 1))
+                    last = decoder.step(model.checked(unseen, idx.shape[1] - 1))[:, -1]
                 else:
                     if decoder is not None:  # the model was changed: on without a graph
                         decoder.state.empty_into(cache)
                         decoder = None
                     if whole is None or watched:
                         whole = model.whole_pass(unseen)
-                    logits = model.forward_pass(unseen, cache, True, whole)
+                    left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
+                    if guesses is not None and whole is not None and whole.rows_alike:
+                        last = guesses.run(model, unseen, whole, left)
+                    else:
+                        last = model.forward_pass(unseen, cache, True, whole)[:, -1]
                     if graphs is not None:
-                        left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
                         decoder = stack.enter_context(graphs.decoding(model, cache, left))
                         graphs = None
-                unseen = choose(logits[:, -1])
+                unseen = choose(last)
+                if guesses is not None:
+                    guesses.check(int(unseen))
             idx = torch.cat((idx, unseen), dim=1)
             yield unseen
+
+
+class _Guesses:
+    """The passes of one sequence on the CPU, with guessed tokens behind the last one.
+
+    Each guess that turns out to be the next token has its logits already.
+    """
+
+    def __init__(self, idx: Tensor, cache: KVCache) -> None:
+        self.lookup, self.cache = PromptLookup(idx[0].tolist()), cache
+        self.guessed: list[int] = []
+        self.rows: list[Tensor] = []  # logits [1, V] behind what is still to be checked
+        self.good = 0
+        self.versions: Any = None
+
+    def run(self, model: GPTModel, unseen: Tensor, whole: WholePass, most: int) -> Tensor:
+        """Logits [1, V] behind the tokens [1, T], with at most so many guesses in the same pass."""
+        one = unseen.shape[1] == 1
+        self.guessed = self.lookup.guess(most) if one else []
+        since = time.perf_counter()
+        if self.guessed:
+            unseen = torch.cat((unseen, unseen.new_tensor([self.guessed])), dim=1)
+        logits = model.forward_pass(unseen, self.cache, not self.guessed, whole)
+        if one:
+            self.lookup.passed(len(self.guessed), since)
+        if not self.guessed:
+            return logits[:, -1]
+        self.good, self.versions = 0, _versions(model)
+        self.rows = list(logits.unbind(1))
+        return self.rows.pop(0)
+
+    def holds(self, watched: Any) -> bool:
+        """Whether the next logits are there already; not if a model that is watched has changed
+        since.
+        """
+        if self.rows and watched is not None and not self._stands(watched):
+            self._drop(1)
+        return bool(self.rows)
+
+    def logits(self) -> Tensor:
+        """Those behind the last token."""
+        return self.rows.pop(0)
+
+    def check(self, token: int) -> None:
+        """Takes note of the next token. The cache keeps what was guessed right."""
+        if self.rows:
+            if token == self.guessed[self.good]:
+                self.good += 1
+            else:
+                self._drop(0)
+        elif self.guessed:
+            self.lookup.checked(self.good)
+            self.guessed = []
+        self.lookup.add(token)
+
+    def _drop(self, last: int) -> None:
+        """Forgets the guesses that are not confirmed, and so many that are."""
+        self.lookup.checked(self.good)
+        self.rows, self.guessed = [], []
+        shorten(self.cache, len(self.lookup.tokens) - last)
+
+    def _stands(self, model: GPTModel) -> bool:
+        whole = model.whole_pass(torch.zeros(1, 1, dtype=torch.int64))
+        return whole is not None and whole.rows_alike and self.versions == _versions(model)
+
+
+def _large(model: nn.Module) -> bool:
+    """Whether a pass takes long enough that looking tokens up is nothing beside it."""
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers())) >= _LARGE
+
+
+def _versions(model: GPTModel) -> list[tuple[int, int]]:
+    """Where the model's tensors lie, and how often each was changed."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [(t.data_ptr(), t._version) for t in tensors]
 
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
@@ -234,7 +285,7 @@ def _graphs(model: nn.Module, idx: Tensor) -> Any:
     return decode_graph
 
 
-def _new_cache(model: nn.Module) -> KVCache | None:
+def new_cache(model: nn.Module) -> KVCache | None:
     """A cache, if tokens fed one by one certainly give what the whole sequence gives, else None.
 
     A foreign module might look at neighbouring tokens, a hook might count them, and dropout draws
