@@ -79,7 +79,7 @@ def _forward_tiles(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["T", "S", "seed"])
+@triton.jit(do_not_specialize=["bounds_ptr", "T", "S", "seed"])
 def causal_attention_fwd_kernel(
     q_ptr,
     k_ptr,

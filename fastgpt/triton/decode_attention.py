@@ -150,7 +150,8 @@ def decode_attention(
         )
 
 
-@triton.jit
+# Positions and rows may begin anywhere in a longer tensor.
+@triton.jit(do_not_specialize=["position_ptr", "row_ptr"])
 def append_kernel(
     k_ptr,
     v_ptr,

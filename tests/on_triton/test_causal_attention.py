@@ -235,15 +235,17 @@ def test_a_packed_sequence_is_what_it_is_alone(dtype):
 def test_new_lengths_of_packed_sequences_compile_nothing_anew():
     with gpu.fake_gpu("sm_90") as launches:
         for tokens, n, longest in ((4096, 8, 1024), (17, 17, 1), (1000, 3, 999), (16, 1, 16)):
-            _run_packed(torch.bfloat16, 64, tokens, n, longest)
-    tiles = [8 * 8, 17, 3 * 8, 1]
+            _run_packed(torch.bfloat16, 64, tokens, longest, empty(torch.int32, n + 1))
+        _run_packed(torch.bfloat16, 64, 4096, 1024, gpu.Unaligned(9))
+    tiles = [8 * 8, 17, 3 * 8, 1, 8 * 8]
     assert [launch.grid for launch in launches] == [(12 * n,) for n in tiles]
     assert len({id(launch.compiled) for launch in launches}) == 1
 
 
-def _run_packed(dtype, D, tokens=4096, n=8, longest=1024):
+def _run_packed(dtype, D, tokens=4096, longest=1024, bounds=None):
     q, k, v = empty(dtype, tokens, 3, 12, D).transpose(0, 2)[None].unbind(2)
-    out, bounds = empty(dtype, tokens, 12, D).transpose(0, 1)[None], empty(torch.int32, n + 1)
+    out = empty(dtype, tokens, 12, D).transpose(0, 1)[None]
+    bounds = empty(torch.int32, 9) if bounds is None else bounds
     causal_attention(q, k, v, 0.1, out, packed=(bounds, longest))
 
 

@@ -83,7 +83,8 @@ def test_a_new_number_of_tokens_compiles_nothing_anew():
     with gpu.fake_gpu("sm_90") as launches:
         for tokens in (1, 2, 16, 1000):
             _append(torch.bfloat16, tokens)
-    assert [launch.grid for launch in launches] == [(n, 2) for n in (1, 2, 16, 1000)]
+        append(*_new(torch.bfloat16, 1000), *[gpu.Unaligned()] * 2, *_caches(torch.bfloat16))
+    assert [launch.grid for launch in launches] == [(n, 2) for n in (1, 2, 16, 1000, 1000)]
     assert len({id(launch.compiled) for launch in launches}) == 1
 
 
@@ -107,10 +108,17 @@ def _case(batch):
     return Case(run, wide=names if batch == 1 else names[:1], dtypes=dtypes)
 
 
+def _new(dtype, tokens):
+    return empty(dtype, tokens, 3, 12, 64).unbind(1)[1:]
+
+
+def _caches(dtype):
+    return [empty(dtype, 8, 12, 1024, 64) for _ in range(2)]
+
+
 def _append(dtype, tokens=64):
-    _, k, v = empty(dtype, tokens, 3, 12, 64).unbind(1)
-    at, row = (empty(torch.int32, tokens) for _ in range(2))
-    append(k, v, at, row, *(empty(dtype, 8, 12, 1024, 64) for _ in range(2)))
+    places = [empty(torch.int32, tokens) for _ in range(2)]
+    append(*_new(dtype, tokens), *places, *_caches(dtype))
 
 
 CASES = {

@@ -101,19 +101,6 @@ def test_a_row_ends_and_another_begins_while_the_others_go_on(captures):
     assert len(captures) == 1
 
 
-def test_greedy_tokens_of_each_row_alone():
-    ours, book = pair()
-    prompts = _prompts(5, 1, 12)
-    with _decoder(ours, 3) as decoder:
-        logits = [decoder.prefill(prompts, [0, 1, 2])]
-        for _ in range(5):
-            logits.append(decoder.step(logits[-1].argmax(-1)).clone())
-    tokens = torch.stack(logits, dim=1).argmax(-1)
-    for prompt, new in zip(prompts, tokens, strict=True):
-        text = reference.generate_text_simple(book, torch.tensor([prompt]), 6, CONTEXT)
-        assert text[0, len(prompt) :].tolist() == new.tolist()
-
-
 def test_a_row_without_a_sequence_changes_no_bit_of_the_others():
     ours, _ = pair()
     results = []
