@@ -28,6 +28,7 @@ __all__ = [
     "generate",
     "generate_text_simple",
     "layer_norm",
+    "packed_causal_attention",
 ]
 
 
@@ -59,6 +60,20 @@ def causal_attention(
     if dropout is not None:
         weights = dropout(weights)
     return weights @ v
+
+
+def packed_causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """``causal_attention`` of sequences of these lengths, each to see itself alone.
+
+    q, k, v: [B, H, T, D], with the sequences one behind another along T. Returns the same shape.
+    """
+    attended = []
+    parts = (t.split(lengths, dim=2) for t in (q, k, v))
+    for q_one, k_one, v_one in zip(*parts, strict=True):
+        T = q_one.shape[2]
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        attended.append(causal_attention(q_one, k_one, v_one, mask))
+    return torch.cat(attended, dim=2)
 
 
 class LayerNorm(nn.Module):

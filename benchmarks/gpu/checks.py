@@ -25,6 +25,8 @@ from fastgpt import generate_text_simple
 from fastgpt.bench.errors import allowed_error, largest_error, leaves_of, outputs_and_gradients
 from fastgpt.bench.rounds import synchronize
 from fastgpt.bench.workloads import Models
+from fastgpt.model.decode_graph import Decoder
+from fastgpt.model.token_pass import parts_of
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
 
 Row = dict[str, Any]
@@ -155,6 +157,34 @@ def _greedy(bench: Bench, cfg: dict[str, Any]) -> Row:
     return {"error": short.max().item(), "ok": short.max().item() <= 1e-4}
 
 
+def _rows(bench: Bench, cfg: dict[str, Any]) -> Row:
+    """Prompts of different lengths, packed and then by one graph a step; one row stays empty. Each
+    row's logits, with the book's own in float32 as the measure.
+    """
+    book, ours = _pair(cfg, bench)
+    context, new = cfg["context_length"], min(20, cfg["context_length"] - 5)
+    lengths = [1, context - new, 5, (context - new) // 2 + 1]
+    texts = [torch.randint(cfg["vocab_size"], (n + new,)).tolist() for n in lengths]
+    rows = [0, 1, 3, 4]
+    parts = parts_of(ours.eval())
+    assert parts is not None
+    decoder = Decoder(parts, 5)
+    prompts = [text[:n] for text, n in zip(texts, lengths, strict=True)]
+    found = [decoder.prefill(prompts, rows)]
+    for i in range(new):
+        ids = torch.zeros(5, dtype=torch.int64)
+        ids[rows] = torch.tensor([text[n + i] for text, n in zip(texts, lengths, strict=True)])
+        found.append(decoder.step(ids.to(bench.device))[rows])
+
+    def whole(model: nn.Module) -> Tensors:
+        ids = [torch.tensor([text], device=bench.device) for text in texts]
+        return tuple(model(text)[0, -new - 1 :] for text in ids)
+
+    with torch.no_grad():
+        theirs, exact = whole(book.eval()), whole(book.double())
+    return compare(torch.stack(found, dim=1).unbind(), theirs, exact)
+
+
 def _bad_ids(bench: Bench, cfg: dict[str, Any]) -> Row:
     """An id outside the vocabulary is an IndexError, and the device works on after it."""
     _, ours = _pair(cfg, bench)
@@ -177,6 +207,7 @@ def models(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
     pieces += [
         ("model, same bits twice", "bfloat16", lambda: _same_bits(bench, cfg, shape)),
         ("model, greedy tokens", "float32", lambda: _greedy(bench, cfg)),
+        ("model, packed prompts and rows", "float32", lambda: _rows(bench, cfg)),
     ]
     for name, dtype, work in pieces:
         yield bench.attempt({"check": name, "dtype": dtype, "size": str(list(shape))}, work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from fastgpt import generate_text_simple, reference
 from fastgpt.bench.bound import forward_flops
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.workloads import Models
+from fastgpt.model import decode_graph
+from fastgpt.model.token_pass import parts_of
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -141,8 +143,26 @@ def _decoders(bench: Bench, cfg: dict[str, Any]) -> dict[str, Callable[[], Decod
             **options,
         )
 
+    def in_rows() -> Decoder:
+        parts = parts_of(ready("fused").eval())
+        assert parts is not None
+        decoder_of = lru_cache(maxsize=1)(partial(decode_graph.Decoder, parts))
+
+        def generate(prompt: Tensor, new: int) -> Tensor:
+            """Behind the last 1, 2, 3 and so on tokens of the prompts."""
+            rows, length = range(len(prompt)), prompt.shape[1]
+            decoder = decoder_of(len(prompt))
+            ends = [ids[-1 - row % length :] for row, ids in enumerate(prompt.tolist())]
+            tokens = [decoder.prefill(ends, rows).argmax(-1)]
+            for _ in range(new - 1):
+                tokens.append(decoder.step(tokens[-1]).argmax(-1))
+            return torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
+
+        return generate
+
     peers: dict[str, Callable[[], Decoder]] = {
         "fastgpt": partial(looped, "fused"),
+        "fastgpt, prompts of different lengths": in_rows,
         "book's loop": partial(looped, "book"),
         "optimised book's loop": partial(looped, "torch"),
         "book with a cache": lambda: CachedBook(ready("book")).generate,

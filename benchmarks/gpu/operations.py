@@ -306,7 +306,7 @@ def _decode(s: Scale, new: partial[Tensor]) -> Work:
     filled = capacity - 7 if capacity > 7 else capacity
     q = new(s.batch, s.heads, 1, s.head_dim)
     keys, values = (new(s.batch, s.heads, capacity, s.head_dim) for _ in range(2))
-    length = torch.tensor(filled, dtype=torch.int32, device=q.device)
+    length = torch.full((s.batch,), filled, dtype=torch.int32, device=q.device)
     out, scale = torch.empty_like(q), s.head_dim**-0.5
 
     def forward() -> Tensors:

@@ -79,13 +79,14 @@ def _forward_tiles(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["T", "S", "seed"])
+@triton.jit(do_not_specialize=["bounds_ptr", "T", "S", "seed"])
 def causal_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, or None
+    bounds_ptr,  # [B + 1] int32, where each sequence begins and the last ends; None if [B, H, T, D]
     q_strides,
     k_strides,
     v_strides,
@@ -105,7 +106,10 @@ def causal_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
-    """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first."""
+    """A program owns BLOCK_M queries of one head; the last queries, with most keys, go first.
+
+    With bounds, the sequences stand one behind another and T is the longest's length.
+    """
     tiles = tl.cdiv(T, BLOCK_M)
     tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     first_row = tile * BLOCK_M
@@ -113,6 +117,17 @@ def causal_attention_fwd_kernel(
     q_ptr = head_of(q_ptr, q_strides, bh, H)
     k_ptr = head_of(k_ptr, k_strides, bh, H)
     v_ptr = head_of(v_ptr, v_strides, bh, H)
+    out_ptr = head_of(out_ptr, out_strides, bh, H)
+    if bounds_ptr is not None:
+        first = tl.load(bounds_ptr + bh // H)
+        T = tl.load(bounds_ptr + bh // H + 1) - first
+        S = T
+        if first_row >= T:  # a longer sequence's tile
+            return
+        q_ptr += first.to(tl.int64) * q_strides[2]
+        k_ptr += first.to(tl.int64) * k_strides[2]
+        v_ptr += first.to(tl.int64) * v_strides[2]
+        out_ptr += first.to(tl.int64) * out_strides[2]
     q = load_rows(q_ptr, rows, q_strides[2], T, D, True, EVEN_D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -134,7 +149,6 @@ def causal_attention_fwd_kernel(
     factor = 1.0 / total
     if DROPOUT:
         factor *= keep_scale
-    out_ptr = head_of(out_ptr, out_strides, bh, H)
     store_rows(out_ptr, acc * factor[:, None], rows, out_strides[2], T, D, BLOCK_D)
     if lse_ptr is not None:
         lse = top * scale + tl.log2(total) * LN_2
@@ -150,18 +164,26 @@ def causal_attention(
     lse: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    packed: tuple[Tensor, int] | None = None,
 ) -> None:
     """Writes out = dropout(softmax(scale q k^T, causal)) v, and each row of scores' log-sum-exp.
 
     q, out: [B, H, T, D]; k, v: [B, H, S, D] with S >= T, query i seeing the keys up to i + S - T;
     all of one dtype (float32, float16 or bfloat16), any strides but 1 along D, which is at most
     MAX_HEAD_DIM. lse: [B, H, T] float32, contiguous. seed: from 0 to 2^63 - 1.
+
+    packed: for n sequences that stand one behind another in [1, H, N, D], each to see itself alone:
+    where each begins and the last ends, [n + 1] int32 on the same device, and the longest's length;
+    neither is checked. Without lse and dropout.
     """
     if out.numel() == 0:
         return
     if scale <= 0:  # the kernel scales after taking the largest score
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    H, T, S = q.shape[1], q.shape[2], k.shape[2]
+    H, T, S, bounds = q.shape[1], q.shape[2], k.shape[2], None
+    if packed is not None:
+        bounds, T = packed
+        q, k, v, out = (t.expand(len(bounds) - 1, -1, -1, -1) for t in (q, k, v, out))
     launch = options("causal_attention_fwd", q, dropout_p)
     causal_attention_fwd_kernel[grid(q, T, launch["BLOCK_M"])](
         q,
@@ -169,6 +191,7 @@ def causal_attention(
         v,
         out,
         lse,
+        bounds,
         q.stride(),
         k.stride(),
         v.stride(),

@@ -1,8 +1,9 @@
-"""Attention of one query a sequence over a cache of keys and values, split along the cache.
+"""Attention of one query a sequence over a cache of keys and values, split along the cache; and how
+keys and values get there.
 
 Each split writes its own result and log-sum-exp, a second kernel joins them in a fixed order. How
-many tokens the cache holds is read on the device, and every split takes an equal share of them, so
-one CUDA graph serves all lengths.
+many tokens the cache holds of each sequence is read on the device, and every split takes an equal
+share of them, so one CUDA graph serves all lengths.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def decode_attention_split_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
-    length_ptr,  # one int32: the tokens in the cache, at least 1
+    length_ptr,  # [B] int32: the tokens in the cache, at least 1
     out_ptr,  # the splits' results; with one split the result itself
     lse_ptr,  # [B, H, splits] float32, in base 2; None with one split
     q_strides,
@@ -44,7 +45,7 @@ def decode_attention_split_kernel(
     q = q.to(tl.float32) * (scale * LOG2_E)
     keys_ptr = head_of(keys_ptr, keys_strides, bh, H)
     values_ptr = head_of(values_ptr, values_strides, bh, H)
-    length = tl.load(length_ptr)
+    length = tl.load(length_ptr + bh // H)
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     acc = tl.zeros((BLOCK_D,), tl.float32)
     top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
@@ -99,11 +100,11 @@ def decode_attention_join_kernel(
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, out: Tensor
 ) -> None:
-    """Writes out = softmax(scale q k^T) v of one query a head over the cache's first tokens.
+    """Writes out = softmax(scale q k^T) v of one query a head over each sequence's first tokens.
 
     q, out: [B, H, 1, D]; keys, values: [B, H, capacity, D], all of one dtype (float32, float16 or
-    bfloat16) and of any strides but 1 along D; what lies past the length is never read. length: one
-    int32 on the same device, from 1 to capacity; it is not checked.
+    bfloat16) and of any strides but 1 along D; what lies past a sequence's length is never read.
+    length: [B] int32 on the same device, from 1 to capacity; it is not checked.
     """
     if out.numel() == 0:
         return
@@ -147,3 +148,70 @@ def decode_attention(
             BLOCK_D=block_d,
             **launch_table.launch("decode_attention_join", q),
         )
+
+
+# Positions and rows may begin anywhere in a longer tensor.
+@triton.jit(do_not_specialize=["position_ptr", "row_ptr"])
+def append_kernel(
+    k_ptr,
+    v_ptr,
+    position_ptr,  # [N] int32
+    row_ptr,  # [N] int32
+    keys_ptr,
+    values_ptr,
+    k_strides,
+    v_strides,
+    keys_strides,
+    values_strides,
+    capacity,
+    H,
+    D,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns HEADS heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    position = tl.load(position_ptr + token).to(tl.int64)
+    row = tl.load(row_ptr + token).to(tl.int64)
+    inside = (position >= 0) & (position < capacity)
+    mask = (heads < H) & (cols < tl.where(inside, D, 0))
+    k = tl.load(k_ptr + token * k_strides[0] + heads * k_strides[1] + cols, mask=mask)
+    v = tl.load(v_ptr + token * v_strides[0] + heads * v_strides[1] + cols, mask=mask)
+    keys_ptr += row * keys_strides[0] + position * keys_strides[2]
+    values_ptr += row * values_strides[0] + position * values_strides[2]
+    tl.store(keys_ptr + heads * keys_strides[1] + cols, k, mask=mask)
+    tl.store(values_ptr + heads * values_strides[1] + cols, v, mask=mask)
+
+
+def append(
+    k: Tensor, v: Tensor, position: Tensor, row: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Writes each token's keys and values into its row of a cache, at its position there; nothing
+    if the position lies outside.
+
+    k, v: [N, H, D]; keys, values: [rows, H, capacity, D], all of one dtype and of any strides but 1
+    along D. position, row: [N] int32 on the same device; the rows are not checked.
+    """
+    if k.numel() == 0:
+        return
+    N, H, D = k.shape
+    launch = launch_table.launch("cache_append", k)
+    append_kernel[(N, triton.cdiv(H, launch["HEADS"]))](
+        k,
+        v,
+        position,
+        row,
+        keys,
+        values,
+        k.stride(),
+        v.stride(),
+        keys.stride(),
+        values.stride(),
+        keys.shape[2],
+        H,
+        D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        **launch,
+    )

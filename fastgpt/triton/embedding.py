@@ -21,7 +21,7 @@ def embedding_fwd_kernel(
     idx_ptr,  # [n_rows] ids, n_rows = B * T
     tok_ptr,  # [vocabulary, width]
     pos_ptr,  # [context, width]
-    past,  # a number, or a pointer to one
+    past,  # a number, or a pointer to one a row of B
     y_ptr,  # [n_rows, width]
     n_rows,
     T,
@@ -39,7 +39,7 @@ def embedding_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PAST_ON_DEVICE:
-        past = tl.load(past)
+        past = tl.load(past + rows // T, mask=rows < n_rows, other=0)
     ids = tl.load(idx_ptr + rows, mask=rows < n_rows, other=0).to(tl.int64)
     places = (past + rows % T).to(tl.int64)
     # Outside the tables nothing is read and the row becomes NaN.
@@ -181,8 +181,8 @@ def embedding(
 
     idx: [B, T] contiguous, any integer dtype; tok: [V, D], pos: [context, D] and y: [B, T, D]
     contiguous, any floating dtypes. past: how many positions went before, a number or an integer
-    tensor of one element on the device, which a captured graph reads again. An id or a position
-    outside its table reads nothing and makes its row NaN.
+    tensor [B] on the device, which a captured graph reads again. An id or a position outside its
+    table reads nothing and makes its row NaN.
     """
     if y.numel() == 0:
         return

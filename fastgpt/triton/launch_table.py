@@ -201,6 +201,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
     "decode_attention_join": {(ANY, ANY, ANY): _row(4)},
+    "cache_append": {(ANY, ANY, ANY): _row(4, HEADS=8)},
 }
 
 

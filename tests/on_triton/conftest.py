@@ -82,6 +82,35 @@ def dispatched(interpreted, monkeypatch):
 
 
 @pytest.fixture
+def captures(monkeypatch):
+    """The runs that were captured; a replay runs them again into the same memory, and fails where
+    a parameter lies elsewhere than it did.
+    """
+    from fastgpt.model import decode_graph
+    from fastgpt.triton import vendor
+
+    found = []
+
+    def capture(run):
+        result = run().clone()
+        found.append(run)
+        return lambda: result.copy_(run()), result
+
+    step = decode_graph.step
+
+    def step_as_captured(parts, state):
+        assert vars(state).setdefault("captured", parts.key()) == parts.key()
+        return step(parts, state)
+
+    monkeypatch.setattr(decode_graph, "capture", capture)
+    monkeypatch.setattr(decode_graph, "step", step_as_captured)
+    monkeypatch.setattr(decode_graph, "MIN_STEPS", 2)
+    # The products have their own tests, and interpreting them takes most of the time.
+    monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: False)
+    return found
+
+
+@pytest.fixture
 def launched_with(monkeypatch):
     """launched_with(kernel, BLOCK=...): other settings for a kernel, so that small inputs cross its
     tiles' borders.

@@ -4,6 +4,7 @@ import torch
 from helpers import forward_backward
 from torch.nn import functional as F
 
+from fastgpt import reference
 from fastgpt.triton import launch_table
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
 from on_triton.support import gpu
@@ -191,6 +192,63 @@ def test_empty(shape):
     assert all(torch.equal(t, torch.zeros_like(t)) for t in results)
 
 
+def _packed(q, k, v, lengths, out=None):
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    out = torch.full_like(q, torch.nan) if out is None else out
+    causal_attention(q, k, v, q.shape[-1] ** -0.5, out, packed=(bounds, max(lengths)))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    ("lengths", "D"),
+    [([1, 130, 64, 7, 65], 16), ([129, 1, 1], 64), ([33, 2, 70], 80), ([5], 33)],
+    ids=str,
+)
+def test_packed_sequences_against_float64(padded, lengths, D, dtype):
+    q, k, v, dout = (padded(t, past_row=3) for t in _inputs(1, 2, *[sum(lengths)] * 2, D, dtype))
+    out = _packed(q, k, v, lengths, padded.empty(*q.shape, dtype=dtype, past_row=3))
+
+    def definition(q, k, v):
+        return reference.packed_causal_attention(q, k, v, lengths)
+
+    check((out, None, None, None), definition, (q, k, v), [dout])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the others
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_packed_sequence_is_what_it_is_alone(dtype):
+    lengths = [3, 140, 1, 70]
+    qkv = [t.to(dtype) for t in _inputs(1, 2, *[sum(lengths)] * 2, 16)[:3]]
+    # As a packed product leaves them.
+    qkv = torch.stack([t.transpose(1, 2) for t in qkv], dim=2).permute(2, 0, 3, 1, 4)
+    out = _packed(*qkv, lengths).split(lengths, dim=2)
+    for i, one in enumerate(qkv.split(lengths, dim=3)):
+        alone = torch.full_like(out[i], torch.nan)
+        causal_attention(*one, 0.25, alone)
+        assert torch.equal(out[i], alone)
+        others = torch.full_like(qkv, torch.nan)
+        others.split(lengths, dim=3)[i].copy_(one)
+        assert torch.equal(_packed(*others, lengths).split(lengths, dim=2)[i], alone)
+
+
+def test_new_lengths_of_packed_sequences_compile_nothing_anew():
+    with gpu.fake_gpu("sm_90") as launches:
+        for tokens, n, longest in ((4096, 8, 1024), (17, 17, 1), (1000, 3, 999), (16, 1, 16)):
+            _run_packed(torch.bfloat16, 64, tokens, longest, empty(torch.int32, n + 1))
+        _run_packed(torch.bfloat16, 64, 4096, 1024, gpu.Unaligned(9))
+    tiles = [8 * 8, 17, 3 * 8, 1, 8 * 8]
+    assert [launch.grid for launch in launches] == [(12 * n,) for n in tiles]
+    assert len({id(launch.compiled) for launch in launches}) == 1
+
+
+def _run_packed(dtype, D, tokens=4096, longest=1024, bounds=None):
+    q, k, v = empty(dtype, tokens, 3, 12, D).transpose(0, 2)[None].unbind(2)
+    out = empty(dtype, tokens, 12, D).transpose(0, 1)[None]
+    bounds = empty(torch.int32, 9) if bounds is None else bounds
+    causal_attention(q, k, v, 0.1, out, packed=(bounds, longest))
+
+
 def test_a_new_length_or_seed_compiles_nothing_anew():
     with gpu.fake_gpu("sm_90") as launches:
         for T, S, seed in ((1024, 1024, 7), (1000, 1000, 1), (17, 300, 2**40), (1, 64, 16)):
@@ -228,11 +286,18 @@ def _case(D, dropout_p, *dtypes):
     return Case(run, names if D == 64 else names[:2], names, dtypes)
 
 
+def _packed_case(D, *dtypes):
+    names = ("causal_attention_fwd_kernel",)
+    return Case(lambda dtype: _run_packed(dtype, D), names, names, dtypes)
+
+
 # Dropout and odd widths take the most registers of the launches that share a row of the settings.
 CASES = {
     "narrow": _case(64, 0.0, torch.bfloat16),
     "dropout": _case(64, 0.1, torch.bfloat16, torch.float32),
     "little shared memory": _case(64, 0.1, torch.bfloat16)._replace(archs=("sm_86",)),
     "wide": _case(128, 0.1, torch.bfloat16),
+    "packed": _packed_case(64, torch.bfloat16),
+    "packed, odd": _packed_case(80, torch.bfloat16, torch.float32),
     "odd": _case(80, 0.1, torch.bfloat16, torch.float32),
 }

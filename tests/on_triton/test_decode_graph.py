@@ -1,4 +1,4 @@
-"""Generation by captured steps, with capturing replaced by running the step."""
+"""Generation by captured steps, with capturing replaced by running the step: see conftest.py."""
 
 import copy
 import gc
@@ -13,35 +13,8 @@ from fastgpt import reference
 from fastgpt.model import decode_graph
 from fastgpt.model.cache import idle
 from fastgpt.quantized_weight import PRECISIONS
-from fastgpt.triton import vendor
 
 pytestmark = pytest.mark.usefixtures("dispatched", "captures")
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """The runs that were captured; a replay runs them again into the same memory, and fails where
-    a parameter lies elsewhere than it did.
-    """
-    found = []
-
-    def capture(run):
-        result = run().clone()
-        found.append(run)
-        return lambda: result.copy_(run()), result
-
-    step = decode_graph.step
-
-    def step_as_captured(parts, state):
-        assert vars(state).setdefault("captured", parts.key()) == parts.key()
-        return step(parts, state)
-
-    monkeypatch.setattr(decode_graph, "capture", capture)
-    monkeypatch.setattr(decode_graph, "step", step_as_captured)
-    monkeypatch.setattr(decode_graph, "MIN_STEPS", 2)
-    # The products have their own tests, and interpreting them takes most of the time.
-    monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: False)
-    return found
 
 
 def _same(ours, book, ids, new, context=CONFIG["context_length"]):

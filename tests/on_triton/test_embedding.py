@@ -57,7 +57,7 @@ def test_the_position_on_the_device_and_only_what_is_wanted(padded):
     idx, tok, pos = torch.randint(17, (2, 5)), torch.randn(17, 8), torch.randn(9, 8)
     y, again, dtok, dpos = (padded.empty(*s) for s in ((2, 5, 8), (2, 5, 8), (17, 8), (9, 8)))
     embedding(idx, tok, pos, 4, y)
-    embedding(idx, tok, pos, torch.tensor([4], dtype=torch.int32), again)
+    embedding(idx, tok, pos, torch.tensor([4, 4], dtype=torch.int32), again)
     assert torch.equal(y, again)
     embedding_backward(y, idx, dtok, None, 4)
     embedding_backward(y, idx, None, dpos, 4)
@@ -65,6 +65,20 @@ def test_the_position_on_the_device_and_only_what_is_wanted(padded):
     embedding_backward(y, idx, *both, 4)
     assert torch.equal(both[0], dtok)
     assert torch.equal(both[1], dpos)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_each_row_at_a_position_of_its_own(padded, T):
+    idx, tok, pos = torch.randint(17, (6, T)), torch.randn(17, 8), torch.randn(9, 8)
+    places = [4, 0, 6, 9, -1, 2]  # two of them outside
+    y = padded.empty(6, T, 8)
+    embedding(padded(idx), tok, pos, padded(torch.tensor(places, dtype=torch.int32)), y)
+    for row, ids, place in zip(y, idx, places, strict=True):
+        for t in range(T):
+            if 0 <= place + t < 9:
+                assert torch.equal(row[t], tok[ids[t]] + pos[place + t])
+            else:
+                assert row[t].isnan().all()
 
 
 def test_outside_the_tables_nothing_is_read(padded):
@@ -99,7 +113,7 @@ def _run(p):
         idx = empty(torch.int64, 8, 1024)
         tok, pos, y = empty(dtype, 50257, 768), empty(dtype, 1024, 768), empty(dtype, 8, 1024, 768)
         embedding(idx, tok, pos, 0, y, p, 7)
-        embedding(idx, tok, pos, idx[:1, :1], y, p, 7)
+        embedding(idx, tok, pos, idx[:, 0], y, p, 7)
         embedding_backward(y, idx, tok, pos, 0, p, 7)
 
     kernels = ("embedding_fwd_kernel", "token_bwd_kernel", "position_bwd_kernel")

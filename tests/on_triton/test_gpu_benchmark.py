@@ -30,6 +30,9 @@ def test_from_end_to_end_without_a_gpu(tmp_path):
         assert timed, section
         assert all(row["seconds"] > 0 for row in timed)
         assert len({row[key] for row in results[section]}) > 3, section
+    in_rows = [row for row in results["decoding"] if row["decode"].startswith("fastgpt, prompts")]
+    assert len(in_rows) == 2
+    assert all(row["seconds"] > 0 for row in in_rows)
     assert {row["dtype"] for row in results["checks"]} == {"float32", "float16", "bfloat16"}
 
 

@@ -103,6 +103,23 @@ def fake_gpu(arch):
         KernelInterface.__getitem__, launch_table.device_of, driver._active = get, of, active
 
 
+class Unaligned:
+    """So many numbers, part of some longer tensor; those made inside `fake_gpu` all pass for
+    aligned.
+    """
+
+    dtype = torch.int32
+
+    def __init__(self, length=1):
+        self._length = length
+
+    def __len__(self):
+        return self._length
+
+    def data_ptr(self):
+        return 4
+
+
 class Resources(NamedTuple):
     shared: int  # bytes a program
     registers: int  # a thread
