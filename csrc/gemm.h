@@ -24,6 +24,8 @@ namespace FASTGPT_ISA {
 
 enum Way { kDots, kTiles, kStream };
 
+inline int64_t few_rows(bool column_major) { return column_major ? kMaxStreamM : kMaxDotM; }
+
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
     if (p.w.col == 1) return p.m <= kMaxDotM && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;

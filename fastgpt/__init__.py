@@ -8,6 +8,7 @@ from fastgpt._version import __version__
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.model.accelerate import accelerate
+from fastgpt.model.batch_generation import generate_batch, generate_batch_stream
 from fastgpt.model.cache import KVCache
 from fastgpt.model.explanation import explain
 from fastgpt.model.generation import generate, generate_stream, generate_text_simple
@@ -37,6 +38,8 @@ __all__ = [
     "cpu",
     "explain",
     "generate",
+    "generate_batch",
+    "generate_batch_stream",
     "generate_stream",
     "generate_text_simple",
     "load_weights",

@@ -53,7 +53,7 @@ def generate_text_simple(
         IndexError: an id is outside the vocabulary.
     """
     idx = _start(idx)
-    for new in _steps(model, idx, max_new_tokens, context_size, likeliest, prompt_lookup):
+    for new in steps(model, idx, max_new_tokens, context_size, likeliest, prompt_lookup):
         idx = torch.cat((idx, new), dim=1)
     return idx
 
@@ -95,8 +95,8 @@ def generate(
         RuntimeError: a token is to be drawn on the CPU and a logit is NaN or infinite.
     """
     choose, idx = sampler(temperature, top_k, top_p), _start(idx)
-    steps = _steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup)
-    for new in _until(eos_id, steps):
+    found = steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup)
+    for new in _until(eos_id, found):
         idx = torch.cat((idx, new), dim=1)
     return idx
 
@@ -120,8 +120,8 @@ def generate_stream(
     seven; without ``prompt_lookup`` at once.
     """
     choose, idx = sampler(temperature, top_k, top_p), _start(idx)
-    steps = _steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup, watched=True)
-    return _until(eos_id, steps)
+    found = steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup, watched=True)
+    return _until(eos_id, found)
 
 
 def _start(idx: Tensor) -> Tensor:
@@ -145,13 +145,13 @@ def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
         yield new
 
 
-def _steps(
+def steps(
     model: nn.Module,
     idx: Tensor,
     max_new_tokens: int,
     context_size: int,
     choose: Choose,
-    prompt_lookup: bool,
+    prompt_lookup: bool = True,
     watched: bool = False,
 ) -> Iterator[Tensor]:
     """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size].

@@ -1,0 +1,350 @@
+"""Many prompts of any lengths at once, without padding.
+
+Each read of the weights serves all that run. A sequence that ends leaves at once, and the next
+prompt takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import dispatch
+from fastgpt.config import check_ids
+from fastgpt.model.generation import new_cache, steps
+from fastgpt.model.gpt import GPTModel
+from fastgpt.model.rows import rows_of
+from fastgpt.model.sampling import Choose, sampler
+
+Prompts = Sequence[Sequence[int] | Tensor]
+
+# Of the rows, one part in so many must be free before prompts are admitted: together they are
+# cheaper than one by one.
+_ADMITTED = 8
+
+
+def generate_batch(
+    model: nn.Module,
+    prompts: Prompts,
+    max_new_tokens: int | Sequence[int],
+    context_size: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eos_id: int | None = None,
+    top_p: float | None = None,
+    *,
+    seed: int | None = None,
+    batch_size: int = 32,
+    cache_bytes: int = 2 << 30,
+) -> list[list[int]]:
+    """``generate`` for many prompts of any lengths, several at once and without padding.
+
+    Each gets the tokens that it gets alone, whatever the batch size and its neighbours: in full
+    precision, bfloat16 and int8 on the CPU bit for bit. With int4 weights on the CPU, or on a GPU,
+    sums are rounded differently by the number of rows, and of two tokens that are all but equally
+    likely the other may be taken. A model with hooks, replaced modules or dropout goes prompt by
+    prompt, which a warning says.
+
+    Args:
+        model: any module from ids [B, T] to logits [B, T, vocab_size].
+        prompts: lists of ids or 1-D tensors, each of at least one token.
+        max_new_tokens: the most tokens to append, one number for all or one a prompt.
+        context_size: how many of the last tokens the model sees, by default its context length.
+        temperature, top_k, top_p: as for ``generate``. Prompt i is drawn for by a generator of its
+            own, seeded with seed + i: ``torch.manual_seed(seed + i)`` and ``generate`` draw the
+            same.
+        eos_id: a sequence ends before this token.
+        seed: by default one drawn from torch's generator, if tokens are drawn at all.
+        batch_size: the most sequences at once.
+        cache_bytes: the most memory for keys and values; fewer sequences run at once if they would
+            not fit, but always one.
+
+    Returns:
+        Each prompt with its continuation, in the order given.
+
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: a prompt is empty or not one sequence, another argument is out of its range, or
+            context_size is more than the model's context and a sequence outgrows it.
+        IndexError: an id is outside the vocabulary.
+    """
+    texts = [_ids(prompt, i) for i, prompt in enumerate(prompts)]
+    stream = generate_batch_stream(
+        model,
+        texts,
+        max_new_tokens,
+        context_size,
+        temperature,
+        top_k,
+        eos_id,
+        top_p,
+        seed=seed,
+        batch_size=batch_size,
+        cache_bytes=cache_bytes,
+    )
+    for number, token in stream:
+        texts[number].append(token)
+    return texts
+
+
+def generate_batch_stream(
+    model: nn.Module,
+    prompts: Prompts,
+    max_new_tokens: int | Sequence[int],
+    context_size: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eos_id: int | None = None,
+    top_p: float | None = None,
+    *,
+    seed: int | None = None,
+    batch_size: int = 32,
+    cache_bytes: int = 2 << 30,
+) -> Iterator[tuple[int, int]]:
+    """``generate_batch``, yielding (number of the prompt, token) as they come.
+
+    Args, errors: those of ``generate_batch``. The model may be changed between two tokens, and
+    stopping early leaves nothing behind.
+    """
+    choose = sampler(temperature, top_k, top_p)
+    texts = [_ids(prompt, i) for i, prompt in enumerate(prompts)]
+    for name, value in (("batch_size", batch_size), ("cache_bytes", cache_bytes)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is below 1")
+    limits = _limits(max_new_tokens, len(texts))
+    if context_size is None:
+        context_size = _context_of(model)
+    elif context_size < 1:
+        raise ValueError(f"context_size {context_size} is below 1")
+    _check(model, texts, limits, context_size)
+    generators: list[torch.Generator | None] = [None] * len(texts)
+    if temperature > 0:
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
+    waiting = deque(
+        _Sequence(i, list(text), limits[i], generators[i])
+        for i, text in enumerate(texts)
+        if limits[i] > 0
+    )
+    batch = _Batch(model, waiting, context_size, choose, eos_id, batch_size, cache_bytes)
+    return batch.run()
+
+
+def _ids(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
+    """A prompt as a list of ids."""
+    ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt) or [0])
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"prompt {number} holds {ids.dtype} in place of token ids")
+    if ids.dim() != 1:
+        raise ValueError(f"prompt {number} has shape {tuple(ids.shape)} in place of [tokens]")
+    if len(prompt) == 0:
+        raise ValueError(
+            f"prompt {number} holds no token to go on from; <|endoftext|>, 50256 in GPT-2, starts "
+            "a new text"
+        )
+    return [int(i) for i in ids.tolist()]
+
+
+def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
+    limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != n:
+        raise ValueError(f"max_new_tokens has {len(limits)} numbers for {n} prompts")
+    return limits
+
+
+def _context_of(model: nn.Module) -> int:
+    if not isinstance(model, GPTModel):
+        raise ValueError("context_size is needed: this model is not a fastgpt.GPTModel")
+    return model.max_context()
+
+
+def _check(
+    model: nn.Module, texts: Sequence[list[int]], limits: Sequence[int], context_size: int
+) -> None:
+    """Refuses at once what a pass would refuse in the middle."""
+    if not isinstance(model, GPTModel):
+        return
+    longest = model.max_context()
+    for i, (text, limit) in enumerate(zip(texts, limits, strict=True)):
+        seen = min(len(text) + limit - 1, context_size)
+        if limit > 0 and seen > longest:
+            raise ValueError(
+                f"{seen} tokens of prompt {i} are more than the context length {longest}"
+            )
+    if isinstance(model.tok_emb, nn.Embedding):
+        for text in texts:
+            check_ids(torch.tensor(text), model.tok_emb.weight.shape[0])
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A prompt on its way."""
+
+    number: int
+    ids: list[int]
+    left: int  # tokens to append
+    generator: torch.Generator | None
+    row: int | None = None
+    ended: bool = field(default=False)
+
+
+@dataclass
+class _Batch:
+    model: nn.Module
+    waiting: deque[_Sequence]
+    context_size: int
+    choose: Choose
+    eos_id: int | None
+    batch_size: int
+    cache_bytes: int
+
+    def run(self) -> Iterator[tuple[int, int]]:
+        """The sequences' tokens, each with its sequence's number."""
+        running: list[_Sequence] = []
+        with contextlib.ExitStack() as stack:
+            rows: Any = None
+            if isinstance(self.model, GPTModel) and new_cache(self.model) is not None:
+                self.batch_size = self._most_rows(self.model)
+                steps_each = sum(s.left for s in self.waiting) // self.batch_size
+                rows = stack.enter_context(rows_of(self.model, self.batch_size, steps_each))
+            while (self.waiting or running) and rows is not None and rows.serves():
+                new = self._admitted(running)
+                running += new
+                try:
+                    with torch.no_grad():
+                        tokens = self._tokens(rows, new, running)
+                except dispatch.KernelError:  # the backend has said so
+                    break
+                for sequence in running:
+                    yield from self._append(sequence, tokens[sequence.number])
+                for sequence in running:
+                    outgrown = len(sequence.ids) > self.context_size
+                    if sequence.row is not None and (sequence.ended or outgrown):
+                        rows.release(sequence.row)
+                        sequence.row = None
+                running = [sequence for sequence in running if not sequence.ended]
+        self.waiting.extendleft(reversed(running))
+        if self.waiting:
+            self._say_why()
+        while self.waiting:
+            yield from self._alone(self.waiting.popleft())
+
+    def _admitted(self, running: Sequence[_Sequence]) -> list[_Sequence]:
+        """The next prompts, as many as there are rows and memory for."""
+        free = self.batch_size - len(running)
+        if running and free < max(1, self.batch_size // _ADMITTED):
+            return []
+        taken = {sequence.row for sequence in running}
+        numbers = iter(row for row in range(self.batch_size) if row not in taken)
+        memory = sum(map(self._bytes_of, running))
+        new: list[_Sequence] = []
+        while self.waiting and len(new) < free:
+            memory += self._bytes_of(self.waiting[0])
+            if memory > self.cache_bytes and (running or new):
+                break
+            sequence = self.waiting.popleft()
+            if len(sequence.ids) <= self.context_size:
+                sequence.row = next(numbers)
+            new.append(sequence)
+        return new
+
+    def _tokens(
+        self, rows: Any, new: Sequence[_Sequence], running: Sequence[_Sequence]
+    ) -> dict[int, int]:
+        """The next token of each sequence by its number."""
+        tokens: dict[int, int] = {}
+        held = [s for s in running if s.row is not None]
+        first, further = [s for s in held if s in new], [s for s in held if s not in new]
+        if first:
+            capacities = [self._capacity(s) for s in first]
+            logits = rows.prefill([s.ids for s in first], [s.row for s in first], capacities)
+            self._choose(first, logits, tokens)
+        if further:
+            logits = rows.step([s.ids[-1] for s in further], [s.row for s in further])
+            self._choose(further, logits, tokens)
+        for s in running:
+            if s.row is None:  # its window slides, and with it every position
+                model: Any = self.model
+                device = next(model.parameters()).device
+                window = torch.tensor([s.ids[-self.context_size :]], device=device)
+                self._choose([s], model.forward_pass(window, None, True)[:, -1], tokens)
+        return tokens
+
+    def _choose(
+        self, sequences: Sequence[_Sequence], logits: Tensor, tokens: dict[int, int]
+    ) -> None:
+        generators = [s.generator for s in sequences]
+        drawn = self.choose(logits, None if None in generators else generators)
+        tokens |= zip((s.number for s in sequences), drawn[:, 0].tolist(), strict=True)
+
+    def _append(self, sequence: _Sequence, token: int) -> Iterator[tuple[int, int]]:
+        if token == self.eos_id:
+            sequence.ended = True
+            return
+        sequence.ids.append(token)
+        sequence.left -= 1
+        sequence.ended = sequence.left == 0
+        yield sequence.number, token
+
+    def _alone(self, sequence: _Sequence) -> Iterator[tuple[int, int]]:
+        """The rest of a sequence, by the loop that takes any model."""
+        device = next((p.device for p in self.model.parameters()), None)
+        generators = None if sequence.generator is None else [sequence.generator]
+        stream = steps(
+            self.model,
+            torch.tensor([sequence.ids], device=device),
+            sequence.left,
+            self.context_size,
+            lambda logits: self.choose(logits, generators),
+            watched=True,
+        )
+        for new in stream:
+            yield from self._append(sequence, int(new))
+            if sequence.ended:
+                return
+
+    def _capacity(self, sequence: _Sequence) -> int:
+        """The most tokens whose keys and values it needs."""
+        return min(len(sequence.ids) + sequence.left, self.context_size)
+
+    def _bytes_of(self, sequence: _Sequence) -> int:
+        if len(sequence.ids) > self.context_size:
+            return 0
+        return self._capacity(sequence) * self._bytes_of_token()
+
+    def _bytes_of_token(self) -> int:
+        model: Any = self.model
+        pos = model.pos_emb.weight
+        return 2 * len(model.trf_blocks) * pos.shape[1] * pos.element_size()
+
+    def _most_rows(self, model: GPTModel) -> int:
+        """The batch size, or fewer: a GPU's graph has room for a whole context in each row."""
+        most = max(1, min(self.batch_size, len(self.waiting)))
+        if model.pos_emb.weight.is_cpu:
+            return most
+        return max(1, min(most, self.cache_bytes // (model.max_context() * self._bytes_of_token())))
+
+    def _say_why(self) -> None:
+        model = self.model
+        if not isinstance(model, GPTModel):
+            why = f"{type(model).__name__} is not a fastgpt.GPTModel"
+        elif obstacles := model.obstacles():
+            why = f"{obstacles[0].path or 'the model'}: {obstacles[0].reason}"
+        elif new_cache(model) is None:
+            why = "it drops something, or has no blocks"
+        else:  # a backend without rows, which says so itself where it was not asked for
+            return
+        warnings.warn(
+            f"generate_batch takes the prompts one by one, because of the model: {why}",
+            dispatch.BackendWarning,
+            stacklevel=3,
+        )
