@@ -179,14 +179,16 @@ class MultiHeadAttention(nn.Module):
         self.check_length(past + T)
         heads = (self.num_heads, self.head_dim)
         k, q, v = (t.unflatten(-1, heads).transpose(1, 2) for t in self._projected(x))
+        first, limit = 0, self.max_context()
+        if isinstance(cache, CacheTransaction):
+            first, limit = cache.first, cache.limit
         if cache is not None:
-            k, v = extended(cache.get(layer), k, v, self.max_context())
+            k, v = extended(cache.get(layer), k, v, limit)
             cache.update(layer, (k, v))
         dropout_p = drop_probability(self.dropout)
         if self.is_causal() and dropout_p is not None:
             context = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         else:
-            first = cache.first if isinstance(cache, CacheTransaction) else 0
             hidden = self._hidden(first, past, T, q.device)
             context = reference.causal_attention(q, k, v, hidden, self.dropout)
         return linear(self.out_proj, context.transpose(1, 2).reshape(B, T, self.d_out))
