@@ -408,8 +408,15 @@ def test_the_parts_take_it_too(path):
     att = fastgpt.MultiHeadAttention(48, 48, CONTEXT, 0.0, 3, True, True)
     att.load_state_dict(block.att.state_dict())
     assert_same(att(x), book.trf_blocks[1].att(x))
-    with pytest.raises(ValueError, match="13 tokens are more than the context length 12"):
-        att(torch.randn(1, 13, 48))
+
+
+@torch.no_grad()
+def test_more_positions_are_all_it_takes_for_a_longer_text(path):
+    ours, book = seeing_all()
+    with pytest.raises(ValueError, match="17 tokens are more than the context length 12"):
+        ours(some_ids(2, 17))
+    ours.pos_emb = book.pos_emb = nn.Embedding(17, 48)
+    assert_same(ours(some_ids(2, 17)), book(some_ids(2, 17)))
 
 
 @torch.no_grad()

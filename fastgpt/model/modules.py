@@ -115,7 +115,8 @@ class MultiHeadAttention(nn.Module):
         dropout: probability of dropping an attention weight while training.
         num_heads: number of heads.
         qkv_bias: whether the query, key and value projections have a bias.
-        disable_causal_mask: every token sees all others; there is no mask then.
+        disable_causal_mask: every token sees all others; there is no mask then, and a sequence may
+            have any length.
 
     Raises:
         ValueError: d_out is not divisible by num_heads.
@@ -221,9 +222,10 @@ class MultiHeadAttention(nn.Module):
     def check_length(self, tokens: int) -> None:
         """
         Raises:
-            ValueError: so many tokens, cached ones included, are more than the context length.
+            ValueError: so many tokens, cached ones included, are more than the context length,
+                which counts only where there is a mask.
         """
-        if tokens > (longest := self.max_context()):
+        if tokens > (longest := self.max_context()) and not self.disable_causal_mask:
             raise ValueError(f"{tokens} tokens are more than the context length {longest}")
 
     def max_context(self) -> int:
