@@ -294,6 +294,8 @@ def test_the_window_is_kept(tmp_path):
     for model in (loaded, quantized, GPTModel.from_pretrained(tmp_path / "int8")):
         assert model.kv_window_size == 5
     assert_same(fed(loaded, ids, 5), fed(oracle, ids, 5))
+    with pytest.raises(ValueError, match="6 tokens are more than the kv_window_size of 5"):
+        quantized(ids[:, :6], use_cache=True)
     assert GPTModel.from_pretrained(tmp_path, {"kv_window_size": 9}).kv_window_size == 9
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "kv_window_size": 7}))
     assert GPTModel.from_pretrained(tmp_path).kv_window_size == 7
