@@ -27,6 +27,7 @@ GPT2_SIZES: dict[str, dict[str, Any]] = {
 }
 
 _KEYS = tuple(GPT_CONFIG_124M)
+WINDOW = "kv_window_size"  # a key that a config may have
 _LEAST = {"vocab_size": 1, "context_length": 1, "emb_dim": 1, "n_heads": 1, "n_layers": 0}
 
 
@@ -41,12 +42,22 @@ def check_config(cfg: Config) -> None:
     if missing:
         raise KeyError(f"the config lacks {', '.join(missing)} (it needs {', '.join(_KEYS)})")
     for key, least in _LEAST.items():
-        if not isinstance(cfg[key], Integral) or cfg[key] < least:
-            raise ValueError(f"{key} {cfg[key]!r} is not a whole number of at least {least}")
+        check_whole_number(key, cfg[key], least)
+    if WINDOW in cfg:
+        check_whole_number(WINDOW, cfg[WINDOW], 1)
     if not isinstance(cfg["drop_rate"], Real) or not 0 <= float(cfg["drop_rate"]) <= 1:
         raise ValueError(f"drop_rate {cfg['drop_rate']!r} is not a number from 0 to 1")
     if cfg["emb_dim"] % cfg["n_heads"] != 0:
         raise ValueError(f"emb_dim {cfg['emb_dim']} must be divisible by n_heads {cfg['n_heads']}")
+
+
+def check_whole_number(name: str, value: Any, least: int) -> None:
+    """
+    Raises:
+        ValueError: the value is not a whole number of at least this.
+    """
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} {value!r} is not a whole number of at least {least}")
 
 
 def in_plain_ints(cfg: Config) -> dict[str, Any]:

@@ -89,6 +89,10 @@ def _over_the_books(model: nn.Module) -> GPTModel:
         mine.att.out_proj, mine.ff.layers[0], mine.ff.layers[2] = theirs.linears
         if isinstance(getattr(theirs.att, "mask", None), Tensor):
             mine.att.set_mask(theirs.att.mask)
+        mine.att.disable_causal_mask = bool(getattr(theirs.att, "disable_causal_mask", False))
+    window: Any = getattr(model, "kv_window_size", None)
+    if window is not None:
+        ours.kv_window_size = window
     return ours
 
 

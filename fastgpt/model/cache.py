@@ -42,6 +42,12 @@ class KVCache:
         self.cache[:] = [None] * len(self.cache)
 
 
+class OwnCache(KVCache):
+    """A model's own cache: of the tokens that the model has `seen`, it holds the last ones."""
+
+    seen = 0
+
+
 class _Blocks:
     """Room for the keys and values of one layer: two blocks [B, H, capacity, D], of which `written`
     tokens count.
@@ -131,25 +137,45 @@ def cached_tokens(cache: Any, layer: int) -> int:
     return 0 if pair is None else int(pair[0].shape[2])
 
 
-class CacheTransaction:
-    """A cache during one forward pass: what the layers write reaches it only once all have."""
+def tokens_seen(cache: Any) -> int:
+    """How many tokens stand before the next: those in the cache, and those it has dropped."""
+    return cache.seen if isinstance(cache, OwnCache) else cached_tokens(cache, 0)
 
-    def __init__(self, cache: Any, batch: int, past: int, limit: int) -> None:
-        self.cache, self.batch, self.past = cache, batch, past
-        self.limit = limit  # the most tokens that a layer may hold
+
+class CacheTransaction:
+    """A cache during one forward pass: what the layers write reaches it only once all have.
+
+    Args:
+        cache: where the pairs come from and go to.
+        batch: the ids' batch size.
+        tokens: how many tokens the pass adds.
+        limit: the most tokens that a layer may hold; the oldest are dropped first.
+    """
+
+    def __init__(self, cache: Any, batch: int, tokens: int, limit: int) -> None:
+        self.cache, self.batch, self.tokens, self.limit = cache, batch, tokens, limit
+        self.held = cached_tokens(cache, 0)
+        self.past = min(self.held, limit - tokens)  # as many as the pass sees
+        # The position of the first of them.
+        self.first = tokens_seen(cache) - self.past
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def get(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The layer's pair before this pass; ValueError if it is not [batch, H, past, D]."""
+        """The layer's pair that this pass sees, [batch, H, past, D]; ValueError if the cache's does
+        not fit.
+        """
         pair: tuple[Tensor, Tensor] | None = self.cache.get(layer)
         tokens = 0 if pair is None else pair[0].shape[2]
-        if tokens != self.past:
+        if tokens != self.held:
             raise ValueError(
-                f"the cache holds {tokens} tokens in layer {layer}, {self.past} in layer 0"
+                f"the cache holds {tokens} tokens in layer {layer}, {self.held} in layer 0"
             )
         if pair is not None and pair[0].shape[0] != self.batch:
             raise ValueError(f"a batch of {self.batch} for a cache of batch {pair[0].shape[0]}")
-        return pair
+        if pair is None or self.past == self.held:
+            return pair
+        keys, values = (tensor[:, :, self.held - self.past :] for tensor in pair)
+        return keys, values
 
     def update(self, layer: int, pair: tuple[Tensor, Tensor]) -> None:
         """Keeps the layer's pair until the commit."""
@@ -170,3 +196,5 @@ class CacheTransaction:
         """Hands every pair to the cache."""
         for layer, pair in self.new.items():
             self.cache.update(layer, pair)
+        if isinstance(self.cache, OwnCache):
+            self.cache.seen += self.tokens

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastgpt.config import WINDOW
 from fastgpt.model.modules import (
     GELU,
     FeedForward,
@@ -39,7 +40,9 @@ def described(model: Any) -> Sizes:
         act = block.ff.layers[1]
         if not isinstance(act, GELU) and getattr(act, "approximate", None) != "tanh":
             faults.append(f"{name}.ff.layers.1 is a {type(act).__name__}, not the tanh GELU")
-        if not block.att.is_causal():
+        if block.att.disable_causal_mask:
+            faults.append(f"{name}.att has no causal mask")
+        elif not block.att.is_causal():
             faults.append(f"{name}.att.mask is edited")
         heads.add(block.att.num_heads)
         epsilons |= {getattr(norm, "eps", 0.0) for norm in (block.norm1, block.norm2)}
@@ -78,6 +81,8 @@ def described(model: Any) -> Sizes:
         "drop_rate": shortcut,
         "qkv_bias": any(".att.W_" in n and n.endswith("bias") for n, _ in model.named_parameters()),
     }
+    if model.kv_window_size != model.max_context():
+        cfg[WINDOW] = model.kv_window_size
     rates = (_p(model.drop_emb), attention, shortcut)
     return Sizes(cfg, epsilons.pop(), rates, tied, kinds_of.pop() if kinds_of else None)
 

@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import dispatch, ops, weights
-from fastgpt.config import Config, as_ids, check_config, check_ids, comparable, in_plain_ints
+from fastgpt.config import (
+    WINDOW,
+    Config,
+    as_ids,
+    check_config,
+    check_ids,
+    check_whole_number,
+    comparable,
+    in_plain_ints,
+)
 from fastgpt.cpu.forward import Piece, WholePass
 from fastgpt.cpu.records import BlockRecord, EmbeddingRecord, EndRecord, Norm
-from fastgpt.model.cache import CacheTransaction, KVCache, cached_tokens, idle
+from fastgpt.model.cache import CacheTransaction, OwnCache, idle, tokens_seen
 from fastgpt.model.description import described
 from fastgpt.model.fusable import (
     Obstacle,
@@ -51,26 +60,47 @@ class GPTModel(nn.Module):
 
     Args:
         cfg: a mapping with vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and
-            qkv_bias;
-            other keys are ignored. ``GPT_CONFIG_124M`` is one.
+            qkv_bias, and perhaps kv_window_size; other keys are ignored. ``GPT_CONFIG_124M`` is
+            one.
+        disable_causal_mask: every token sees all others, as in chapter 6's bonus: for classifiers.
+            The state dict has no mask then, no cache can be used, and generation takes the book's
+            loop.
 
     Raises:
         KeyError: a key is missing.
-        ValueError: emb_dim is not divisible by n_heads.
+        ValueError: no model can have a value, such as an emb_dim not divisible by n_heads.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, disable_causal_mask: bool = False) -> None:
         super().__init__()
         check_config(cfg)
         self.cfg = cfg = in_plain_ints(cfg)
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
         self.drop_emb = Dropout(cfg["drop_rate"])
-        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.trf_blocks = nn.Sequential(
+            *[TransformerBlock(cfg, disable_causal_mask) for _ in range(cfg["n_layers"])]
+        )
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
-        self._own_cache: KVCache | None = None
+        self._own_cache: OwnCache | None = None
+        self._kv_window_size: int | None = None
+        if WINDOW in cfg:
+            self.kv_window_size = cfg[WINDOW]
+
+    @property
+    def kv_window_size(self) -> int:
+        """The most tokens that the model's own cache holds, and that a call with use_cache takes:
+        the whole context, unless the config or an assignment says otherwise. Where the cache is
+        full, its oldest tokens are dropped, and new ones see only those that it still holds.
+        """
+        return self.max_context() if self._kv_window_size is None else self._kv_window_size
+
+    @kv_window_size.setter
+    def kv_window_size(self, size: int) -> None:
+        check_whole_number(WINDOW, size, 1)
+        self._kv_window_size = int(size)
 
     @classmethod
     def from_pretrained(
@@ -122,18 +152,19 @@ class GPTModel(nn.Module):
         Args:
             in_idx: [B, T] token ids, any integer dtype.
             use_cache: go on with the model's own cache, where no other is given; ``reset_kv_cache``
-                empties it.
+                empties it. It holds the last ``kv_window_size`` tokens.
             cache: a ``KVCache``, or an object with its get and update.
 
         Raises:
             TypeError: the ids are not integers.
-            ValueError: they are not [B, T], or not the cache's batch, or the tokens, cached ones
-                included, are more than the context length. The cache is as it was.
+            ValueError: they are not [B, T], or not the cache's batch, or the tokens, earlier ones
+                included, are more than the context length; in_idx has more than ``kv_window_size``
+                with use_cache; or there is a cache and no causal mask. The cache is as it was.
             IndexError: an id is outside the vocabulary.
         """
         if cache is None and use_cache:
             if self._own_cache is None:
-                self._own_cache = KVCache(len(self.trf_blocks))
+                self._own_cache = OwnCache(len(self.trf_blocks))
             cache = self._own_cache
         return self.forward_pass(in_idx, cache)
 
@@ -206,24 +237,35 @@ class GPTModel(nn.Module):
             whole: what ``whole_pass`` gave, if nothing has changed since; else the pieces are
                 looked at again.
         """
-        past = cached_tokens(cache, 0)
-        in_idx = self.checked(in_idx, past)
-        staged = None
+        in_idx = self.checked(in_idx, tokens_seen(cache))
+        staged, past, first = None, 0, 0
         if cache is not None:
-            staged = CacheTransaction(cache, in_idx.shape[0], past, self.max_context())
+            staged = self._staged(cache, in_idx)
+            past, first = staged.past, staged.first
         if whole is None:
-            whole = self.whole_pass(in_idx)
+            whole = self.whole_pass(in_idx, first=first)
         if whole is None or in_idx.numel() == 0:
-            logits = linear(self.out_head, self._features(in_idx, past, staged, last_only))
+            logits = linear(self.out_head, self._features(in_idx, first + past, staged, last_only))
         else:
             logits = whole.run(in_idx, past, staged, last_only)
         if staged is not None:
             staged.commit()
         return logits
 
-    def whole_pass(self, idx: Tensor, with_head: bool = True) -> WholePass | None:
-        """The model as pieces of one call into C++, for ids such as these; None if gradients are
-        wanted, or nothing can run that way. Good while nothing changes the model.
+    def _staged(self, cache: Any, idx: Tensor) -> CacheTransaction:
+        limit, (batch, tokens) = self.max_context(), idx.shape
+        if isinstance(cache, OwnCache):
+            limit = min(limit, self.kv_window_size)
+            if tokens > limit:
+                raise ValueError(
+                    f"{tokens} tokens are more than the {WINDOW} of {limit}: feed them in pieces"
+                )
+        return CacheTransaction(cache, batch, tokens, limit)
+
+    def whole_pass(self, idx: Tensor, with_head: bool = True, first: int = 0) -> WholePass | None:
+        """The model as pieces of one call into C++, for ids such as these, behind a cache whose
+        first token has this position; None if gradients are wanted, or nothing can run that way.
+        Good while nothing changes the model.
         """
         if not dispatch.takes_whole_pass(idx) or idx.numel() == 0:
             return None
@@ -233,7 +275,7 @@ class GPTModel(nn.Module):
         records = [b.record() if type(b) is TransformerBlock else None for b in blocks]
         whole = WholePass(
             self,
-            Piece(self._embedding_record(), self._embedded_by_modules),
+            self._embedding_piece(first),
             [Piece(record, block) for record, block in zip(records, blocks, strict=True)],
             Piece(self._end_record(with_head), self._with_head if with_head else self.final_norm),
             dispatch.autocasts(idx),
@@ -274,6 +316,12 @@ class GPTModel(nn.Module):
                 found.append(obstacle(block, TransformerBlock, path))
         return [one for one in found if one is not None]
 
+    def _embedding_piece(self, first: int) -> Piece:
+        record = self._embedding_record()
+        if record is not None and first:
+            record = record._replace(pos=record.pos[first:])
+        return Piece(record, lambda ids, past: self._embedded_by_modules(ids, first + past))
+
     def _embedding_record(self) -> EmbeddingRecord | None:
         tables = (self.tok_emb, self.pos_emb)
         if not drops_nothing(self.drop_emb):
@@ -295,10 +343,10 @@ class GPTModel(nn.Module):
         return logits
 
     def _features(
-        self, in_idx: Tensor, past: int, cache: CacheTransaction | None, last_only: bool
+        self, in_idx: Tensor, position: int, cache: CacheTransaction | None, last_only: bool
     ) -> Tensor:
-        """What the head gets, [B, T or 1, emb_dim]."""
-        x = self._embedded(in_idx, past)
+        """What the head gets, [B, T or 1, emb_dim], of tokens from this position on."""
+        x = self._embedded(in_idx, position)
         branch: Tensor | None = None
         if is_unmodified(self.trf_blocks, nn.Sequential) or cache is not None:
             for layer, block in enumerate(self.trf_blocks):
@@ -313,16 +361,16 @@ class GPTModel(nn.Module):
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
         return add_norm(x, branch, self.final_norm)[1]
 
-    def _embedded(self, in_idx: Tensor, past: int) -> Tensor:
+    def _embedded(self, in_idx: Tensor, position: int) -> Tensor:
         dropout_p = drop_probability(self.drop_emb)
         if dropout_p is not None and not torch.compiler.is_compiling():
             tables = [_table(module) for module in (self.tok_emb, self.pos_emb)]
             if tables[0] is not None and tables[1] is not None:
-                return ops.embedding(in_idx, tables[0], tables[1], past, dropout_p)
-        return self._embedded_by_modules(in_idx, past)
+                return ops.embedding(in_idx, tables[0], tables[1], position, dropout_p)
+        return self._embedded_by_modules(in_idx, position)
 
-    def _embedded_by_modules(self, in_idx: Tensor, past: int) -> Tensor:
-        positions = torch.arange(past, past + in_idx.shape[1], device=in_idx.device)
+    def _embedded_by_modules(self, in_idx: Tensor, position: int) -> Tensor:
+        positions = torch.arange(position, position + in_idx.shape[1], device=in_idx.device)
         x: Tensor = self.drop_emb(self._token_embeddings(in_idx) + self.pos_emb(positions))
         return x
 
@@ -334,12 +382,12 @@ class GPTModel(nn.Module):
         return int(self.cfg["context_length"])
 
     def checked(self, idx: Tensor, past: int) -> Tensor:
-        """The ids as int32 or int64, [B, T], behind `past` cached tokens; errors as ``forward``."""
+        """The ids as int32 or int64, [B, T], behind `past` others; errors as ``forward``."""
         idx = as_ids(idx)
         tokens, context = past + idx.shape[1], self.max_context()
         if tokens > context:
-            cached = f" ({past} of them cached)" if past else ""
-            raise ValueError(f"{tokens} tokens{cached} are more than the context length {context}")
+            seen = f" ({past} of them seen before)" if past else ""
+            raise ValueError(f"{tokens} tokens{seen} are more than the context length {context}")
         return idx
 
     def _token_embeddings(self, idx: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgpt import dispatch, ops, reference
 from fastgpt.config import Config
 from fastgpt.cpu.records import Block, BlockRecord, Norm
-from fastgpt.model.cache import cached_tokens, extended
+from fastgpt.model.cache import CacheTransaction, cached_tokens, extended
 from fastgpt.model.fusable import (
     Obstacle,
     alone_unmodified,
@@ -115,6 +115,8 @@ class MultiHeadAttention(nn.Module):
         dropout: probability of dropping an attention weight while training.
         num_heads: number of heads.
         qkv_bias: whether the query, key and value projections have a bias.
+        disable_causal_mask: every token sees all others; there is no mask then, and a sequence may
+            have any length.
 
     Raises:
         ValueError: d_out is not divisible by num_heads.
@@ -128,6 +130,7 @@ class MultiHeadAttention(nn.Module):
         dropout: float,
         num_heads: int,
         qkv_bias: bool = False,
+        disable_causal_mask: bool = False,
     ) -> None:
         super().__init__()
         # numpy's narrow integers would overflow in arithmetic.
@@ -143,15 +146,19 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = Dropout(dropout)
+        self.disable_causal_mask = disable_causal_mask
         # A key of the state dict; allocated on first read or write.
-        self._buffers["mask"] = None
+        if not disable_causal_mask:
+            self._buffers["mask"] = None
         pack_on_gpu(self._projections(), {})
 
     @property
     def mask(self) -> Tensor:
         """The causal mask, [context_length, context_length], 1 where a key is hidden; an edited one
-        is honoured.
+        is honoured. AttributeError if the causal mask is disabled.
         """
+        if self.disable_causal_mask:
+            raise AttributeError("the causal mask is disabled")
         if self._buffers.get("mask") is None:
             self._buffers["mask"] = self._causal_mask()
         return self._buffers["mask"]  # type: ignore[return-value]
@@ -160,21 +167,30 @@ class MultiHeadAttention(nn.Module):
         """[B, T, d_in] -> [B, T, d_out], behind the tokens in the cache's slot for this layer.
 
         Raises:
-            ValueError: the tokens, cached ones included, are more than the context length.
+            ValueError: the tokens, cached ones included, are more than the context length, or
+                there is a cache and no causal mask.
         """
+        if cache is not None and self.disable_causal_mask:
+            raise ValueError(
+                "without a causal mask no cache can be used: the tokens in it would have to see "
+                "those that follow"
+            )
         B, T, _ = x.shape
         past = cached_tokens(cache, layer)
         self.check_length(past + T)
         heads = (self.num_heads, self.head_dim)
         k, q, v = (t.unflatten(-1, heads).transpose(1, 2) for t in self._projected(x))
+        first, limit = 0, self.max_context()
+        if isinstance(cache, CacheTransaction):
+            first, limit = cache.first, cache.limit
         if cache is not None:
-            k, v = extended(cache.get(layer), k, v, self.max_context())
+            k, v = extended(cache.get(layer), k, v, limit)
             cache.update(layer, (k, v))
         dropout_p = drop_probability(self.dropout)
         if self.is_causal() and dropout_p is not None:
             context = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         else:
-            hidden = self._hidden(past, T, q.device)
+            hidden = self._hidden(first, past, T, q.device)
             context = reference.causal_attention(q, k, v, hidden, self.dropout)
         return linear(self.out_proj, context.transpose(1, 2).reshape(B, T, self.d_out))
 
@@ -206,9 +222,10 @@ class MultiHeadAttention(nn.Module):
     def check_length(self, tokens: int) -> None:
         """
         Raises:
-            ValueError: so many tokens, cached ones included, are more than the context length.
+            ValueError: so many tokens, cached ones included, are more than the context length,
+                which counts only where there is a mask.
         """
-        if tokens > (longest := self.max_context()):
+        if tokens > (longest := self.max_context()) and not self.disable_causal_mask:
             raise ValueError(f"{tokens} tokens are more than the context length {longest}")
 
     def max_context(self) -> int:
@@ -222,17 +239,25 @@ class MultiHeadAttention(nn.Module):
 
     def is_causal(self) -> bool:
         """Whether the mask is the causal one; said of an edited one only outside torch.compile."""
+        if self.disable_causal_mask:
+            return False
         mask = self._buffers.get("mask")
         if mask is None:
             return True
         return not torch.compiler.is_compiling() and is_causal(mask)
 
-    def _hidden(self, past: int, T: int, device: torch.device) -> Tensor:
-        """[T, past + T], true where a key is hidden; allocating no mask if none was set."""
+    def _hidden(self, first: int, past: int, T: int, device: torch.device) -> Tensor:
+        """[T, past + T], true where a key is hidden from the tokens behind `past` cached ones, of
+        which the first has this position; allocating no mask if none was set.
+        """
+        if self.disable_causal_mask:
+            return torch.zeros(T, past + T, dtype=torch.bool, device=device)
         mask = self._buffers.get("mask")
         if mask is None:
             return torch.ones(T, past + T, dtype=torch.bool, device=device).triu(past + 1)
-        return mask.bool()[past : past + T, : past + T]
+        new, end = first + past, first + past + T
+        self.check_length(end)
+        return mask.bool()[new:end, first:end]
 
     def _causal_mask(self) -> Tensor:
         """As the book's buffer would be after every .to(): on the parameters' device, in their
@@ -244,19 +269,21 @@ class MultiHeadAttention(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._buffers.get("mask") is None:
+        if self._buffers.get("mask") is None and not self.disable_causal_mask:
             destination[prefix + "mask"] = self._causal_mask()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        errors = missing_keys, unexpected_keys, error_msgs
+        if self.disable_causal_mask:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *errors)
+            return
         key = prefix + "mask"
         rest = {k: v for k, v in state_dict.items() if k != key}
         held = self._buffers.get("mask")
         self._buffers["mask"] = None  # a checkpoint without a mask is fine
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, *errors)
         self._buffers["mask"] = held
         mask = state_dict.get(key)
         if mask is None:
@@ -282,9 +309,10 @@ class TransformerBlock(nn.Module):
 
     Args:
         cfg: a mapping with emb_dim, context_length, n_heads, drop_rate and qkv_bias.
+        disable_causal_mask: every token sees all others.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, disable_causal_mask: bool = False) -> None:
         super().__init__()
         self.att = MultiHeadAttention(
             d_in=cfg["emb_dim"],
@@ -293,6 +321,7 @@ class TransformerBlock(nn.Module):
             num_heads=cfg["n_heads"],
             dropout=cfg["drop_rate"],
             qkv_bias=cfg["qkv_bias"],
+            disable_causal_mask=disable_causal_mask,
         )
         self.ff = FeedForward(cfg)
         self.norm1 = LayerNorm(cfg["emb_dim"])
@@ -394,7 +423,9 @@ class TransformerBlock(nn.Module):
         if isinstance(att, MultiHeadAttention):
             found += [linear_obstacle(att._modules.get(n), f"att.{n}") for n in _PROJECTIONS]
             dropouts["att.dropout"] = att._modules.get("dropout")
-            if not att.is_causal():
+            if att.disable_causal_mask:
+                found.append(Obstacle("att", "no causal mask"))
+            elif not att.is_causal():
                 found.append(Obstacle("att.mask", "an edited mask"))
             if att.num_heads * att.head_dim != att.d_out:
                 found.append(Obstacle("att", "heads that do not make up the width"))

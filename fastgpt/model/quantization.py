@@ -224,7 +224,7 @@ def quantized_copy(model: M, precision: str, group: int = 32) -> M:
         memo[id(model.tok_emb)] = QuantizedEmbedding(made[id(head)], precision, dtype)
     for kept in vars(model).values():
         if isinstance(kept, KVCache):
-            memo[id(kept)] = KVCache(len(kept.cache))
+            memo[id(kept)] = type(kept)(len(kept.cache))
     # What was made stands in for its original; everything else is copied.
     result = copy.deepcopy(model, memo)
     for parameter in result.parameters():

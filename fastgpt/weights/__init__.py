@@ -150,6 +150,10 @@ def _load(model: nn.Module, source: Source, sizes: Sizes) -> None:
     plan = _planned(source, Sizes(tied=sizes.tied), cfg)[1]
     plan.check(parameters)
     masks = plan.edited_masks()
+    maskless = [i for i in masks if getattr(attentions[i], "disable_causal_mask", False)]
+    if maskless:
+        names = ", ".join(plan.masks[i] for i in maskless)
+        raise WeightsError(f"{source.label} has edited masks, and the model has none: {names}")
     fill.copy(source, plan.fills, parameters)
     _set_masks(model, masks, causal=plan.masks.keys() - masks.keys())
 

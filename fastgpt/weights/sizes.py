@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, check_config
+from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, WINDOW, check_config
 from fastgpt.quantized_weight import check_precision
 from fastgpt.weights.names import Shape, Style, WeightsError
 
@@ -78,7 +78,7 @@ def from_json(data: Any, label: str) -> Sizes:
         WeightsError: it is neither, or of a model that differs from the book's.
     """
     if isinstance(data, dict) and "emb_dim" in data:
-        return Sizes({key: data[key] for key in _KEYS if key in data})
+        return Sizes({key: data[key] for key in (*_KEYS, WINDOW) if key in data})
     if not isinstance(data, dict) or data.get("model_type", "gpt2") != "gpt2":
         kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
         raise WeightsError(f"{label}: model_type {kind!r} is not gpt2")
@@ -92,6 +92,8 @@ def from_json(data: Any, label: str) -> Sizes:
     cfg = {ours: data[theirs] for ours, theirs in _THEIRS.items()}
     cfg["drop_rate"] = drops[2]
     cfg["qkv_bias"] = bool(data.get("qkv_bias", True))
+    if WINDOW in data:
+        cfg[WINDOW] = data[WINDOW]
     return Sizes(
         cfg,
         float(data.get("layer_norm_epsilon", 1e-5)),
@@ -117,7 +119,7 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
     assert sizes.drops is not None
     embedding, attention, shortcut = sizes.drops
     end = 50256 if sizes.cfg["vocab_size"] > 50256 else None
-    return {
+    entries: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         # int: a config may have numpy's integers, which JSON does not take.
@@ -133,7 +135,12 @@ def as_json(sizes: Sizes) -> dict[str, Any]:
         "eos_token_id": end,
         # Only ours: Hugging Face's model always has these biases, zero if ours has none.
         "qkv_bias": bool(sizes.cfg["qkv_bias"]),
-    } | ({_QUANTIZED: sizes.quantization._asdict()} if sizes.quantization else {})
+    }
+    if WINDOW in sizes.cfg:
+        entries[WINDOW] = sizes.cfg[WINDOW]
+    if sizes.quantization:
+        entries[_QUANTIZED] = sizes.quantization._asdict()
+    return entries
 
 
 def completed(
