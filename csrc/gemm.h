@@ -26,9 +26,12 @@ enum Way { kDots, kTiles, kStream };
 
 inline int64_t few_rows(bool column_major) { return column_major ? kMaxStreamM : kMaxDotM; }
 
+// Four-bit weights are widened anew for each few rows.
+inline int64_t most_dots(int64_t format) { return format == kInt4 ? min(kMaxDotM, kMaxInt4DotM) : kMaxDotM; }
+
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
-    if (p.w.col == 1) return p.m <= kMaxDotM && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
+    if (p.w.col == 1) return p.m <= most_dots(p.w.format) && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 

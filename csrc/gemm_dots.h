@@ -9,7 +9,8 @@ namespace FASTGPT_ISA {
 
 constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: rows of x ..
 constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
-constexpr int64_t kDotDepth = 768;   // units over which a tile's rows of x stay in the L1 cache
+constexpr int64_t kDotDepth = 768;   // units over which a tile's rows of x stay in the L1 cache; any other for some
+                                     // numbers of rows would give them other bits
 constexpr int64_t kDotAhead = 8192;  // bytes between what is used and what is fetched, at least
 
 // Whether a group's scale is applied to a group's sum, and its minimum to the sum of x over the group: less work than

@@ -45,7 +45,8 @@ constexpr int64_t kBlockM = 1024;                       // rows of x swept per p
 constexpr int64_t kPreparedM = 512;                     // .. where x is rearranged too
 constexpr int64_t kChain = 64;                 // products added up in one register before they join the sum so far
 constexpr int64_t kDotChunk = 64;              // columns between two epilogues of the dots
-constexpr int64_t kMaxDotM = kWide ? 32 : 64;  // rows of x up to which dots are used
+constexpr int64_t kMaxDotM = kWide ? 32 : 64;  // rows of x up to which dots are used ..
+constexpr int64_t kMaxInt4DotM = 16;           // .. with a weight of four bits
 // Floats of scratch a thread, and what a product that rearranges x or writes narrow numbers needs on top.
 constexpr int64_t kProductScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
 constexpr int64_t kPreparedRows = kPreparedM + 2 * kTileRows;  // whole tiles may take a few more

@@ -31,6 +31,7 @@ from fastgpt.cpu.workspace import on_large_pages, workspace
 from fastgpt.quantized_weight import Int4Weight
 
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
+FEW_QUERIES = 8  # of a sequence, up to which the attention takes each by itself (csrc)
 _NO_NORM = (0,) * 4
 _NO_LINEAR = (0,) * 11
 _NO_TABLES = (0,) * 9
@@ -84,9 +85,8 @@ class WholePass:
         first: BlockRecord | None = next((b.record for b in blocks if b.record is not None), None)
         dtype = None if first is None else first.dtype
         self.fuses = dtype in FORMATS
-        # Whether every piece is one that C++ can read, and then whether a row has the same bits
-        # whatever other rows are in the pass, as long as all are few or all are many.
-        self.in_one_call = self.rows_alike = False
+        self.in_one_call = False  # whether every piece is one that C++ can read
+        self.rows_alike = 0
         if first is None or dtype not in FORMATS:
             return
         self.width, self.n_heads, self.eps = first.width, first.n_heads, first.eps
@@ -98,7 +98,8 @@ class WholePass:
         self._blocks = [self._block_fields(piece.record) for piece in blocks]
         self._end = self._end_fields(end.record)
         self.in_one_call = None not in (self._tables, *self._blocks, self._end)
-        self.rows_alike = self.in_one_call and not self._has_int4()
+        # The most rows of a pass of which each has the bits that it has alone.
+        self.rows_alike = 0 if not self.in_one_call else 2 if self._has_int4() else FEW_QUERIES
 
     def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
         if record is None:

@@ -186,7 +186,7 @@ def steps(
                     if whole is None or watched:
                         whole = model.whole_pass(unseen)
                     left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
-                    if guesses is not None and whole is not None and whole.rows_alike:
+                    if guesses is not None and whole is not None and whole.rows_alike > 1:
                         last = guesses.run(model, unseen, whole, left)
                     else:
                         last = model.forward_pass(unseen, cache, True, whole)[:, -1]
@@ -216,7 +216,7 @@ class _Guesses:
     def run(self, model: GPTModel, unseen: Tensor, whole: WholePass, most: int) -> Tensor:
         """Logits [1, V] behind the tokens [1, T], with at most so many guesses in the same pass."""
         one = unseen.shape[1] == 1
-        self.guessed = self.lookup.guess(most) if one else []
+        self.guessed = self.lookup.guess(min(most, whole.rows_alike - 1)) if one else []
         since = time.perf_counter()
         if self.guessed:
             unseen = torch.cat((unseen, unseen.new_tensor([self.guessed])), dim=1)
@@ -261,7 +261,8 @@ class _Guesses:
 
     def _stands(self, model: GPTModel) -> bool:
         whole = model.whole_pass(torch.zeros(1, 1, dtype=torch.int64))
-        return whole is not None and whole.rows_alike and self.versions == _versions(model)
+        alike = whole is not None and whole.rows_alike > 1
+        return alike and self.versions == _versions(model)
 
 
 def _large(model: nn.Module) -> bool:

@@ -155,10 +155,8 @@ def rows_of(model: GPTModel, n: int, steps: int) -> Iterator[Any]:
     pos = getattr(model.pos_emb, "weight", None)
     if not isinstance(pos, Tensor):
         yield None
-    elif pos.is_cpu:
-        yield PackedRows(model) if _C is not None else None
     elif dispatch.on_triton("decode_attention", pos):
         with decode_graph.row_decoding(model, n, steps) as decoder:
             yield None if decoder is None else GraphRows(model, decoder)
     else:
-        yield None
+        yield PackedRows(model) if pos.is_cpu and _C is not None else None
