@@ -225,8 +225,14 @@ def test_entries_of_chapter_7_keep_their_fields(capsys, model, tmp_path):
     assert texts == [*(" ".join(text.splitlines()) for text in expected), ""]
 
 
-def test_an_answer_is_the_line_that_the_book_writes():
+def test_prompt_and_answer_are_those_of_the_book():
     entry = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    asked = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd."
+    )
+    assert format_input(entry) == asked + "\n\n### Input:\n1, 2"
+    assert format_input(entry | {"input": ""}) == format_input({"instruction": "Add."}) == asked
     said = "\n\n### Response:\nThe sum\nis 3.\n"
     assert json.loads(answer_line(entry, said, "jsonl")) == entry | {
         "model_response": "The sum\nis 3."
