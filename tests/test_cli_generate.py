@@ -277,6 +277,11 @@ def test_a_reader_of_the_stream_ends_a_prompt():
         for number, prompt in enumerate(prompts):
             new = [token for n, token in stream if n == number]
             assert prompt + new == whole[number][: len(prompt) + (9 if number == 2 else number + 1)]
+    asked.clear()
+    model.register_forward_hook(lambda *_: None)
+    with pytest.warns(fastgpt.BackendWarning, match="one by one"):
+        one_by_one = list(fastgpt.generate_batch_stream(model, prompts, 9, ends=ends))
+    assert one_by_one == sorted(stream, key=lambda step: step[0])
 
 
 def with_output(prompts, out, *more):
