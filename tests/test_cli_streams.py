@@ -1,10 +1,13 @@
 """What the commands do where their output can't be written."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+
+from fastgpt.cli.progress import measuring
 
 COMMANDS = [["info"], ["info", "--json"], ["--help"], ["train", "--help"]]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such files and pipes on Windows")
@@ -57,3 +60,16 @@ def test_a_terminals_encoding_may_lack_everything():
     strange = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     strange |= {"PYTHONIOENCODING": "ascii", "FASTGPT_NAME": "猫"}
     assert run(["info"], subprocess.DEVNULL, **strange) == (0, "")
+
+
+def test_what_is_printed_beside_a_bar_goes_to_stdout(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with measuring(None) as (show, _):
+        show(1, 2, "a step")
+        print("a figure")
+    assert capsys.readouterr().out.endswith("a figure\n")
+    assert "1/2" in terminal.getvalue()

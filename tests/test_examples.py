@@ -11,8 +11,9 @@ import torch
 from runs import CONFIG, needs_table
 from test_docs import ROOT
 
-from fastgpt import GPT_CONFIG_124M, GPTModel
+from fastgpt import GPT_CONFIG_124M, GPTModel, generate
 from fastgpt.reference import GPTModel as Book
+from fastgpt.training import format_input, text_to_token_ids, token_ids_to_text
 
 EXAMPLES = ROOT / "examples"
 SMALL = GPT_CONFIG_124M | {key: CONFIG[key] for key in ("emb_dim", "n_heads", "n_layers")}
@@ -56,10 +57,32 @@ def test_classify_goes_on_from_a_trained_model(script, tmp_path):
     assert len(script("classify", "--epochs", 1, "--model", tmp_path)) == 1
 
 
-def test_instruct(script, capsys):
-    losses = script("instruct", "--epochs", 4, "--batch", 4)
+def test_instruct(script, tmp_path, capsys):
+    path = tmp_path / "instruction-data-with-response.json"
+    losses = script("instruct", "--epochs", 4, "--batch", 4, "--responses", path)
     assert losses[-1] < losses[0] - 1
-    assert "### Instruction" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    answered = json.loads(path.read_text())
+    entries = json.loads((EXAMPLES / "instructions.json").read_text())
+    assert [entry | {"model_response": ""} for entry in entries[20:22]] == [
+        entry | {"model_response": ""} for entry in answered
+    ]
+    for entry in answered:
+        assert f"answered: {entry['model_response']}\n" in said
+
+
+def test_the_test_set_gets_the_answers_that_the_book_gives_it():
+    """One by one, through generate."""
+    tokenizer, answer = needs_table(), runpy_of("instruct")["answer"]
+    torch.manual_seed(0)
+    model = GPTModel(SMALL | {"context_length": 128, "drop_rate": 0.0}).eval()
+    entries = json.loads((EXAMPLES / "instructions.json").read_text())[:3]
+    answer(model, entries)
+    for entry in entries:
+        text = format_input(entry)
+        ids = generate(model, text_to_token_ids(text, tokenizer), 256, 128, eos_id=50256)
+        said = token_ids_to_text(ids, tokenizer)[len(text) :]
+        assert entry["model_response"] == said.replace("### Response:", "").strip()
 
 
 def test_padding_costs_nothing_but_its_first_token():

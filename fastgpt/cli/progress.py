@@ -1,4 +1,4 @@
-"""Shared by the commands that measure: options, the bar, and the line about missing kernels."""
+"""Shared by the commands that measure: options and the line about missing kernels; and the bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 
 import torch
 
@@ -55,6 +56,12 @@ def measuring(threads: int | None, *, show_bar: bool = True) -> Iterator[tuple[S
         yield show, missing
 
 
+def bar_on_terminal(wanted: bool) -> AbstractContextManager[Show]:
+    """A bar on stderr while the block lasts, if it is wanted, stderr a terminal, rich installed."""
+    shown = wanted and sys.stderr.isatty() and find_spec("rich") is not None
+    return _bar() if shown else nullcontext(_silent)
+
+
 def _silent(done: int, total: int, doing: str) -> None:
     """In place of a bar."""
 
@@ -71,8 +78,12 @@ def _bar() -> Iterator[Show]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    # No thread that redraws: it would take time from the measurement.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        auto_refresh=False,  # a thread that redraws would take time from the measurement
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed goes to stderr
+    ) as progress:
         task = progress.add_task("", total=None)
 
         def show(done: int, total: int, doing: str) -> None:

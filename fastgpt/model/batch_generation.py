@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastgpt.model.rows import rows_of
 from fastgpt.model.sampling import Choose, sampler
 
 Prompts = Sequence[Sequence[int] | Tensor]
+Ends = Callable[[int, int], bool]  # number of the prompt, its next token
 
 # Of the rows, one part in so many must be free before prompts are admitted: together they are
 # cheaper than one by one.
@@ -107,11 +108,16 @@ def generate_batch_stream(
     seed: int | None = None,
     batch_size: int = 32,
     cache_bytes: int = 2 << 30,
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, int]]:
     """``generate_batch``, yielding (number of the prompt, token) as they come.
 
-    Args, errors: those of ``generate_batch``. The model may be changed between two tokens, and
-    stopping early leaves nothing behind.
+    Args, errors: those of ``generate_batch``, and
+
+        ends: called with each (number of the prompt, token) before it is yielded; if it returns
+            True, the sequence ends with this token, and the next prompt takes its place.
+
+    The model may be changed between two tokens, and stopping early leaves nothing behind.
     """
     choose = sampler(temperature, top_k, top_p)
     texts = [as_id_list(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
@@ -135,7 +141,7 @@ def generate_batch_stream(
         for i, text in enumerate(texts)
         if limits[i] > 0
     )
-    batch = _Batch(model, waiting, context_size, choose, eos_id, batch_size, cache_bytes)
+    batch = _Batch(model, waiting, context_size, choose, eos_id, batch_size, cache_bytes, ends)
     return batch.run()
 
 
@@ -191,6 +197,7 @@ class _Batch:
     eos_id: int | None
     batch_size: int
     cache_bytes: int
+    ends: Ends | None
 
     def run(self) -> Iterator[tuple[int, int]]:
         """The sequences' tokens, each with its sequence's number."""
@@ -277,7 +284,8 @@ class _Batch:
             return
         sequence.ids.append(token)
         sequence.left -= 1
-        sequence.ended = sequence.left == 0
+        over = self.ends is not None and self.ends(sequence.number, token)
+        sequence.ended = over or sequence.left == 0
         yield sequence.number, token
 
     def _alone(self, sequence: _Sequence) -> Iterator[tuple[int, int]]:

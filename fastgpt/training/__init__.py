@@ -1,4 +1,4 @@
-"""Training: chapter 5's functions under the book's names, and what `fastgpt train` runs."""
+"""Training: functions of chapters 5 and 7 under the book's names, and what `fastgpt train` runs."""
 
 from fastgpt.training.book import (
     GPTDatasetV1,
@@ -6,6 +6,7 @@ from fastgpt.training.book import (
     calc_loss_loader,
     create_dataloader_v1,
     evaluate_model,
+    format_input,
     generate_and_print_sample,
     text_to_token_ids,
     token_ids_to_text,
@@ -18,6 +19,7 @@ __all__ = [
     "calc_loss_loader",
     "create_dataloader_v1",
     "evaluate_model",
+    "format_input",
     "generate_and_print_sample",
     "text_to_token_ids",
     "token_ids_to_text",

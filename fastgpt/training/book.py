@@ -1,4 +1,4 @@
-"""Chapter 5's functions, and chapter 2's data loader, under the book's names.
+"""Chapter 5's functions, chapter 2's data loader and chapter 7's prompt, under the book's names.
 
 They draw the same random numbers, print the same lines and return the same values as the book's.
 The loss of an unmodified GPTModel comes from ``GPTModel.loss``, which never holds the logits of a
@@ -8,6 +8,7 @@ whole batch.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,6 +113,16 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
             raise
         return decoded(tokenizer, ids)
     return text
+
+
+def format_input(entry: Mapping[str, Any]) -> str:
+    """Chapter 7's prompt for an entry with an instruction and, if it has one, an input."""
+    text = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{entry['instruction']}"
+    )
+    return text + (f"\n\n### Input:\n{entry['input']}" if entry.get("input") else "")
 
 
 def calc_loss_batch(
