@@ -281,6 +281,7 @@ BAD = [
     ({"temperature": -1.0}, ValueError, "temperature -1"),
     ({"top_k": 0}, ValueError, "top_k 0"),
     ({"top_p": 0.0}, ValueError, "top_p 0"),
+    ({"temperature": 1.0, "seed": 1 << 64}, ValueError, "seed .* leaves no seed of 64 bits"),
 ]
 
 

@@ -21,7 +21,7 @@ from fastgpt.config import as_id_list, check_ids
 from fastgpt.model.generation import new_cache, steps
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.rows import rows_of
-from fastgpt.model.sampling import Choose, sampler
+from fastgpt.model.sampling import Choose, likeliest, sampler
 
 Prompts = Sequence[Sequence[int] | Tensor]
 Ends = Callable[[int, int], bool]  # number of the prompt, its next token
@@ -130,14 +130,14 @@ def generate_batch_stream(
     elif context_size < 1:
         raise ValueError(f"context_size {context_size} is below 1")
     _check(model, texts, limits, context_size)
-    generators: list[torch.Generator | None] = [None] * len(texts)
-    if temperature > 0:
-        if seed is None:
-            seed = int(torch.randint(1 << 62, (), device="cpu"))
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
+    if choose is likeliest:
+        seed = None
+    elif seed is None:
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+    elif not -(1 << 63) <= seed <= (1 << 64) - len(texts):
+        raise ValueError(f"seed {seed} leaves no seed of 64 bits for each of {len(texts)} prompts")
     waiting = deque(
-        _Sequence(i, list(text), limits[i], generators[i])
+        _Sequence(i, text, limits[i], None if seed is None else seed + i)
         for i, text in enumerate(texts)
         if limits[i] > 0
     )
@@ -183,7 +183,8 @@ class _Sequence:
     number: int
     ids: list[int]
     left: int  # tokens to append
-    generator: torch.Generator | None
+    seed: int | None
+    generator: torch.Generator | None = None
     row: int | None = None
     ended: bool = field(default=False)
 
@@ -228,7 +229,7 @@ class _Batch:
         if self.waiting:
             self._say_why()
         while self.waiting:
-            yield from self._alone(self.waiting.popleft())
+            yield from self._alone(self._next())
 
     def _admitted(self, running: Sequence[_Sequence]) -> list[_Sequence]:
         """The next prompts, as many as there are rows and memory for."""
@@ -243,11 +244,19 @@ class _Batch:
             memory += self._bytes_of(self.waiting[0])
             if memory > self.cache_bytes and (running or new):
                 break
-            sequence = self.waiting.popleft()
+            sequence = self._next()
             if len(sequence.ids) <= self.context_size:
                 sequence.row = next(numbers)
             new.append(sequence)
         return new
+
+    def _next(self) -> _Sequence:
+        """The next prompt, with its generator."""
+        sequence = self.waiting.popleft()
+        if sequence.seed is not None and sequence.generator is None:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            sequence.generator = torch.Generator(device).manual_seed(sequence.seed)
+        return sequence
 
     def _tokens(
         self, rows: Any, new: Sequence[_Sequence], running: Sequence[_Sequence]
