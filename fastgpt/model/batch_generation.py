@@ -265,13 +265,13 @@ class _Batch:
         tokens: dict[int, int] = {}
         held = [s for s in running if s.row is not None]
         first, further = [s for s in held if s in new], [s for s in held if s not in new]
+        if further:  # before the prompts: a graph's step moves every row that holds a sequence
+            logits = rows.step([s.ids[-1] for s in further], [s.row for s in further])
+            self._choose(further, logits, tokens)
         if first:
             capacities = [self._capacity(s) for s in first]
             logits = rows.prefill([s.ids for s in first], [s.row for s in first], capacities)
             self._choose(first, logits, tokens)
-        if further:
-            logits = rows.step([s.ids[-1] for s in further], [s.row for s in further])
-            self._choose(further, logits, tokens)
         for s in running:
             if s.row is None:  # its window slides, and with it every position
                 model: Any = self.model

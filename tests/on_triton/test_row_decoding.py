@@ -11,7 +11,7 @@ from pairs import CONFIG, assert_same, pair, some_ids
 
 import fastgpt
 from fastgpt import dispatch, reference
-from fastgpt.model import decode_graph
+from fastgpt.model import decode_graph, rows
 from fastgpt.model.cache import KVCache
 from fastgpt.quantized_weight import PRECISIONS
 from on_triton.support.cases import DTYPE_IDS, DTYPES
@@ -272,3 +272,39 @@ def test_a_kernel_for_packed_prompts_that_does_not_run(monkeypatch):
     cache.update(0, tuple(torch.zeros(2, CONFIG["n_heads"], 3, 16) for _ in range(2)))
     with decode_graph.decoding(ours, cache, 9) as decoder:
         assert decoder is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 9}, {"eos_id": 7}], ids=str)
+def test_generate_batch_goes_by_rows(monkeypatch, options):
+    """Each prompt gets what it gets alone; more prompts than rows, some past the context."""
+    ours, _ = pair()
+    ours.eval()
+    used = []
+    prefill = rows.GraphRows.prefill
+    monkeypatch.setattr(
+        rows.GraphRows, "prefill", lambda self, *a: used.append(len(a[0])) or prefill(self, *a)
+    )
+    lengths = [3, CONTEXT, 1, 7, CONTEXT - 2, 2, 5, CONTEXT + 3]
+    prompts, new = _prompts(*lengths), [9, 2, 12, 3, 5, 0, 10, 2]
+    alone = []
+    for i, (prompt, n) in enumerate(zip(prompts, new, strict=True)):
+        torch.manual_seed(5 + i)
+        idx = torch.tensor([prompt])
+        alone.append(fastgpt.generate(ours, idx, n, CONTEXT, **options)[0].tolist())
+    got = fastgpt.generate_batch(ours, prompts, new, batch_size=3, seed=5, **options)
+    assert got == alone
+    assert sum(used) == 6  # of eight, one wants no token and one is longer than the context
+    assert max(used) == 3
+
+
+def test_generate_batch_without_a_kernel_goes_one_by_one(monkeypatch):
+    ours, _ = pair()
+    ours.eval()
+    prompts = _prompts(3, 5)
+    expected = fastgpt.generate_batch(ours, prompts, 9)
+
+    def fails(*_):
+        raise dispatch.KernelError
+
+    monkeypatch.setattr(decode_graph.Decoder, "prefill", fails)
+    assert fastgpt.generate_batch(ours, prompts, 9) == expected
