@@ -15,6 +15,7 @@ from fastgpt.model.generation import generate, generate_stream, generate_text_si
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.modules import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.model.quantize import quantize
+from fastgpt.model.scoring import score
 from fastgpt.weights import WeightsError, load_weights, load_weights_into_gpt
 
 if _sentence := _conflict():
@@ -46,5 +47,6 @@ __all__ = [
     "load_weights_into_gpt",
     "ops",
     "quantize",
+    "score",
     "use_backend",
 ]

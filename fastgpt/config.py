@@ -71,6 +71,25 @@ def as_ids(idx: Any) -> torch.Tensor:
     return idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
 
 
+def as_id_list(ids: Any, what: str) -> list[int]:
+    """The token ids of one sequence, a list or a 1-D tensor of integers.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not one sequence, or one without a token.
+    """
+    tensor = ids if isinstance(ids, torch.Tensor) else torch.tensor(list(ids) or [0])
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{what} must hold integers, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{what} must be one sequence of ids, got shape {tuple(tensor.shape)}")
+    if len(ids) == 0:
+        raise ValueError(
+            f"{what} holds no token to go on from; <|endoftext|>, 50256 in GPT-2, starts a new text"
+        )
+    return [int(one) for one in tensor.tolist()]
+
+
 def comparable(ids: torch.Tensor) -> torch.Tensor:
     """The ids, as int64 if torch cannot compare their dtype."""
     return ids.long() if ids.dtype in (torch.uint16, torch.uint32, torch.uint64) else ids

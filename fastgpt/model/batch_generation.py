@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import dispatch
-from fastgpt.config import check_ids
+from fastgpt.config import as_id_list, check_ids
 from fastgpt.model.generation import new_cache, steps
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.rows import rows_of
@@ -75,7 +75,7 @@ def generate_batch(
             context_size is more than the model's context and a sequence outgrows it.
         IndexError: an id is outside the vocabulary.
     """
-    texts = [_ids(prompt, i) for i, prompt in enumerate(prompts)]
+    texts = [as_id_list(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     stream = generate_batch_stream(
         model,
         texts,
@@ -114,7 +114,7 @@ def generate_batch_stream(
     stopping early leaves nothing behind.
     """
     choose = sampler(temperature, top_k, top_p)
-    texts = [_ids(prompt, i) for i, prompt in enumerate(prompts)]
+    texts = [as_id_list(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     for name, value in (("batch_size", batch_size), ("cache_bytes", cache_bytes)):
         if value < 1:
             raise ValueError(f"{name} {value} is below 1")
@@ -137,21 +137,6 @@ def generate_batch_stream(
     )
     batch = _Batch(model, waiting, context_size, choose, eos_id, batch_size, cache_bytes)
     return batch.run()
-
-
-def _ids(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
-    """A prompt as a list of ids."""
-    ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt) or [0])
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"prompt {number} holds {ids.dtype} in place of token ids")
-    if ids.dim() != 1:
-        raise ValueError(f"prompt {number} has shape {tuple(ids.shape)} in place of [tokens]")
-    if len(prompt) == 0:
-        raise ValueError(
-            f"prompt {number} holds no token to go on from; <|endoftext|>, 50256 in GPT-2, starts "
-            "a new text"
-        )
-    return [int(i) for i in ids.tolist()]
 
 
 def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
