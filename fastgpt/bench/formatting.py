@@ -14,8 +14,8 @@ KINDS = {  # kind, and whether the reference is the book's own loop
     ("decode", True): "Generation, against the book's own loop",
     ("decode", False): "Generation, against the book's model with a cache",
     ("batch", False): "Generation, prompts of different lengths",
-    ("lookup", False): "Generation, tokens guessed and checked",
-    ("score", False): "The scores of texts of different lengths",
+    ("lookup", False): "Generation by guesses",
+    ("score", False): "Scores of texts of different lengths",
 }
 
 UNTRUSTED = (

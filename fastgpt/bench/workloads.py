@@ -42,11 +42,11 @@ CONFIGS = {
     "GPT-2 124M": GPT_CONFIG_124M,
     "GPT-2 124M, no dropout": GPT_CONFIG_124M | {"drop_rate": 0.0},
     # Random weights never repeat themselves. In a loop of so many tokens each foretells the next.
-    "GPT-2 124M, in loops": GPT_CONFIG_124M | {"loop": 20},
+    "GPT-2 124M in loops": GPT_CONFIG_124M | {"loop": 20},
     # Of few tokens most have stood in the text before: they are guessed, and the guess is wrong.
     "GPT-2 of bytes": GPT_CONFIG_124M | {"vocab_size": 256},
     "toy": GPT_CONFIG_124M | TOY,
-    "toy, in loops": GPT_CONFIG_124M | TOY | {"loop": 20},
+    "toy in loops": GPT_CONFIG_124M | TOY | {"loop": 20},
 }
 SEED = 123
 EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
@@ -214,7 +214,7 @@ FULL = (
     Work("decode", "GPT-2 124M", 8, 64, 32),
     Work("batch", "GPT-2 124M", 64, 120, 128, shortest=20, fewest=16, rounds=1),
     Work("score", "GPT-2 124M", 64, 500, shortest=50, rounds=1),
-    Work("lookup", "GPT-2 124M, in loops", 1, 128, 128),
+    Work("lookup", "GPT-2 124M in loops", 1, 128, 128),
     Work("lookup", "GPT-2 of bytes", 1, 128, 128, drawn=True),
     Work("forward", "toy", 4, 64),
     Work("train", "toy", 8, 64),
@@ -228,7 +228,7 @@ QUICK = (
     Work("batch", "toy", 12, 12, 16, shortest=4, fewest=2),
     Work("score", "toy", 12, 32, shortest=4),
     Work("lookup", "toy", 1, 16, 16, drawn=True),
-    Work("lookup", "toy, in loops", 1, 32, 16),
+    Work("lookup", "toy in loops", 1, 32, 16),
 )
 
 
