@@ -112,8 +112,7 @@ def run_of(work, models, name):
 @torch.no_grad()
 def test_each_prompt_gets_its_own_number_of_tokens_and_those_that_it_gets_alone(models, name):
     assert len(set(map(len, UNEQUAL.texts))) > 8
-    assert min(UNEQUAL.counts) == 2
-    assert max(UNEQUAL.counts) == 16
+    assert len(set(UNEQUAL.counts)) > 8
     run = run_of(UNEQUAL, models, name)
     for _ in range(2):
         for got, prompt, new in zip(run(), UNEQUAL.texts, UNEQUAL.counts, strict=True):
@@ -138,9 +137,10 @@ def test_a_model_in_loops_goes_round(name):
 
 
 @torch.no_grad()
-def test_drawn_tokens_are_the_same_with_guesses(models):
-    runs = Work("lookup", "toy", 1, 24, 30, drawn=True).peers(models)
-    text = runs["plain"]()
+def test_drawn_tokens_are_the_same_with_guesses():
+    work = Work("lookup", "toy", 1, 24, 30, drawn=True)
+    runs = work.peers(Models(work.cfg))
+    text = runs["plain"]()  # which makes the model
     assert text.shape == (1, 54)
     assert torch.equal(runs["fastgpt"](), text)
     assert torch.equal(runs["plain"](), text)

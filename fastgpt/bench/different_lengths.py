@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PADDED = 8  # sequences of a padded batch
+# That CTranslate2 continues at once: as fast as 32, or as a limit of 2048 tokens, and faster than 8
+# or 16, or than calls of 8 or 32 prompts that run as long as the longest (32: by a third).
+TOGETHER = 64
 PAD = 0
 
 Texts = Sequence[Tensor]  # ids, [tokens] each
@@ -36,9 +39,7 @@ def hugging_face_texts(hf: Any, prompts: Texts, counts: Sequence[int]) -> tuple[
     return _in_order(texts)
 
 
-def ctranslate2_texts(
-    ct2: Any, prompts: Texts, counts: Sequence[int], size: int = 32
-) -> tuple[Tensor, ...]:
+def ctranslate2_texts(ct2: Any, prompts: Texts, counts: Sequence[int]) -> tuple[Tensor, ...]:
     """The same in CTranslate2. The callback ends each prompt at its own number of tokens."""
     most, left = max(counts), list(counts)
 
@@ -48,7 +49,7 @@ def ctranslate2_texts(
 
     results = ct2.generate_batch(
         [list(map(str, prompt.tolist())) for prompt in prompts],
-        max_batch_size=size,
+        max_batch_size=TOGETHER,
         max_length=most,
         min_length=most,
         beam_size=1,

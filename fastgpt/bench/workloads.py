@@ -154,8 +154,8 @@ class Work:
 
     @property
     def counts(self) -> list[int]:
-        """How many tokens each sequence gets."""
-        drawn = torch.Generator().manual_seed(SEED)
+        """How many tokens each sequence gets, whatever its length."""
+        drawn = torch.Generator().manual_seed(SEED + 1)
         few = self.fewest or self.new
         return torch.randint(few, self.new + 1, (self.batch,), generator=drawn).tolist()
 
@@ -405,8 +405,9 @@ def _drawn(work: Work, models: Models) -> Peers:
     prompt, new, context = work.ids, work.new, work.cfg["context_length"]
 
     def draw(prompt_lookup: bool) -> Tensor:
+        model = models.fused  # may be made now, which draws as well
         torch.manual_seed(SEED)
-        return generate(models.fused, prompt, new, context, 1.0, prompt_lookup=prompt_lookup)
+        return generate(model, prompt, new, context, 1.0, prompt_lookup=prompt_lookup)
 
     return {"plain": lambda: draw(False), "fastgpt": lambda: draw(True)}
 
