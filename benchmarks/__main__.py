@@ -33,11 +33,14 @@ OPERATIONS = {
     "forward": bench_model.FORWARD,
     "train": bench_model.TRAIN,
     "decode": bench_model.DECODE,
+    "batch": bench_model.BATCH,
+    "score": bench_model.SCORE,
+    "lookup": bench_model.LOOKUP,
 }
 NOTE = """\
-The book: its time; the others: how many times as fast, by the medians of interleaved rounds. In
-brackets the largest error against float64; of decode, how far a chosen token's logit lies below the
-greatest one, in float64."""
+The first: its time; the others: how many times as fast, by the medians of interleaved rounds. In
+brackets the largest error against float64; of generated tokens, how far a chosen one's logit lies
+below the greatest one, in float64."""
 
 
 def main() -> int:

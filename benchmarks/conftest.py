@@ -52,6 +52,9 @@ def measure(benchmark):
             case.check()
         benchmark.extra_info["max_abs_error"] = case.error(peer)
         with torch.no_grad():
-            benchmark(case.peers[peer])
+            if case.rounds:
+                benchmark.pedantic(case.peers[peer], rounds=case.rounds)
+            else:
+                benchmark(case.peers[peer])
 
     return run

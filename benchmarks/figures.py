@@ -1,8 +1,8 @@
 """`python -m benchmarks.figures FIGURES.json PAGE.md ...`: writes the figures of a `fastgpt bench`
 into pages, between `<!-- figures: KIND -->` and `<!-- end of figures -->`.
 
-KIND is a kind of work (forward, train, decode), `quality`: what each precision costs on real text,
-or `machine`: what they were measured on, and when.
+KIND is a kind of work (forward, train, decode, batch, lookup, score), `quality`: what each
+precision costs on real text, or `machine`: what they were measured on, and when.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastgpt.bench.formatting import KINDS as WORK_KINDS
 from fastgpt.bench.formatting import (
     UNTRUSTED,
     comparison,
@@ -76,7 +77,7 @@ def works_of(kind: str, document: dict[str, Any]) -> str:
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    **{kind: partial(works_of, kind) for kind in ("forward", "train", "decode")},
+    **{kind: partial(works_of, kind) for kind in dict.fromkeys(kind for kind, _ in WORK_KINDS)},
     "quality": quality,
     "machine": machine,
 }

@@ -48,12 +48,13 @@ def _row(number, work):
         "name": work.name,
         "kind": work.kind,
         "config": work.config,
-        "size": [work.batch, work.tokens, work.new],
+        "size": work.size,
         "uncached": work.uncached,
+        "base": peers[0],
         "rounds": 5,
         "others": 12.5 if number == 1 else 0.0,
         "doubt": "other programs kept 12.5 of 64 processors busy" if number == 1 else None,
-        "bound": 0.003,
+        "bound": None if work.kind == "lookup" else 0.003,
         "fault": "fastgpt is off by 1.00e-02, the reference by 1.00e-06" if number == 0 else None,
         "peers": {
             peer: {
@@ -61,7 +62,7 @@ def _row(number, work):
                 "quartiles": [0.9 / speed, 1.2 / speed],
                 "doubt": UNSTEADY if number == 2 and peer == "torch" else None,
                 "speed_up": speed,
-                "share_of_bound": 0.003 * speed if PEERS[peer].is_float32 else None,
+                "share_of_bound": _share(work, peer, speed),
                 "tokens_per_second": 1000 * speed,
                 "error": None if peer == "products" else 1e-6 / speed,
                 **({"kl_mean": 1e-7, "kl_largest": 1e-6} if work.kind == "forward" else {}),
@@ -70,3 +71,7 @@ def _row(number, work):
             for peer, speed in zip(peers, speeds, strict=True)
         },
     }
+
+
+def _share(work, peer, speed):
+    return 0.003 * speed if PEERS[peer].is_float32 and work.kind != "lookup" else None

@@ -1,5 +1,6 @@
 """`fastgpt bench`: what it measures, writes and refuses."""
 
+import dataclasses
 import json
 import math
 import re
@@ -19,6 +20,10 @@ TINY = (
     Work("train", "toy", 1, 8, weigh=True),
     Work("decode", "toy", 1, 4, 4, uncached=True),
     Work("decode", "toy", 1, 4, 4),
+    Work("batch", "toy", 5, 6, 4, shortest=2, fewest=1),
+    Work("score", "toy", 5, 9, shortest=2),
+    Work("lookup", "toy in loops", 1, 4, 4),
+    Work("lookup", "toy", 1, 4, 4, drawn=True),
 )
 
 
@@ -92,16 +97,26 @@ def test_report_and_figures(tmp_path, capsys):
     document = json.loads(files[1].read_text(), parse_constant=pytest.fail)
     assert document["agree"] is True
     assert document["machine"]["threads"] == 1
-    forward, train, loop, decode = document["works"]
+    forward, train, loop, decode, batch, score, lookup, drawn = document["works"]
     assert list(forward["peers"]) == ["reference", "torch", "products", "fastgpt"]
     assert list(train["peers"]) == ["reference", "products", "fastgpt", "loss"]
     assert list(loop["peers"]) == ["reference", "cached", "torch", "products", "fastgpt"]
     assert list(decode["peers"]) == ["reference", "torch", "products", "fastgpt"]
+    assert list(score["peers"]) == ["reference", "fastgpt"]
+    for row in (batch, lookup, drawn):
+        assert list(row["peers"]) == ["plain", "fastgpt"]
+    assert [row["base"] for row in document["works"]] == [
+        *4 * ["reference"],
+        "plain",
+        "reference",
+        *2 * ["plain"],
+    ]
+    assert lookup["bound"] is drawn["bound"] is None
     assert document["quality"] == []
     for row in document["works"]:
         seconds = {name: peer["seconds"] for name, peer in row["peers"].items()}
         for name, peer in row["peers"].items():
-            assert peer["speed_up"] == pytest.approx(seconds["reference"] / seconds[name])
+            assert peer["speed_up"] == pytest.approx(seconds[row["base"]] / seconds[name])
             if row["bound"] is None:
                 assert peer["share_of_bound"] is None
             else:
@@ -160,6 +175,45 @@ def test_a_wrong_result_exits_with_1(tmp_path, name, spoil):
     document = json.loads(out.with_suffix(".json").read_text())
     assert document["agree"] is False
     assert name in " ".join(row["fault"] or "" for row in document["works"])
+
+
+def one_id_off(texts):
+    texts[-1][-1] = (int(texts[-1][-1]) + 1) % 256
+
+
+def one_score_off(scores):
+    scores[3][0] *= 1.01
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("work", "spoil", "fault"),
+    [
+        (TINY[4], one_id_off, "fastgpt chose a token whose logit is"),
+        (TINY[5], one_score_off, "fastgpt is off by"),
+        (TINY[6], one_id_off, "fastgpt chose a token whose logit is"),
+        (TINY[7], one_id_off, "fastgpt is off by"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_one_wrong_token_or_score_among_many_is_a_fault(work, spoil, fault):
+    case = work.case()
+    assert case.fault() is None
+    case = work.case()
+    right = case.peers["fastgpt"]
+
+    def wrong():
+        spoil(result := right())
+        return result
+
+    case.peers["fastgpt"] = wrong
+    assert fault in case.fault()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_work_of_minutes_takes_fewer_rounds():
+    work = dataclasses.replace(TINY[4], rounds=2)
+    assert [measure.timed(work.case(), rounds=n)[0]["rounds"] for n in (1, 3)] == [1, 2]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -222,7 +276,8 @@ def test_fastgpt_is_never_left_out(tmp_path, monkeypatch):
         ("{", "is not JSON"),
         ("[]", "no figures of this version"),
         ('{"format": 1, "works": []}', "no figures of this version"),
-        ('{"format": 2, "works": [{}]}', "no figures of this version"),
+        ('{"format": 2, "works": []}', "no figures of this version"),
+        ('{"format": 3, "works": [{}]}', "no figures of this version"),
     ],
 )
 def test_a_source_that_is_none(tmp_path, capsys, text, message):

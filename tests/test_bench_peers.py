@@ -98,6 +98,54 @@ def test_an_exported_peer_continues_as_a_full_pass_would(models, name):
     assert torch.equal(run.generate(prompt, 12), got)
 
 
+UNEQUAL = Work("batch", "toy", 19, 24, 16, shortest=4, fewest=2)
+SCORED = Work("score", "toy", 19, 24, shortest=2)
+
+
+def run_of(work, models, name):
+    if reason := PEERS[name].missing():
+        pytest.skip(reason)
+    return work.peers(models)[name]
+
+
+@pytest.mark.parametrize("name", UNEQUAL.peer_names)
+@torch.no_grad()
+def test_each_prompt_gets_its_own_number_of_tokens_and_those_that_it_gets_alone(models, name):
+    assert len(set(map(len, UNEQUAL.texts))) > 8
+    assert len(set(UNEQUAL.counts)) > 8
+    run = run_of(UNEQUAL, models, name)
+    for _ in range(2):
+        for got, prompt, new in zip(run(), UNEQUAL.texts, UNEQUAL.counts, strict=True):
+            alone = fastgpt.reference.generate_text_simple(models.book, prompt[None], new, 64)
+            assert torch.equal(got, alone[0])
+
+
+@pytest.mark.parametrize("name", SCORED.peer_names)
+@torch.no_grad()
+def test_scores_are_the_log_probabilities_of_each_text_alone(models, name):
+    for got, text in zip(run_of(SCORED, models, name)(), SCORED.texts, strict=True):
+        logits = models.book(text[None, :-1])[0]
+        assert torch.allclose(got, logits.log_softmax(-1)[range(len(text) - 1), text[1:]])
+
+
+@pytest.mark.parametrize("name", ["plain", "hf", "ct2", "fastgpt"])
+@torch.no_grad()
+def test_a_model_in_loops_goes_round(name):
+    work = Work("lookup", "toy in loops", 1, 24, 30)
+    text = run_of(work, Models(work.cfg), name)()[0]
+    assert text.tolist() == [20 + i % 20 for i in range(54)]
+
+
+@torch.no_grad()
+def test_drawn_tokens_are_the_same_with_guesses():
+    work = Work("lookup", "toy", 1, 24, 30, drawn=True)
+    runs = work.peers(Models(work.cfg))
+    text = runs["plain"]()  # which makes the model
+    assert text.shape == (1, 54)
+    assert torch.equal(runs["fastgpt"](), text)
+    assert torch.equal(runs["plain"](), text)
+
+
 def test_kl_divergence():
     p = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).expand(3, 50, 2, 2).log()
     q = torch.tensor([[0.25, 0.75], [0.25, 0.75]]).expand(3, 50, 2, 2).log()

@@ -74,6 +74,25 @@ def test_the_bound_of_each_kind_of_work():
     assert Work("decode", "toy", 1, 1, 5).bound == 5 * one_read
     loop = Work("decode", "toy", 1, 1, 5, uncached=True)
     assert loop.bound == 5 * one_read
+    assert Work("lookup", "toy in loops", 1, 1, 5).bound is None
+
+
+@pytest.mark.usefixtures("peaks")
+def test_the_bound_of_different_lengths_reads_the_weights_for_all_at_once():
+    toy = Work("forward", "toy", 1, 8).cfg
+    one_read = bound.weight_bytes(toy) / PEAKS["bandwidth"]
+    few = Work("batch", "toy", 3, 5, 7, shortest=2, fewest=3)
+    assert len(set(few.counts)) > 1
+    assert few.bound == pytest.approx(max(few.counts) * one_read)
+    many = Work("batch", "toy", 500, 5, 7, shortest=2, fewest=3)
+    operations = sum(  # the last token that is generated is not fed
+        bound.forward_flops(toy, len(text) + count - 1, head_rows=count)
+        for text, count in zip(many.texts, many.counts, strict=True)
+    )
+    assert many.bound == pytest.approx(operations / PEAKS["flops"])
+    scores = Work("score", "toy", 500, 9, shortest=2)
+    fed = sum(bound.forward_flops(toy, len(text) - 1) for text in scores.texts)
+    assert scores.bound == pytest.approx(fed / PEAKS["flops"])
 
 
 def test_no_extension_no_bound(monkeypatch):

@@ -76,6 +76,12 @@ def forward_flops(
     return 2 * (linear + head) + layers * 2 * 2 * width * seen
 
 
+def generation_flops(cfg: dict[str, Any], tokens: int, new: int) -> list[float]:
+    """The operations of each pass that one sequence's new tokens take, the prompt's first."""
+    steps = (forward_flops(cfg, 1, tokens + n) for n in range(new - 1))
+    return [forward_flops(cfg, tokens, head_rows=1), *steps]
+
+
 def weight_bytes(cfg: dict[str, Any]) -> int:
     """The bytes of all linear layers' weights in float32, which every pass has to read."""
     width = cfg["emb_dim"]

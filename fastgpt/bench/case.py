@@ -35,6 +35,8 @@ class Case:
     peers: dict[str, Callable[[], Result | None]]
     exact: Result | None  # in float64; None where it would take too much memory
     skipped: dict[str, str] = field(default_factory=dict)  # peers that cannot run here, and why
+    base: str = "reference"  # the peer that the others are compared with
+    rounds: int | None = None  # at most, where one takes minutes
     _errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -66,21 +68,21 @@ class Case:
         except Exception as error:  # a library of another version than its peer is written for
             if torch_state.is_compile_error(error):
                 return "torch.compile finds no C++ compiler"
-            if peer == "reference" or PEERS[peer].is_ours:
+            if peer == self.base or PEERS[peer].is_ours:
                 raise
             return f"{type(error).__name__}: {error}".partition("\n")[0]
         return None
 
     def fault(self) -> str | None:
         """What is wrong with fastgpt's results by the error rule; None if nothing is."""
-        theirs = self.error("reference")
+        theirs = self.error(self.base)
         if theirs is None or self.exact is None:
             return None
         allowed = allowed_error(theirs, self.exact)
         for peer in JUDGED:
             ours = self.error(peer) if peer in self.peers else None
             if ours is not None and not ours <= allowed:
-                return f"{peer} is off by {ours:.2e}, the reference by {theirs:.2e}"
+                return f"{peer} is off by {ours:.2e}, {PEERS[self.base].label} by {theirs:.2e}"
         return None
 
     def check(self) -> None:

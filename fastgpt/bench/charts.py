@@ -76,7 +76,7 @@ def _speed(rows: Sequence[Row], key: str) -> tuple[str, str]:
         _bounds(axes, panel.rows)
         axes.set_xlim(0, 1.12 * max(longest, *(_bound_of(row) for row in panel.rows)))
         axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
-        axes.set_xlabel("times as fast as the book", fontsize=8)
+        axes.set_xlabel(f"times as fast as {PEERS[panel.rows[0]['base']].label}", fontsize=8)
 
     caption = (
         "Longer is faster; whiskers are the quartiles of the rounds. No float32 code can beat the "
@@ -126,8 +126,9 @@ def _error(rows: Sequence[Row], key: str) -> tuple[str, str]:
 
     caption = (
         "Further left is more exact. A forward pass: the error of the logits; a training step: "
-        "that of the loss and every gradient, without dropout. An error of 0 is not drawn, nor is "
-        "a step that is too large to repeat in float64."
+        "that of the loss and every gradient, without dropout; scores: that of the "
+        "log-probabilities. An error of 0 is not drawn, nor is a step that is too large to repeat "
+        "in float64."
     )
     return caption, _single(rows, draw, key)
 
@@ -183,7 +184,7 @@ def _filled(colour: str, precision: str) -> dict[str, Any]:
 
 
 def _bound_of(row: Row) -> float:
-    seconds: float = row["peers"]["reference"]["seconds"]
+    seconds: float = row["peers"][row["base"]]["seconds"]
     return seconds / row["bound"] if row["bound"] else 0.0
 
 

@@ -13,6 +13,9 @@ KINDS = {  # kind, and whether the reference is the book's own loop
     ("train", False): "Training step, forward and backward",
     ("decode", True): "Generation, against the book's own loop",
     ("decode", False): "Generation, against the book's model with a cache",
+    ("batch", False): "Generation, prompts of different lengths",
+    ("lookup", False): "Generation by guesses",
+    ("score", False): "Scores of texts of different lengths",
 }
 
 UNTRUSTED = (
@@ -30,9 +33,8 @@ def kind(row: Row) -> tuple[str, bool]:
 
 def size(row: Row) -> str:
     """A row's batch, tokens and new tokens, after the model's name if it is not GPT-2 124M."""
-    batch, tokens, new = row["size"]
     model = "" if row["config"] == "GPT-2 124M" else f"{row['config']} "
-    return f"{model}[{batch}, {tokens}]" + (f" + {new}" if new else "")
+    return f"{model}{row['size']}"
 
 
 def readable(seconds: float) -> str:
@@ -66,7 +68,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool =
 
 
 def comparison(rows: Sequence[Row], aligned: bool = False) -> str:
-    """A table with a column for each piece of work: the reference's time, the speed-up of every
+    """A table with a column for each piece of work: the time of its base, the speed-up of every
     other peer and of the bound over it, and the errors in brackets. Where distributions of next
     tokens were compared, the worst of them follow.
     """
@@ -77,7 +79,7 @@ def comparison(rows: Sequence[Row], aligned: bool = False) -> str:
         for name, peer in PEERS.items()
         if any(name in row["peers"] for row in rows)
     ]
-    if any("bound" in row for row in rows):
+    if any(row.get("bound") for row in rows):
         lines.append(["bound", *map(_bound, rows), *("--" if kl else "")])
     return markdown(head, lines, aligned)
 
@@ -93,15 +95,15 @@ def _cell(row: Row, name: str) -> str:
     if name not in row["peers"]:
         return "-"
     peer = row["peers"][name]
-    text = readable(peer["seconds"]) if name == "reference" else f"{peer['speed_up']:.2f}x"
+    text = readable(peer["seconds"]) if name == row["base"] else f"{peer['speed_up']:.2f}x"
     text += mark(row, name)
     text = f"**{text}**" if PEERS[name].is_ours else text
     return text if peer["error"] is None else f"{text} ({peer['error']:.1e})"
 
 
 def _bound(row: Row) -> str:
-    seconds = row["peers"]["reference"]["seconds"]
-    return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, 'reference')}"
+    seconds = row["peers"][row["base"]]["seconds"]
+    return "-" if row["bound"] is None else f"{seconds / row['bound']:.2f}x{mark(row, row['base'])}"
 
 
 def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -133,9 +135,9 @@ def doubts(rows: Sequence[Row]) -> list[str]:
 
 def mark(row: Row, peer: str) -> str:
     """What follows a peer's figure: a question mark if it cannot be trusted. A ratio needs the
-    reference's time too.
+    time of the base too.
     """
-    apart = (row["peers"][name]["doubt"] for name in (peer, "reference"))
+    apart = (row["peers"][name]["doubt"] for name in (peer, row["base"]))
     return " ?" if row["doubt"] or any(apart) else ""
 
 

@@ -90,6 +90,23 @@ def ctranslate2_generator(model: Any) -> Any:
         )
 
 
+def hugging_face_text(model: Any, prompt: Tensor, new: int, **options: Any) -> Tensor:
+    """A prompt, [B, T], continued greedily: [B, T + new]."""
+    ids: Tensor = model.generate(
+        prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **options
+    )
+    return ids
+
+
+def ctranslate2_text(generator: Any, prompt: Tensor, new: int) -> Tensor:
+    """The same by `ctranslate2_generator`."""
+    words = [list(map(str, row)) for row in prompt.tolist()]
+    results = generator.generate_batch(
+        words, max_length=new, min_length=new, beam_size=1, include_prompt_in_result=False
+    )
+    return torch.cat((prompt, torch.tensor([r.sequences_ids[0] for r in results])), dim=1)
+
+
 def products(
     rows: int, cfg: dict[str, Any], head_rows: int, backward: bool = False
 ) -> Callable[[], None]:

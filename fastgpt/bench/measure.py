@@ -19,7 +19,7 @@ from fastgpt.bench.quality import quality
 from fastgpt.bench.rounds import enough_rounds, quartiles, steady_rounds
 from fastgpt.bench.workloads import Work
 
-FORMAT = 2  # of the document
+FORMAT = 3  # of the document
 
 Progress = Callable[[int, int, str], object]
 
@@ -36,7 +36,7 @@ def measure(
     fastgpt's precisions below float32 cost on real text.
 
     Args:
-        peers: some of `PEERS`; the reference is always among them.
+        peers: some of `PEERS`; what a piece of work is compared with is always among them.
         progress: called with the number of steps done, their total, and the next step.
     """
     wanted = [p for p in PEERS if p in peers or p == "reference"]
@@ -65,7 +65,7 @@ def measure(
             "name": work.name,
             "kind": work.kind,
             "config": work.config,
-            "size": [work.batch, work.tokens, work.new],
+            "size": work.size,
             "uncached": work.uncached,
             "bound": bound,
         }
@@ -91,19 +91,22 @@ def measure(
 def timed(
     case: Case, wanted: Sequence[str] = tuple(PEERS), rounds: int = 5
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each peer's seconds (median and quartiles of at least `rounds` interleaved rounds), speed-up
-    over the reference (the ratio of the medians) and error, and the fault of ours. A `doubt` says
-    why a peer's figures, or all of them, cannot be trusted.
+    """Each peer's seconds (median and quartiles of at least `rounds` interleaved rounds, or of the
+    case's own number if that is less), speed-up over the `base` (the ratio of the medians) and
+    error, and the fault of ours. A `doubt` says why a peer's figures, or all of them, cannot be
+    trusted.
 
     Returns also which of the wanted peers are left out, and why.
     """
-    here = [peer for peer in wanted if peer in case.peers]
+    here = [p for p in PEERS if p in case.peers and (p in wanted or p == case.base)]
     reasons = {peer: why for peer in here if (why := case.why_not(peer))}
     runs = {peer: case.peers[peer] for peer in here if peer not in reasons}
-    taken = steady_rounds(runs, enough_rounds(runs, rounds))
-    base = taken.median("reference")
+    rounds = min(rounds, case.rounds) if case.rounds else enough_rounds(runs, rounds)
+    taken = steady_rounds(runs, rounds)
+    base = taken.median(case.base)
     figures = {
-        "rounds": len(taken.seconds["reference"]),
+        "base": case.base,
+        "rounds": len(taken.seconds[case.base]),
         "others": taken.others,
         "doubt": taken.doubt(),
         "fault": case.fault() if any(peer in runs for peer in JUDGED) else None,

@@ -29,6 +29,8 @@ TILES = (  # kind, peer, what the ratio is of
     (("train", False), "loss", "the book's speed, in a training step by model.loss"),
     (("decode", True), "fastgpt", "the speed of the book's own loop, in generation"),
     (("decode", False), "fastgpt", "the speed of the book with a cache, in generation"),
+    (("batch", False), "fastgpt", "the speed of one prompt after another, in generation"),
+    (("score", False), "fastgpt", "the book's speed, in scoring texts"),
 )
 
 
@@ -78,7 +80,8 @@ def _error_tile(works: Sequence[Row]) -> Iterator[dict[str, str]]:
     apart = [
         row["peers"]["fastgpt"]["error"] / row["peers"]["reference"]["error"]
         for row in works
-        if "fastgpt" in row["peers"]
+        if row["base"] == "reference"
+        and "fastgpt" in row["peers"]
         and row["peers"]["fastgpt"]["error"] is not None
         and row["peers"]["reference"]["error"]
     ]

@@ -21,6 +21,7 @@ class Engine(NamedTuple):
 ENGINES = {
     "reference": Engine("the book", "#495057"),
     "cached": Engine("the book, with a cache", "#8d99a6"),
+    "plain": Engine("fastgpt, token by token", "#0b2545"),
     "torch": Engine("PyTorch, fused by hand", "#e8590c"),
     "compile": Engine("torch.compile", "#f4a261"),
     "onednn": Engine("PyTorch, oneDNN's products", "#c2255c", ("float32", "bfloat16")),
@@ -54,7 +55,7 @@ class Peer(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return self.engine in ("fastgpt", "loss")
+        return self.engine in ("fastgpt", "loss", "plain")
 
     @property
     def is_float32(self) -> bool:

@@ -1,5 +1,5 @@
-"""The work that is measured on the whole model: forward passes, training steps and greedy
-generation.
+"""The work that is measured on the whole model: forward passes, training steps, generation, and
+the scores of texts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import GPT_CONFIG_124M, GPTModel, generate_text_simple, reference
-from fastgpt.bench import libraries
-from fastgpt.bench.bound import bound_seconds, forward_flops, weight_bytes
+from fastgpt import (
+    GPT_CONFIG_124M,
+    GPTModel,
+    generate,
+    generate_batch,
+    generate_text_simple,
+    reference,
+    score,
+)
+from fastgpt.bench import different_lengths, libraries
+from fastgpt.bench.bound import bound_seconds, forward_flops, generation_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.case import Case
-from fastgpt.bench.errors import Result, kl_divergence
+from fastgpt.bench.errors import Result
 from fastgpt.bench.llama import LlamaCpp
 from fastgpt.bench.narrow import Narrow
 from fastgpt.bench.onednn import onednn
@@ -27,16 +35,24 @@ from fastgpt.bench.onnx_runtime import OnnxRuntime
 from fastgpt.bench.openvino import OpenVino
 from fastgpt.bench.peers import PEERS, Peer
 from fastgpt.bench.torch_gpt import TorchGPT
+from fastgpt.bench.verdicts import Forward, Generation, Scores, Training
 
+TOY = {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 2, "n_layers": 2}
 CONFIGS = {
     "GPT-2 124M": GPT_CONFIG_124M,
     "GPT-2 124M, no dropout": GPT_CONFIG_124M | {"drop_rate": 0.0},
-    "toy": GPT_CONFIG_124M
-    | {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 2, "n_layers": 2},
+    # Random weights never repeat themselves. In a loop of so many tokens each foretells the next.
+    "GPT-2 124M in loops": GPT_CONFIG_124M | {"loop": 20},
+    # Of few tokens most have stood in the text before: they are guessed, and the guess is wrong.
+    "GPT-2 of bytes": GPT_CONFIG_124M | {"vocab_size": 256},
+    "toy": GPT_CONFIG_124M | TOY,
+    "toy in loops": GPT_CONFIG_124M | TOY | {"loop": 20},
 }
 SEED = 123
-TIE = 1e-4  # logits this close may change places in float32
 EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
+EXACT_TEXTS = 8  # whose scores are
+BATCH = 32  # the most sequences that fastgpt generates at once
+GUESSES = 10  # tokens that Hugging Face guesses a pass, as its documentation does
 
 EXPORTED: dict[str, Callable[..., Any]] = {  # made of the book's model, its config, a precision
     "onednn": onednn,
@@ -50,25 +66,44 @@ Peers = dict[str, Callable[[], Result | None]]
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of work on token ids [batch, tokens]."""
+    """One piece of work on token ids [batch, tokens], or on `batch` sequences of different lengths.
 
-    kind: str  # forward, train (forward and backward), or decode (greedy)
+    The kinds are forward, train (forward and backward), decode (greedy), lookup (one sequence,
+    tokens guessed and checked), and of different lengths batch (greedy) and score.
+    """
+
+    kind: str
     config: str  # of CONFIGS
     batch: int
-    tokens: int
-    new: int = 0  # tokens to decode
+    tokens: int  # of the longest sequence
+    new: int = 0  # tokens to decode, at most
+    shortest: int = 0  # batch, score: the tokens of the shortest sequence ..
+    fewest: int = 0  # .. and the fewest to decode
     uncached: bool = False  # decode: the reference is the book's own loop, without a cache
+    drawn: bool = False  # lookup: tokens are drawn, at temperature 1
     weigh: bool = False  # whether to measure the peers' peak memory
+    rounds: int | None = None  # at most, where one takes minutes
 
     @property
     def name(self) -> str:
-        more = f" + {self.new}" if self.new else ""
         loop = ", the book's loop" if self.uncached else ""
-        return f"{self.kind} {self.config} [{self.batch}, {self.tokens}]{more}{loop}"
+        return f"{self.kind} {self.config} {self.size}{loop}"
+
+    @property
+    def size(self) -> str:
+        """The batch, its tokens and the new ones."""
+        tokens, new = (
+            f"{least}-{most}" if least else f"{most}"
+            for least, most in ((self.shortest, self.tokens), (self.fewest, self.new))
+        )
+        more = f" + {new}" if self.new else ""
+        return f"[{self.batch}, {tokens}]{more}" + (", drawn" if self.drawn else "")
 
     @property
     def tokens_done(self) -> int:
-        return self.batch * (self.new or self.tokens)
+        if self.kind == "score":  # the first of a text has no score
+            return sum(len(text) - 1 for text in self.texts)
+        return sum(self.counts) if self.new else self.batch * self.tokens
 
     @property
     def cfg(self) -> dict[str, Any]:
@@ -76,30 +111,65 @@ class Work:
 
     @property
     def bound(self) -> float | None:
-        """The seconds that no code for this machine can beat; None if the peaks are not measured.
+        """The seconds that no code for this machine can beat; None if the peaks are not measured,
+        or if a pass may bring any number of tokens.
 
-        Every pass reads each weight once, and each new token takes a pass.
+        Every pass reads each weight once, and each new token of a sequence takes a pass.
         """
-        cfg, batch = self.cfg, self.batch
-        weights = weight_bytes(cfg)
-        if self.kind != "decode":
+        cfg, weights = self.cfg, weight_bytes(self.cfg)
+        if self.kind == "lookup":
+            return None
+        if self.kind == "score":
+            flops = sum(forward_flops(cfg, len(text) - 1) for text in self.texts)
+            return bound_seconds(flops, weights)
+        if self.kind in ("forward", "train"):
             times = 3 if self.kind == "train" else 1
-            return bound_seconds(times * batch * forward_flops(cfg, self.tokens), weights)
-        operations = [batch * forward_flops(cfg, self.tokens, head_rows=1)]
-        operations += [batch * forward_flops(cfg, 1, self.tokens + n) for n in range(self.new - 1)]
-        passes = [bound_seconds(flops, weights) for flops in operations]
+            return bound_seconds(times * self.batch * forward_flops(cfg, self.tokens), weights)
+        each = [
+            generation_flops(cfg, len(text), count)
+            for text, count in zip(self.texts, self.counts, strict=True)
+        ]
+        if self.kind == "batch":  # a pass may serve any tokens of any sequences
+            return bound_seconds(sum(map(sum, each)), max(self.counts) * weights)
+        passes = [bound_seconds(sum(flops), weights) for flops in zip(*each, strict=True)]
         return sum(seconds for seconds in passes if seconds is not None) or None
 
     @property
     def ids(self) -> Tensor:
-        """The token ids, [batch, tokens]."""
+        """The token ids, [batch, tokens]. A model in loops would have gone on the same way."""
+        if loop := self.cfg.get("loop"):
+            return (loop + torch.arange(self.tokens) % loop).expand(self.batch, -1)
         torch.manual_seed(SEED)
         return torch.randint(1, self.cfg["vocab_size"], (self.batch, self.tokens))  # 0 is HF's pad
 
+    @property
+    def texts(self) -> tuple[Tensor, ...]:
+        """The token ids of each sequence, [tokens]."""
+        if not self.shortest:
+            return self.ids.unbind()
+        drawn = torch.Generator().manual_seed(SEED)
+        lengths = torch.randint(self.shortest, self.tokens + 1, (self.batch,), generator=drawn)
+        vocabulary = self.cfg["vocab_size"]
+        return tuple(torch.randint(1, vocabulary, (int(n),), generator=drawn) for n in lengths)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens each sequence gets, whatever its length."""
+        drawn = torch.Generator().manual_seed(SEED + 1)
+        few = self.fewest or self.new
+        return torch.randint(few, self.new + 1, (self.batch,), generator=drawn).tolist()
+
     def peers(self, models: Models) -> Peers:
         """How each peer does the work. What a peer needs is made when it first runs."""
-        kinds = {"forward": _forward, "train": _train, "decode": _decode}
-        return kinds[self.kind](self, models, self.ids)
+        kinds = {
+            "forward": _forward,
+            "train": _train,
+            "decode": _decode,
+            "lookup": _drawn if self.drawn else _lookup,
+            "batch": _batch,
+            "score": _score,
+        }
+        return kinds[self.kind](self, models)
 
     @property
     def peer_names(self) -> list[str]:
@@ -112,8 +182,18 @@ class Work:
         models.train(False)
         peers = self.peers(models)
         skipped = {peer: why for peer in peers if (why := PEERS[peer].missing())}
-        if self.kind == "decode":
-            return Generation(peers, None, skipped, models=models, prompt=self.ids)
+        if self.drawn:
+            return Case(peers, peers["plain"](), skipped, "plain")
+        if self.kind in ("decode", "lookup", "batch"):
+            base = "reference" if self.kind == "decode" else "plain"
+            return Generation(
+                peers, None, skipped, base, self.rounds, models=models, prompts=self.texts
+            )
+        if self.kind == "score":
+            with models.in_float64(), torch.no_grad():  # one by one: their logits are large
+                texts = self.texts[:EXACT_TEXTS]
+                right = [different_lengths.padded_scores(models.book, [text])[0] for text in texts]
+            return Scores(peers, tuple(right), skipped, rounds=self.rounds)
         exact = None
         if self.kind == "forward" or self.batch * self.tokens <= EXACT_TOKENS:
             with models.in_float64(), torch.no_grad():
@@ -132,6 +212,10 @@ FULL = (
     Work("decode", "GPT-2 124M", 1, 4, 32, uncached=True),
     Work("decode", "GPT-2 124M", 1, 128, 64),
     Work("decode", "GPT-2 124M", 8, 64, 32),
+    Work("batch", "GPT-2 124M", 64, 120, 128, shortest=20, fewest=16, rounds=1),
+    Work("score", "GPT-2 124M", 64, 500, shortest=50, rounds=1),
+    Work("lookup", "GPT-2 124M in loops", 1, 128, 128),
+    Work("lookup", "GPT-2 of bytes", 1, 128, 128, drawn=True),
     Work("forward", "toy", 4, 64),
     Work("train", "toy", 8, 64),
 )
@@ -141,6 +225,10 @@ QUICK = (
     Work("train", "toy", 4, 64, weigh=True),
     Work("decode", "toy", 1, 8, 16, uncached=True),
     Work("decode", "toy", 1, 16, 16),
+    Work("batch", "toy", 12, 12, 16, shortest=4, fewest=2),
+    Work("score", "toy", 12, 32, shortest=4),
+    Work("lookup", "toy", 1, 16, 16, drawn=True),
+    Work("lookup", "toy in loops", 1, 32, 16),
 )
 
 
@@ -159,12 +247,12 @@ class Models:
     @cached_property
     def book(self) -> reference.GPTModel:
         torch.manual_seed(self.seed)
-        return reference.GPTModel(self.cfg).eval()
+        return _in_loops(reference.GPTModel(self.cfg).eval(), self.cfg)
 
     @cached_property
     def fused(self) -> GPTModel:
         torch.manual_seed(self.seed)  # which draws the book's weights
-        return GPTModel(self.cfg).eval()
+        return _in_loops(GPTModel(self.cfg).eval(), self.cfg)
 
     @cached_property
     def torch(self) -> TorchGPT:
@@ -215,7 +303,18 @@ def _models(config: str) -> Models:
     return Models(CONFIGS[config])
 
 
-def _forward(work: Work, models: Models, ids: Tensor) -> Peers:
+@torch.no_grad()
+def _in_loops(model: Any, cfg: dict[str, Any]) -> Any:
+    """The model. If its config has a loop, its head foretells of a token the next of the loop."""
+    if loop := cfg.get("loop"):
+        ids = torch.arange(cfg["vocab_size"])
+        before = ids // loop * loop + (ids - 1) % loop
+        model.out_head.weight.copy_(model.tok_emb.weight[before.clamp(max=len(ids) - 1)])
+    return model
+
+
+def _forward(work: Work, models: Models) -> Peers:
+    ids = work.ids
     return {
         "reference": lambda: models.book(ids),
         "torch": lambda: models.torch(ids),
@@ -227,7 +326,8 @@ def _forward(work: Work, models: Models, ids: Tensor) -> Peers:
     }
 
 
-def _train(work: Work, models: Models, ids: Tensor) -> Peers:
+def _train(work: Work, models: Models) -> Peers:
+    ids = work.ids
     targets = ids.roll(-1, dims=1)
 
     def step(model: nn.Module, loss: Tensor) -> tuple[Tensor, ...]:
@@ -256,9 +356,8 @@ def _train(work: Work, models: Models, ids: Tensor) -> Peers:
     }
 
 
-def _decode(work: Work, models: Models, prompt: Tensor) -> Peers:
-    new, context = work.new, work.cfg["context_length"]
-    words = [list(map(str, row)) for row in prompt.tolist()]
+def _decode(work: Work, models: Models) -> Peers:
+    prompt, new, context = work.ids, work.new, work.cfg["context_length"]
 
     def products() -> Callable[[], None]:
         fill = libraries.products(prompt.numel(), work.cfg, head_rows=work.batch)
@@ -271,18 +370,6 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> Peers:
 
         return run
 
-    def hugging_face() -> Tensor:
-        ids: Tensor = models.hf.generate(
-            prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-        return ids
-
-    def ctranslate2() -> Tensor:
-        results = models.ct2.generate_batch(
-            words, max_length=new, min_length=new, beam_size=1, include_prompt_in_result=False
-        )
-        return torch.cat((prompt, torch.tensor([r.sequences_ids[0] for r in results])), dim=1)
-
     cached = {"reference": lambda: CachedBook(models.book).generate(prompt, new)}
     if work.uncached:
         cached = {"cached": cached["reference"]}
@@ -292,11 +379,67 @@ def _decode(work: Work, models: Models, prompt: Tensor) -> Peers:
     return {
         **cached,
         "torch": lambda: models.torch.generate(prompt, new),
-        "hf": hugging_face,
-        "ct2": ctranslate2,
+        "hf": lambda: libraries.hugging_face_text(models.hf, prompt, new),
+        "ct2": lambda: libraries.ctranslate2_text(models.ct2, prompt, new),
         "products": _when_called(products),
         "fastgpt": lambda: generate_text_simple(models.fused, prompt, new, context),
         **_others(lambda peer: models.other(peer).generate(prompt, new)),
+    }
+
+
+def _lookup(work: Work, models: Models) -> Peers:
+    prompt, new, context = work.ids, work.new, work.cfg["context_length"]
+    return {
+        "plain": lambda: generate_text_simple(
+            models.fused, prompt, new, context, prompt_lookup=False
+        ),
+        "hf": lambda: libraries.hugging_face_text(
+            models.hf, prompt, new, prompt_lookup_num_tokens=GUESSES
+        ),
+        "ct2": lambda: libraries.ctranslate2_text(models.ct2, prompt, new),
+        "fastgpt": lambda: generate_text_simple(models.fused, prompt, new, context),
+    }
+
+
+def _drawn(work: Work, models: Models) -> Peers:
+    prompt, new, context = work.ids, work.new, work.cfg["context_length"]
+
+    def draw(prompt_lookup: bool) -> Tensor:
+        model = models.fused  # may be made now, which draws as well
+        torch.manual_seed(SEED)
+        return generate(model, prompt, new, context, 1.0, prompt_lookup=prompt_lookup)
+
+    return {"plain": lambda: draw(False), "fastgpt": lambda: draw(True)}
+
+
+def _batch(work: Work, models: Models) -> Peers:
+    prompts, counts, context = work.texts, work.counts, work.cfg["context_length"]
+
+    def one_by_one() -> tuple[Tensor, ...]:
+        return tuple(
+            generate_text_simple(models.fused, prompt[None], new, context, prompt_lookup=False)[0]
+            for prompt, new in zip(prompts, counts, strict=True)
+        )
+
+    def together() -> tuple[Tensor, ...]:
+        texts = generate_batch(models.fused, prompts, counts, batch_size=BATCH)
+        return tuple(map(torch.tensor, texts))
+
+    return {
+        "plain": one_by_one,
+        "hf": lambda: different_lengths.hugging_face_texts(models.hf, prompts, counts),
+        "ct2": lambda: different_lengths.ctranslate2_texts(models.ct2, prompts, counts),
+        "fastgpt": together,
+    }
+
+
+def _score(work: Work, models: Models) -> Peers:
+    texts, padded = work.texts, different_lengths.padded_scores
+    return {
+        "reference": lambda: padded(models.book, texts),
+        "hf": lambda: padded(lambda ids: models.hf(ids, use_cache=False).logits, texts),
+        "ct2": lambda: different_lengths.ctranslate2_scores(models.ct2, texts),
+        "fastgpt": lambda: tuple(score(models.fused, texts)),
     }
 
 
@@ -313,59 +456,3 @@ def _when_called(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
     """Calls what `make` returns; it is made at the first call."""
     made = lru_cache(maxsize=1)(make)
     return lambda: made()()
-
-
-class Forward(Case):
-    """A forward pass: its logits are also judged by the distributions of next tokens."""
-
-    def distances(self, got: Result) -> dict[str, float]:
-        """The largest error of a logit, and the mean and the largest KL divergence."""
-        assert isinstance(got, Tensor)
-        assert isinstance(self.exact, Tensor)
-        mean, largest = kl_divergence(got, self.exact)
-        return super().distances(got) | {"kl_mean": mean, "kl_largest": largest}
-
-
-class Training(Case):
-    """A training step: timed with the config's dropout, its errors measured without."""
-
-    def __init__(self, *args: Any, models: Models) -> None:
-        super().__init__(*args)
-        self.models = models
-
-    def errors(self, peer: str) -> dict[str, float]:
-        self.models.train(False)
-        errors = super().errors(peer)
-        self.models.train(True)
-        return errors
-
-
-class Generation(Case):
-    """Generated tokens: the model in float64 judges them, fed those very tokens."""
-
-    def __init__(self, *args: Any, models: Models, prompt: Tensor) -> None:
-        super().__init__(*args)
-        self.models, self.prompt = models, prompt
-        self.judged: list[tuple[Tensor, float]] = []
-
-    def distances(self, got: Result) -> dict[str, float]:
-        """The most by which a chosen token's logit lies below the greatest of its step."""
-        assert isinstance(got, Tensor)
-        for ids, known in self.judged:
-            if torch.equal(ids, got):
-                return {"error": known}
-        start = self.prompt.shape[1]
-        assert torch.equal(got[:, :start], self.prompt)
-        with self.models.in_float64():
-            logits = self.models.book(got[:, :-1])[:, start - 1 :]
-        chosen = logits.gather(-1, got[:, start:, None])[..., 0]
-        error: float = (logits.amax(-1) - chosen).max().item()
-        self.judged.append((got, error))
-        return {"error": error}
-
-    def fault(self) -> str | None:
-        """What is wrong if fastgpt chose a token that is not the likeliest; None if it did not."""
-        ours = self.error("fastgpt")
-        if ours is None or ours <= TIE:
-            return None
-        return f"fastgpt chose a token whose logit is {ours:.2e} below the greatest"
