@@ -11,6 +11,7 @@ constexpr int kDotRows = kWide ? 8 : 3;                        // a dot tile: ro
 constexpr int dot_cols(int rows) { return rows > 6 ? 3 : 4; }  // .. and rows of W
 constexpr int64_t kDotDepth = 768;   // units over which a tile's rows of x stay in the L1 cache; any other for some
                                      // numbers of rows would give them other bits
+constexpr int64_t kDotUnits = 6144;  // units of x that leave room beside them there
 constexpr int64_t kDotAhead = 8192;  // bytes between what is used and what is fetched, at least
 
 // Whether a group's scale is applied to a group's sum, and its minimum to the sum of x over the group: less work than
@@ -136,20 +137,29 @@ static void dots(const Product& p, const float* x, int64_t x_row, const RowScale
     const int64_t depth = kDotDepth * A::in_unit;
     const float* x_sums = x + unit_row(units_of<A>(p.k));  // of the groups of Int4, where they are used
     const int64_t cols = dot_cols(static_cast<int>(most)), chunk = kDotChunk / cols * cols;
-    const int64_t ahead = cols * p.w.row * up(kDotAhead, bytes(p.w.format, cols * p.w.row));
+    const int64_t soon = cols * p.w.row * up(kDotAhead, bytes(p.w.format, cols * p.w.row));
     for (int64_t n0 = 0; n0 < p.n; n0 += chunk) {
         const int64_t n = min(chunk, p.n - n0);
         for (int64_t k0 = 0; k0 < p.k; k0 += depth) {  // x over this depth stays in the L1 cache
             const int64_t k = min(depth, p.k - k0);
-            for (int64_t g = 0; g < groups; g++) {
+            const auto tile = [&](int64_t g, int64_t j, int64_t ahead) {
                 const int64_t m0 = p.m * g / groups, m1 = p.m * (g + 1) / groups;
                 const DotKernel<A, T> kernel = dots_by_rows<A, T>[m1 - m0 - (cols == 4)];
-                for (int64_t j = 0; j < n; j += cols) {
-                    WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
-                    for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
-                    kernel(k0, k, x + m0 * x_row + k0 / A::in_unit, x_sums + m0 * x_row, x_row, w, g ? 0 : ahead,
-                           sums + m0 * kDotChunk + j, k0 > 0);
-                }
+                WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
+                for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
+                kernel(k0, k, x + m0 * x_row + k0 / A::in_unit, x_sums + m0 * x_row, x_row, w, ahead,
+                       sums + m0 * kDotChunk + j, k0 > 0);
+            };
+            // What stays in the L1 cache: a few rows of W, if all of x does beside them, else one group's rows of x.
+            // Then each group fetches a part of what comes next, or the first would wait for memory alone.
+            if (p.m * units_of<A>(k) <= kDotUnits) {
+                for (int64_t j = 0; j < n; j += cols)
+                    for (int64_t g = 0; g < groups; g++) tile(g, j, g ? 0 : soon);
+            } else {
+                const int64_t next = k0 + depth < p.k ? depth : chunk * p.w.row - k0;
+                for (int64_t g = 0; g < groups; g++)
+                    for (int64_t j = 0; j < n; j += cols)
+                        tile(g, j, groups == 1 ? soon : j / cols % groups == g ? next : 0);
             }
         }
         for (int64_t i = 0; i < p.m; i++)

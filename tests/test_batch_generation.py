@@ -3,6 +3,7 @@
 import gc
 import random
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from fastgpt.model import rows
 CONTEXT = 64
 FUSED = [path for path in PATHS if path != "reference"]
 SETTINGS = [
-    {},
     {"eos_id": 7},
     {"temperature": 1.0, "top_k": 20},
     {"temperature": 1.5, "eos_id": 7},
@@ -69,9 +69,19 @@ def packed(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
+def test_each_prompt_gets_what_it_gets_alone(fused, packed, kind):
+    _check(_model(kind), packed, {})
+
+
+@pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_each_prompt_gets_what_it_gets_alone(fused, packed, kind, options):
-    model = _model(kind)
+def test_drawn_or_ended_too(packed, kind, options):
+    with use_path(PATHS[-1]):
+        _check(_model(kind), packed, options)
+
+
+def _check(model, packed, options):
     prompts, new = _prompts(20)
     expected = _alone(model, prompts, new, **options)
     for batch_size in (1, 3, 32):
@@ -306,3 +316,36 @@ def test_autocast(fused):
     prompts, new = _prompts(10)
     with torch.autocast("cpu", torch.bfloat16):
         assert fastgpt.generate_batch(model, prompts, new) == _alone(model, prompts, new)
+
+
+def _trained():
+    """A model that has read a story, byte by byte."""
+    ids = torch.tensor(list((Path(__file__).parents[1] / "examples/story.txt").read_bytes())) % 61
+    model = _model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        starts = torch.arange(16) * 200 + step
+        windows = torch.stack([ids[at : at + 33] for at in starts.tolist()])
+        optimizer.zero_grad()
+        model.loss(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
+    return model.eval(), ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_model(dtype, packed):
+    """Whose texts go round, end at once and never, and stand there twice."""
+    model, ids = _trained()
+    model = model.to(dtype)
+    prompts = [ids[at : at + n].tolist() for at, n in ((0, 30), (50, 1), (70, 9), (90, 64))]
+    prompts += prompts
+    for options in ({}, {"temperature": 0.7}):
+        expected = _alone(model, prompts, [40] * 8, prompt_lookup=False, **options)
+        assert _alone(model, prompts, [40] * 8, **options) == expected
+        assert fastgpt.generate_batch(model, prompts, 40, seed=5, **options) == expected
+    greedy = _alone(model, prompts, [40] * 8)
+    assert greedy[:4] == greedy[4:]
+    first = greedy[0][30]
+    assert fastgpt.generate_batch(model, prompts[:1], 40, eos_id=first) == prompts[:1]
+    never = next(token for token in range(61) if not any(token in text for text in greedy))
+    assert fastgpt.generate_batch(model, prompts, 40, eos_id=never) == greedy

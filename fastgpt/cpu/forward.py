@@ -6,6 +6,7 @@ call; any other piece is called as what it is, between two of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +87,6 @@ class WholePass:
         dtype = None if first is None else first.dtype
         self.fuses = dtype in FORMATS
         self.in_one_call = False  # whether every piece is one that C++ can read
-        self.rows_alike = 0
         if first is None or dtype not in FORMATS:
             return
         self.width, self.n_heads, self.eps = first.width, first.n_heads, first.eps
@@ -98,8 +98,6 @@ class WholePass:
         self._blocks = [self._block_fields(piece.record) for piece in blocks]
         self._end = self._end_fields(end.record)
         self.in_one_call = None not in (self._tables, *self._blocks, self._end)
-        # The most rows of a pass of which each has the bits that it has alone.
-        self.rows_alike = 0 if not self.in_one_call else 2 if self._has_int4() else FEW_QUERIES
 
     def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
         if record is None:
@@ -125,11 +123,17 @@ class WholePass:
         norm = norm_fields(record.norm, self.dtype, self.width)
         return None if norm is None or head is None else (norm, head)
 
-    def _has_int4(self) -> bool:
+    @functools.cached_property
+    def rows_alike(self) -> int:
+        """The most tokens of a sequence that have the bits in one pass that they have one by one;
+        0 where that is not known.
+        """
+        if not self.in_one_call:
+            return 0
         head = self.end.record.head
         weights = [self.embeddings.record.tok, None if head is None else head.weight]
         weights += [part for block in self.blocks for part in block.record.parameters.flat()]
-        return any(isinstance(weight, Int4Weight) for weight in weights)
+        return 2 if any(isinstance(weight, Int4Weight) for weight in weights) else FEW_QUERIES
 
     def run(self, ids: Tensor, past: int = 0, cache: Any = None, last_only: bool = False) -> Tensor:
         """The result for all tokens or the last, [B, T or 1, ...].
