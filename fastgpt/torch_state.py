@@ -110,3 +110,8 @@ def onednn_has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this processor; False if torch does not tell."""
     tells = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return tells is not None and bool(tells())
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed, as far as PyTorch counts it."""
+    return tensor._version

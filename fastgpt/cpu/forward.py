@@ -292,3 +292,10 @@ def _sequence_fields(packed: Sequence[PackedSequence]) -> Tensor:
         rows.append((first, tokens, past, *at))
         first += tokens
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def few_rows() -> tuple[int, ...]:
+    """Up to how many rows products sum up as those of few rows, ascending: of column-major and of
+    row-major weights. Below, between and above these a row has the same bits in every pass.
+    """
+    return tuple(sorted((_C.few_rows(False), _C.few_rows(True))))

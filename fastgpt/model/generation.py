@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt import dispatch
+from fastgpt import dispatch, torch_state
 from fastgpt.config import as_ids
 from fastgpt.cpu.forward import WholePass
 from fastgpt.model import decode_graph
@@ -273,7 +273,7 @@ def _large(model: nn.Module) -> bool:
 def _versions(model: GPTModel) -> list[tuple[int, int]]:
     """Where the model's tensors lie, and how often each was changed."""
     tensors = (*model.parameters(), *model.buffers())
-    return [(t.data_ptr(), t._version) for t in tensors]
+    return [(t.data_ptr(), torch_state.version(t)) for t in tensors]
 
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:

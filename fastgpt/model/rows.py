@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.cpu import _C
-from fastgpt.cpu.forward import PackedSequence, WholePass
+from fastgpt.cpu.forward import PackedSequence, WholePass, few_rows
 from fastgpt.model import decode_graph
 from fastgpt.model.gpt import GPTModel
 
@@ -29,7 +28,7 @@ def packs(lengths: Sequence[int], most: int = _MOST_TOKENS) -> list[list[int]]:
     orders, so a pass of many sequences holds only such as are long enough to be many by themselves.
     A pass has at most so many tokens, or one sequence.
     """
-    limits = sorted({_C.few_rows(False), _C.few_rows(True)})
+    limits = few_rows()
     found: list[list[int]] = []
     open_ones: dict[int, list[int]] = {}  # by the kind of pass
     for number, length in enumerate(lengths):
@@ -79,7 +78,7 @@ class PackedRows:
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Logits [n, V] behind the next token of each of these rows."""
-        most = _C.few_rows(False)
+        most = few_rows()[0]
         parts = [
             self._run([[token] for token in tokens[at : at + most]], rows[at : at + most])
             for at in range(0, len(rows), most)
@@ -159,4 +158,4 @@ def rows_of(model: GPTModel, n: int, steps: int) -> Iterator[Any]:
         with decode_graph.row_decoding(model, n, steps) as decoder:
             yield None if decoder is None else GraphRows(model, decoder)
     else:
-        yield PackedRows(model) if pos.is_cpu and _C is not None else None
+        yield PackedRows(model) if pos.is_cpu else None
