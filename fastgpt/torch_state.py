@@ -112,6 +112,5 @@ def onednn_has_bfloat16() -> bool:
     return tells is not None and bool(tells())
 
 
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed, as far as PyTorch counts it."""
-    return tensor._version
+# How often a tensor was changed, as far as PyTorch counts it.
+version = attrgetter("_version")
