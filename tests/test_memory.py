@@ -49,10 +49,11 @@ def test_generating_does_not_grow():
 def generate(n):
     fastgpt.generate_text_simple(model, idx[:1, :40], n, 1024)
 sizes = []
-for _ in range(7):
+for _ in range(9):
     generate(200)
     sizes.append(now())
-# The median: what leaks does so every time, the allocator maps a block for good once or twice.
+# The lower median: what leaks does so every time. The allocator maps a block for good now and then,
+# and how many tokens a pass takes depends on the time that guesses took.
 print(sorted(b - a for a, b in zip(sizes, sizes[1:]))[3])
 """
     assert _bytes(code) < 1e6
