@@ -89,16 +89,22 @@ def as_id_list(ids: Any, what: str) -> list[int]:
         TypeError: not integers.
         ValueError: not one sequence, or one without a token.
     """
-    tensor = ids if isinstance(ids, torch.Tensor) else torch.tensor(list(ids) or [0])
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{what} must hold integers, got {tensor.dtype}")
-    if tensor.dim() != 1:
-        raise ValueError(f"{what} must be one sequence of ids, got shape {tuple(tensor.shape)}")
+    if not isinstance(ids, torch.Tensor):
+        try:
+            ids = list(ids)
+            ids = torch.tensor(ids, dtype=None if ids else torch.int64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: more than 64 bits
+            raise TypeError(f"{what} must hold integers of at most 64 bits") from None
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{what} must hold integers, got {ids.dtype}")
+    if ids.dim() != 1:
+        raise ValueError(f"{what} must be one sequence of ids, got shape {tuple(ids.shape)}")
     if len(ids) == 0:
         raise ValueError(
             f"{what} holds no token to go on from; <|endoftext|>, 50256 in GPT-2, starts a new text"
         )
-    return [int(one) for one in tensor.tolist()]
+    found: list[int] = ids.tolist()
+    return found
 
 
 def comparable(ids: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,7 @@ def test_a_thousand_prompts_duplicates_and_one():
     assert fastgpt.generate_batch(model, prompts, 0) == prompts
     tensors = [torch.tensor(prompt, dtype=torch.int32) for prompt in prompts]
     assert fastgpt.generate_batch(model, tensors, 4) == many[:50]
+    assert fastgpt.generate_batch(model, prompts, torch.tensor(4).numpy()[()]) == many[:50]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -227,6 +228,20 @@ def test_other_models_go_one_by_one_and_say_so(change):
         got = fastgpt.generate_batch(model, prompts, new, temperature=1.0, seed=5)
     assert got == expected
     assert len(said) == 1
+
+
+def _column_major_table(model):
+    table = model.tok_emb.weight
+    table.data = table.data.t().contiguous().t()
+
+
+@pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+def test_what_one_pass_cannot_read_is_said():
+    model = _model()
+    _column_major_table(model)
+    expected = _alone(model, [[1, 2], [3]], [5, 5])
+    with pytest.warns(fastgpt.BackendWarning, match="a parameter's dtype, layout or size"):
+        assert fastgpt.generate_batch(model, [[1, 2], [3]], 5) == expected
 
 
 def test_the_books_model_goes_one_by_one():

@@ -119,6 +119,16 @@ def test_the_kernels_compile_as_clang_cl_does(build, headers, tmp_path):
     assert called == set(names)
 
 
+def test_an_import_library_is_made_of_the_names(tmp_path):
+    made, tool = tmp_path / "libiomp5md.a", "x86_64-w64-mingw32-dlltool"
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    source = ROOT / "csrc" / "libiomp5md.def"
+    subprocess.run([tool, "-d", source, "-l", made], check=True)
+    for name in source.read_bytes().split(b"EXPORTS")[1].split():
+        assert b"__imp_" + name in made.read_bytes()
+
+
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_kernels_compile_with_mingw(build, tmp_path):
     flags = ["-Werror", *kernels(LINUX, build), "-O0", "-c", "csrc/kernels.cpp"]

@@ -114,6 +114,13 @@ def test_the_end_of_a_text_is_kept(free):
     assert got.shape == (1, 37)
 
 
+def test_a_text_that_ends_before_the_context_is_not_guessed_past_it(free):
+    ours = _periodic_model()
+    idx = torch.arange(CONTEXT - 1)[None] % 10  # ends with 8
+    got = fastgpt.generate(ours, idx, 50, 1000, eos_id=0)
+    assert got[0, CONTEXT - 1 :].tolist() == [9]
+
+
 def test_a_stream_stops_and_sees_changes_between_guessed_tokens(free, widths):
     ours, idx = _periodic_model(), torch.arange(10)[None].repeat(1, 3)
     stream = fastgpt.generate_stream(ours, idx, 50, CONTEXT)

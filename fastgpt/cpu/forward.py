@@ -98,6 +98,9 @@ class WholePass:
         self._blocks = [self._block_fields(piece.record) for piece in blocks]
         self._end = self._end_fields(end.record)
         self.in_one_call = None not in (self._tables, *self._blocks, self._end)
+        if self.in_one_call:  # the most tokens of a sequence
+            contexts = [piece.record.context_length for piece in blocks]
+            self.context = min(embeddings.record.pos.shape[0], *contexts)
 
     def _embedding_fields(self, record: EmbeddingRecord | None) -> Fields | None:
         if record is None:

@@ -10,7 +10,8 @@ import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def generate_batch_stream(
         ends: called with each (number of the prompt, token) before it is yielded; if it returns
             True, the sequence ends with this token, and the next prompt takes its place.
 
-    The model may be changed between two tokens, and stopping early leaves nothing behind.
+    The model may be changed between two tokens, which shows from the next pass on, and stopping
+    early leaves nothing behind.
     """
     choose = sampler(temperature, top_k, top_p)
     texts = [as_id_list(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
@@ -146,7 +148,9 @@ def generate_batch_stream(
 
 
 def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
-    limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if isinstance(max_new_tokens, Integral):
+        return [int(max_new_tokens)] * n
+    limits = [int(limit) for limit in max_new_tokens]  # type: ignore[union-attr]
     if len(limits) != n:
         raise ValueError(f"max_new_tokens has {len(limits)} numbers for {n} prompts")
     return limits
@@ -173,7 +177,7 @@ def _check(
             )
     if isinstance(model.tok_emb, nn.Embedding):
         for text in texts:
-            check_ids(torch.tensor(text), model.tok_emb.weight.shape[0])
+            check_ids(torch.tensor(text, device="cpu"), model.tok_emb.weight.shape[0])
 
 
 @dataclass(eq=False)
@@ -186,7 +190,7 @@ class _Sequence:
     seed: int | None
     generator: torch.Generator | None = None
     row: int | None = None
-    ended: bool = field(default=False)
+    ended: bool = False
 
 
 @dataclass
@@ -225,6 +229,7 @@ class _Batch:
                         rows.release(sequence.row)
                         sequence.row = None
                 running = [sequence for sequence in running if not sequence.ended]
+            del rows  # with the keys and values of what is left
         self.waiting.extendleft(reversed(running))
         if self.waiting:
             self._say_why()
@@ -335,6 +340,11 @@ class _Batch:
             return most
         return max(1, min(most, self.cache_bytes // (model.max_context() * self._bytes_of_token())))
 
+    def _runs_whole(self) -> bool:
+        """Whether the C++ kernels would take a whole pass, of another model at least."""
+        with torch.no_grad():
+            return dispatch.takes_whole_pass(torch.zeros(1, 1, dtype=torch.int64, device="cpu"))
+
     def _say_why(self) -> None:
         model = self.model
         if not isinstance(model, GPTModel):
@@ -343,6 +353,8 @@ class _Batch:
             why = f"{obstacles[0].path or 'the model'}: {obstacles[0].reason}"
         elif new_cache(model) is None:
             why = "it drops something, or has no blocks"
+        elif self._runs_whole():
+            why = "a parameter's dtype, layout or size keeps it from running as one pass"
         else:  # a backend without rows, which says so itself where it was not asked for
             return
         warnings.warn(

@@ -216,7 +216,9 @@ class _Guesses:
     def run(self, model: GPTModel, unseen: Tensor, whole: WholePass, most: int) -> Tensor:
         """Logits [1, V] behind the tokens [1, T], with at most so many guesses in the same pass."""
         one = unseen.shape[1] == 1
-        self.guessed = self.lookup.guess(min(most, whole.rows_alike - 1)) if one else []
+        # Not past the context either, which the text may end before.
+        most = min(most, whole.rows_alike - 1, whole.context - len(self.lookup.tokens))
+        self.guessed = self.lookup.guess(most) if one else []
         since = time.perf_counter()
         if self.guessed:
             unseen = torch.cat((unseen, unseen.new_tensor([self.guessed])), dim=1)
@@ -260,7 +262,7 @@ class _Guesses:
         shorten(self.cache, len(self.lookup.tokens) - last)
 
     def _stands(self, model: GPTModel) -> bool:
-        whole = model.whole_pass(torch.zeros(1, 1, dtype=torch.int64))
+        whole = model.whole_pass(torch.zeros(1, 1, dtype=torch.int64, device="cpu"))
         alike = whole is not None and whole.rows_alike > 1
         return alike and self.versions == _versions(model)
 

@@ -69,12 +69,11 @@ class PackedRows:
             shape = (*sizes, capacity, whole.width // whole.n_heads)
             cache = torch.empty(shape, dtype=whole.cache_dtype, device="cpu")
             self._caches[row] = PackedSequence(len(prompt), 0, cache)
-        logits: list[Tensor] = [torch.empty(0)] * len(rows)
+        logits: dict[int, Tensor] = {}
         for pack in packs([len(prompt) for prompt in prompts]):
-            tokens = [prompts[i] for i in pack]
-            for i, row in zip(pack, self._run(tokens, [rows[i] for i in pack]), strict=True):
-                logits[i] = row
-        return torch.stack(logits)
+            found = self._run([prompts[i] for i in pack], [rows[i] for i in pack])
+            logits |= zip(pack, found, strict=True)
+        return torch.stack([logits[i] for i in range(len(rows))])
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Logits [n, V] behind the next token of each of these rows."""
@@ -111,10 +110,9 @@ def packed_pass(model: GPTModel, with_head: bool = True) -> WholePass | None:
     cannot read it.
     """
     whole = model.whole_pass(torch.zeros(1, 1, dtype=torch.int64, device="cpu"), with_head)
-    if whole is None or not whole.in_one_call:
+    if whole is None or not whole.in_one_call or whole.context < model.max_context():
         return None
-    context = min(piece.record.context_length for piece in whole.blocks)
-    return whole if context >= model.max_context() else None
+    return whole
 
 
 class GraphRows:
@@ -136,10 +134,10 @@ class GraphRows:
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Logits [n, V] behind the next token of each of these rows."""
         state = self.decoder.state
-        ids = torch.zeros(len(state.ids), dtype=torch.int64)
-        at = torch.tensor(rows)
-        ids[at] = torch.tensor(tokens)
-        return self.decoder.step(ids.to(state.ids.device))[at.to(state.ids.device)]
+        device, of_row = state.ids.device, dict(zip(rows, tokens, strict=True))
+        ids = [of_row.get(row, 0) for row in range(len(state.ids))]  # any, where there is none
+        logits = self.decoder.step(torch.tensor(ids, device=device))
+        return logits[torch.tensor(rows, device=device)]
 
     def release(self, row: int) -> None:
         """Forgets the row's sequence."""

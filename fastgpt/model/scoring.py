@@ -66,6 +66,9 @@ def score(
         IndexError: an id is outside the vocabulary.
     """
     texts = [as_id_list(one, f"text {i}") for i, one in enumerate(sequences)]
+    for text in texts:
+        if min(text) < 0:  # the loss would pass over -100
+            raise IndexError(f"token id {min(text)} is below 0")
     if context_size is None:
         if not isinstance(model, GPTModel):
             raise ValueError("context_size is needed: this model is not a fastgpt.GPTModel")
@@ -83,7 +86,8 @@ def score(
     with torch.no_grad():
         for window, scores in _scored(model, texts, windows):
             found[window.text].append(scores.cpu())
-    return [torch.cat(parts) if parts else torch.empty(0) for parts in found]
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+    return [torch.cat(parts) if parts else nothing.clone() for parts in found]
 
 
 def _windows(text: int, tokens: int, context_size: int, stride: int) -> Iterator[_Window]:
@@ -133,7 +137,7 @@ def _together(
     rows = whole.run_packed(ids, [PackedSequence(len(one)) for one in inputs])
     if len(targets) < len(ids):
         is_new = [i >= w.scored for w in windows for i in range(w.begin, w.end)]
-        rows = rows[torch.tensor(is_new)]
+        rows = rows[torch.tensor(is_new, device="cpu")]
     if fused_head:
         weight = model.out_head.weight
         ops.check_targets(targets, weight.shape[0], -100)
