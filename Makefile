@@ -22,7 +22,7 @@ arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_em
     tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
     tests/test_forward.py::test_threads_give_the_same_bits
 
-.PHONY: help setup venv demo test bench scaling figures sanitize arm arm-short lint format dist clean
+.PHONY: help setup venv demo test fuzz bench scaling figures sanitize arm arm-short lint format dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -49,6 +49,11 @@ demo: setup  ## the book's model and ours on GPT-2 124M, side by side
 
 test: setup  ## the tests
 	$(BIN)/python -m pytest
+
+# A run is repeated by its FUZZ_SEED, which it prints.
+MINUTES ?= 10
+fuzz: setup  ## new random examples of the tests in tests/fuzz, for MINUTES in all
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz
 
 # The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
 # some ten minutes; where that fails, the benchmarks run without it.

@@ -1,0 +1,51 @@
+"""Random tests: a few fixed examples in `make test`, new ones for some minutes in `make fuzz`.
+
+A test here is a Hypothesis test that leaves `settings` alone. FUZZ_MINUTES, shared among the tests,
+says how long to try new examples; FUZZ_SEED repeats a run. A failing example is shrunk, printed, and
+tried first next time.
+"""
+
+import os
+import random
+import time
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, database, is_hypothesis_test, settings
+
+from fuzz import tried
+
+MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))
+SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().getrandbits(32))
+
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("fixed", max_examples=20, derandomize=True, database=None, **COMMON)
+settings.register_profile(
+    "fuzz",
+    max_examples=200,
+    database=database.DirectoryBasedExampleDatabase("build/fuzz"),
+    phases=set(Phase) - {Phase.explain},
+    **COMMON,
+)
+settings.load_profile("fuzz" if MINUTES else "fixed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    test = pyfuncitem.obj
+    if not MINUTES or not is_hypothesis_test(test):
+        return None
+    fuzzed = [item for item in pyfuncitem.session.items if is_hypothesis_test(item.obj)]
+    seeds = random.Random(f"{SEED} {pyfuncitem.nodeid}")
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    end = time.monotonic() + 60 * MINUTES / len(fuzzed)
+    while time.monotonic() < end:
+        hypothesis.seed(seeds.getrandbits(64))(test)(**arguments)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    if MINUTES:
+        terminalreporter.section(f"fuzz: FUZZ_SEED={SEED} FUZZ_MINUTES={MINUTES:g}")
+        for what, number in sorted(tried.counts.items()):
+            terminalreporter.line(f"{number:>12,} {what}")
