@@ -1,8 +1,8 @@
 """Random tests: a few fixed examples in `make test`, new ones for some minutes in `make fuzz`.
 
-A test here is a Hypothesis test that leaves `settings` alone. FUZZ_MINUTES, shared among the tests,
-says how long to try new examples; FUZZ_SEED repeats a run. A failing example is shrunk, printed, and
-tried first next time.
+A test here is a Hypothesis test that leaves `settings` alone. FUZZ_MINUTES, shared among the
+tests, says how long to try new examples; FUZZ_SEED repeats a run. A failing example is shrunk,
+printed, and tried first next time.
 """
 
 import os
