@@ -14,6 +14,7 @@ from benchmarks import (
     bench_causal_attention,
     bench_embedding,
     bench_gelu,
+    bench_invariance,
     bench_layer_norm,
     bench_linear,
     bench_linear_cross_entropy,
@@ -36,6 +37,7 @@ OPERATIONS = {
     "batch": bench_model.BATCH,
     "score": bench_model.SCORE,
     "lookup": bench_model.LOOKUP,
+    "invariance": bench_invariance.CASES,
 }
 NOTE = """\
 The first: its time; the others: how many times as fast, by the medians of interleaved rounds. In

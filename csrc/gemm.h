@@ -31,8 +31,16 @@ inline int64_t most_dots(int64_t format) { return format == kInt4 ? min(kMaxDotM
 
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
+    if (p.w.alike) return p.w.col == 1 ? kDots : kStream;
     if (p.w.col == 1) return p.m <= most_dots(p.w.format) && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
+}
+
+// How many rows are taken together where all rows are to be alike; a single one always fits.
+inline int64_t rows_alike(const Product& p) {
+    if (p.w.col != 1) return kMaxStreamM;
+    const int64_t rows = min(min(p.m, most_dots(p.w.format)), max(1, kPreparedX / unit_row(p.k)));
+    return p.w.format == kInt4 && rows <= 2 ? 1 : rows;
 }
 
 // The sum of neighbours in a prepared row of bfloat16.
@@ -48,7 +56,7 @@ template <class A, class T>
 static void dots_by_arithmetic(const Product& p, const ProductScratch& scratch, bool again) {
     const bool dynamic = p.w.format == kInt8Dynamic;
     if (A::in_unit == 1 && !dynamic) return dots<A, T>(p, p.x.at, p.x.row, nullptr, scratch.sums);
-    const int64_t units = unit_row(units_of<A>(p.k)), groups = by_groups<A, T>(p.m) ? p.k / p.w.group : 0;
+    const int64_t units = unit_row(units_of<A>(p.k)), groups = by_groups<A, T>(p.m) && !p.w.alike ? p.k / p.w.group : 0;
     const int64_t x_row = units + unit_row(groups);
     for (int64_t i = 0; i < p.m && !again; i++) {
         const float* x = p.x.at + i * p.x.row;
@@ -107,7 +115,8 @@ inline Parts parts_of(const Product& p, int64_t threads) {
     if (threads == 1) return {1, 1};
     const Way way = way_for(p);
     // Of few rows the time is that of reading W: a number of one byte counts as a quarter of a row in float32.
-    const double rows_of_x = way == kTiles ? static_cast<double>(p.m) : static_cast<double>(bytes(p.w.format, 4)) / 16;
+    const bool many = way == kTiles || (p.w.alike && p.m > rows_alike(p));
+    const double rows_of_x = many ? static_cast<double>(p.m) : static_cast<double>(bytes(p.w.format, 4)) / 16;
     const double work = rows_of_x * static_cast<double>(p.n) * static_cast<double>(p.k);
     const int64_t panels = up(p.n, kPanel), tiles_m = way == kTiles ? up(p.m, kTileRows) : 1;
     // What a piece does anew, in tiles: for each panel to pack it, for each row of tiles to rearrange its rows of x.
@@ -135,18 +144,10 @@ inline Parts parts_of(const Product& p, int64_t threads) {
     return best;
 }
 
-// One piece of a product, into its own columns and rows of y: nothing is shared, so there is no barrier inside, and the
-// bits do not depend on the parts. The workspace, product_scratch floats, belongs to the calling thread; again: what it
-// prepared for the product's last piece is still there.
-[[maybe_unused]] static void run_product(const Product& whole, const Parts& parts, int64_t piece, float* workspace,
-                                         bool again) {
-    Product p = whole;
-    const Way way = way_for(p);
-    const int64_t panels = up(p.n, kPanel), tiles_m = up(p.m, kTileRows), pn = piece % parts.n, pm = piece / parts.n;
-    const int64_t n0 = panels * pn / parts.n * kPanel, n1 = min(panels * (pn + 1) / parts.n * kPanel, p.n);
-    const int64_t m0 = tiles_m * pm / parts.m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts.m * kTileRows, p.m);
-    if (n0 >= n1 || m0 >= m1) return;
-    p.m = m1 - m0, p.n = n1 - n0, p.following = whole.n - n1;
+// The product of some of its rows and columns.
+inline Product part_of(Product p, int64_t m0, int64_t m, int64_t n0, int64_t n) {
+    p.following += p.n - n0 - n;
+    p.m = m, p.n = n;
     p.x.at += m0 * p.x.row;
     p.w = rows_from(p.w, n0);
     p.y = moved(p.y, bytes(p.y_format, m0 * p.y_row + n0));
@@ -154,7 +155,31 @@ inline Parts parts_of(const Product& p, int64_t threads) {
     if (p.act) p.act += m0 * p.y_row + n0;
     p.bias = from(p.bias, n0);
     if (p.residual) p.residual += m0 * p.residual_row + n0;
-    with_rows(p.w, [&](auto type) { by_arithmetic<decltype(type)>(p, way, ProductScratch(workspace), again); });
+    return p;
+}
+
+// One piece of a product, into its own columns and rows of y: nothing is shared, so there is no barrier inside, and the
+// bits do not depend on the parts. The workspace, product_scratch floats, belongs to the calling thread; again: what it
+// prepared for the product's last piece is still there.
+[[maybe_unused]] static void run_product(const Product& whole, const Parts& parts, int64_t piece, float* workspace,
+                                         bool again) {
+    const Way way = way_for(whole);
+    const int64_t panels = up(whole.n, kPanel), pn = piece % parts.n;
+    const int64_t n0 = panels * pn / parts.n * kPanel, n1 = min(panels * (pn + 1) / parts.n * kPanel, whole.n);
+    const int64_t tiles_m = up(whole.m, kTileRows), pm = piece / parts.n;
+    const int64_t m0 = tiles_m * pm / parts.m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts.m * kTileRows, whole.m);
+    if (n0 >= n1 || m0 >= m1) return;
+    const Product p = part_of(whole, m0, m1 - m0, n0, n1 - n0);
+    const int64_t parts_m = way == kTiles || !p.w.alike ? 1 : up(p.m, rows_alike(p));
+    const int64_t cols = parts_m > 1 ? kAlikeCols : p.n;  // of W that stay in the cache for the next rows
+    for (int64_t n = 0; n < p.n; n += cols)
+        for (int64_t i = 0; i < parts_m; i++) {
+            const int64_t first = p.m * i / parts_m, rows = p.m * (i + 1) / parts_m - first;
+            const Product part = part_of(p, first, rows, n, min(cols, p.n - n));
+            with_rows(p.w, [&](auto type) {
+                by_arithmetic<decltype(type)>(part, way, ProductScratch(workspace), again && parts_m == 1);
+            });
+        }
 }
 
 }  // namespace FASTGPT_ISA

@@ -133,6 +133,8 @@ static const DotKernel<A, T> dots_by_rows[] = {dot_tile<A, T, 1, 4>,
 // W row-major, m <= kMaxDotM; x as units, in rows x_row of them apart.
 template <class A, class T>
 static void dots(const Product& p, const float* x, int64_t x_row, const RowScale* scales, float* sums) {
+    const bool repeated = p.w.alike && by_groups<A, T>(p.m);  // one row runs as three, none of them by groups
+    if (repeated) x_row = 0;
     const int64_t groups = up(p.m, kDotRows), most = up(p.m, groups);
     const int64_t depth = kDotDepth * A::in_unit;
     const float* x_sums = x + unit_row(units_of<A>(p.k));  // of the groups of Int4, where they are used
@@ -144,7 +146,7 @@ static void dots(const Product& p, const float* x, int64_t x_row, const RowScale
             const int64_t k = min(depth, p.k - k0);
             const auto tile = [&](int64_t g, int64_t j, int64_t ahead) {
                 const int64_t m0 = p.m * g / groups, m1 = p.m * (g + 1) / groups;
-                const DotKernel<A, T> kernel = dots_by_rows<A, T>[m1 - m0 - (cols == 4)];
+                const DotKernel<A, T> kernel = dots_by_rows<A, T>[repeated ? 2 : m1 - m0 - (cols == 4)];
                 WeightRow<T> w[4];  // rows past the end repeat the last: computed, never stored
                 for (int64_t i = 0; i < 4; i++) w[i] = WeightRow<T>(p.w, min(n0 + j + i, p.n - 1));
                 kernel(k0, k, x + m0 * x_row + k0 / A::in_unit, x_sums + m0 * x_row, x_row, w, ahead,

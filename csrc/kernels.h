@@ -33,6 +33,7 @@ struct Weight {
     int64_t row, col, format = kFloat32;
     const void *scale = nullptr, *minimum = nullptr;
     int64_t group = 0;
+    int64_t alike = 0;  // whether products sum up many rows as they do a single one (fastgpt.batch_invariant)
 };
 
 // An nn.Linear as it stands.

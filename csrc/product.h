@@ -47,6 +47,7 @@ constexpr int64_t kChain = 64;                 // products added up in one regis
 constexpr int64_t kDotChunk = 64;              // columns between two epilogues of the dots
 constexpr int64_t kMaxDotM = kWide ? 32 : 64;  // rows of x up to which dots are used ..
 constexpr int64_t kMaxInt4DotM = 16;           // .. with a weight of four bits
+constexpr int64_t kAlikeCols = 192;            // columns that many rows pass by a few at a time
 // Floats of scratch a thread, and what a product that rearranges x or writes narrow numbers needs on top.
 constexpr int64_t kProductScratch = kBlockFloats + kTileRows * kPanel + kDotChunk * kMaxDotM;
 constexpr int64_t kPreparedRows = kPreparedM + 2 * kTileRows;  // whole tiles may take a few more

@@ -66,6 +66,16 @@ struct BlockRun {
     }
 };
 
+// A row's key and value as a cache would give them back.
+inline void round_row(const BlockRun& r, int64_t row) {
+    float* key = r.qkv + row * r.qkv_row + r.width;
+    for_each_vec(2 * r.width, [&](int64_t c, int64_t n) {
+        float narrow[Vec::width];  // in whatever format
+        store(r.cache_format, narrow, 0, load_part(key + c, n), n);
+        store_part(key + c, load(Numbers{narrow, r.cache_format}, 0, n), n);
+    });
+}
+
 // Appends a row's key and value to its sequence's cache.
 inline void cache_row(const BlockRun& r, const Block& b, int64_t row) {
     const int64_t i = r.sequence_of(row);
@@ -127,7 +137,10 @@ inline void attend_tiled(Team& team, const BlockRun& r, const Block& b, int64_t 
 // be multiplied as bfloat16.
 template <class KV>
 inline void attend(Team& team, const BlockRun& r, const Block& b, const KV*, bool pairs) {
-    const auto tiled = [&](const Sequence& s) { return s.tokens > kFewQueries || r.softmax || r.drop_attention.on(); };
+    const bool few_at_once = b.query.weight.alike;
+    const auto tiled = [&](const Sequence& s) {
+        return (s.tokens > kFewQueries && !few_at_once) || r.softmax || r.drop_attention.on();
+    };
     if (!r.sequences && tiled(r.sequence(0))) return attend_tiled<KV>(team, r, b, 0, r.batch, pairs);
     for (int64_t i = 0; r.sequences && i < r.n_sequences; ++i)
         if (tiled(r.sequence(i))) attend_tiled<KV>(team, r, b, i, 1, pairs);
@@ -175,6 +188,8 @@ inline void block_forward(Team& team, const BlockRun& r, const Block& b, float e
     const bool pairs = r.cache_format == kBFloat16 || b.query.weight.format >= kInt8;
     const bool cached = r.cached(b);
     if (cached) team.share_rows(M, [&](int64_t i) { cache_row(r, b, i); });
+    const bool rounds = !cached && b.query.weight.alike && r.cache_format != kFloat32;
+    if (rounds) team.share_rows(M, [&](int64_t i) { round_row(r, i); });
     as_type(cached ? r.cache_format : kFloat32, nullptr, [&](const auto* type) { attend(team, r, b, type, pairs); });
     team.barrier();
     shortcut(b.out_proj, r.context, D, r.x, r.middle, r.drop_shortcut1);

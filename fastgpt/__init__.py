@@ -5,6 +5,7 @@ import warnings as _warnings
 from fastgpt import cpu, ops
 from fastgpt._distribution import conflict as _conflict
 from fastgpt._version import __version__
+from fastgpt.batch_invariance import batch_invariant
 from fastgpt.config import GPT_CONFIG_124M
 from fastgpt.dispatch import BackendError, BackendWarning, backends, use_backend
 from fastgpt.model.accelerate import accelerate
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "batch_invariant",
     "cpu",
     "explain",
     "generate",

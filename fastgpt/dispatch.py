@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastgpt import cpu, torch_state, triton
+from fastgpt import batch_invariance, cpu, torch_state, triton
 from fastgpt.torch_state import transformed
 from fastgpt.triton import launch_table
 
@@ -175,10 +175,21 @@ def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> s
         beside: more of them, of any dtype that the backend takes.
 
     Raises:
-        BackendError: a backend asked for by name cannot take them.
+        BackendError: a backend asked for by name cannot take them, or ``batch_invariant`` was and
+            none can.
     """
-    name = requested()
     given = [t for t in tensors if t is not None]
+    found = _choice(op, given, beside)
+    if batch_invariance.asked():
+        if needs_grad(*given, *beside):
+            check_invariance(op, "gradients are recorded, so enter torch.no_grad() too")
+        elif found != "cpu":
+            check_invariance(op, explained(op, given[0])[1])
+    return found
+
+
+def _choice(op: str, given: list[Tensor], beside: Iterable[Tensor]) -> str:
+    name = requested()
     if name == "reference" or (torch_state.lacking is None and not direct((*given, *beside))):
         return "reference"
     backend = _asked_for(name, op, given[0].device)
@@ -189,8 +200,22 @@ def choose(op: str, *tensors: Tensor | None, beside: Iterable[Tensor] = ()) -> s
         return backend
     if name != "auto":
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
+    check_invariance(op, reason)
     _say_once(backend, reason)
     return "reference"
+
+
+def check_invariance(op: str, reason: str | None) -> None:
+    """Called before an operation runs as PyTorch's own, for a reason.
+
+    Raises:
+        BackendError: the caller is inside ``batch_invariant``.
+    """
+    if batch_invariance.asked():
+        raise BackendError(
+            f"batch_invariant: {op} would run in a way whose sums follow the size of the batch"
+            + (f": {reason}" if reason else "")
+        )
 
 
 def explained(op: str, like: Tensor) -> tuple[str, str | None]:
@@ -211,6 +236,8 @@ def on_triton(op: str, like: Tensor) -> bool:
     """Whether the operation may run on the Triton backend for tensors such as this one; says and
     raises nothing.
     """
+    if batch_invariance.asked():
+        return False
     backend = _asked_for(requested(), op, like.device)
     return backend == "triton" and direct((like,)) and _obstacle(backend, op, [like], ()) is None
 
@@ -431,7 +458,7 @@ def _say_once(backend: str, reason: str) -> None:
     warnings.warn(
         f"fastgpt's {backend} backend is passed over for PyTorch's own operations: {reason}",
         BackendWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -6,8 +6,11 @@ None of them has a public form. What a module keeps in its own dictionaries (``_
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+import threading
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -84,6 +87,30 @@ def has_global_hooks() -> bool:
         or module._global_backward_hooks
         or module._global_backward_pre_hooks
     )
+
+
+_stance = contextlib.ExitStack()
+_eager = 0  # how many callers are inside `eager` now: torch has one stance for all threads
+_entering = threading.Lock()
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it was before, in all threads. Not so before
+    torch 2.6, which cannot.
+    """
+    global _eager
+    with _entering:
+        if _eager == 0 and hasattr(torch.compiler, "set_stance"):
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager += 1
+    try:
+        yield
+    finally:
+        with _entering:
+            _eager -= 1
+            if _eager == 0:
+                _stance.close()
 
 
 def is_compile_error(error: Exception) -> bool:

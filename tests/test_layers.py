@@ -19,6 +19,7 @@ LAYERS = [
         "tokenizer",
         "atomic_files",
         "torch_state",
+        "batch_invariance",
         "reference",
         "_version",
         "_distribution",

@@ -40,7 +40,7 @@ def measure(
         progress: called with the number of steps done, their total, and the next step.
     """
     wanted = [p for p in PEERS if p in peers or p == "reference"]
-    ours = [PEERS[p] for p in wanted if PEERS[p].is_ours and not PEERS[p].is_float32]
+    ours = [PEERS[p] for p in wanted if PEERS[p].engine == "fastgpt" and not PEERS[p].is_float32]
     narrow = [peer.precision for peer in ours if not peer.missing()]
     total = sum(1 + (len(_weighed(work, wanted)) if work.weigh else 0) for work in works)
     total += bool(narrow)

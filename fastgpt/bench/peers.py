@@ -37,6 +37,7 @@ ENGINES = {
     "products": Engine("products by PyTorch's library", "#a78bbf"),
     "fastgpt": Engine("fastgpt", "#1556a0", PRECISIONS),
     "loss": Engine("fastgpt, model.loss", "#4fa3e8"),
+    "alike": Engine("fastgpt, batch_invariant", "#1c7ed6", PRECISIONS),
 }
 
 
@@ -55,7 +56,7 @@ class Peer(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return self.engine in ("fastgpt", "loss", "plain")
+        return self.engine in ("fastgpt", "loss", "plain", "alike")
 
     @property
     def is_float32(self) -> bool:

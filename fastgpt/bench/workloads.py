@@ -448,7 +448,7 @@ def _others(run: Callable[[Peer], Tensor]) -> Peers:
     return {
         name: partial(run, peer)
         for name, peer in PEERS.items()
-        if peer.engine in EXPORTED or (peer.is_ours and not peer.is_float32)
+        if peer.engine in EXPORTED or (peer.engine == "fastgpt" and not peer.is_float32)
     }
 
 

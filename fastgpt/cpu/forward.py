@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt import batch_invariance
 from fastgpt.config import check_ids
 from fastgpt.cpu import _C
 from fastgpt.cpu.records import (
@@ -34,8 +35,8 @@ from fastgpt.quantized_weight import Int4Weight
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
 FEW_QUERIES = 8  # of a sequence, up to which the attention takes each by itself (csrc)
 _NO_NORM = (0,) * 4
-_NO_LINEAR = (0,) * 11
-_NO_TABLES = (0,) * 9
+_NO_LINEAR = (0,) * 12
+_NO_TABLES = (0,) * 10
 
 Fields = tuple[int, ...]
 
@@ -133,6 +134,8 @@ class WholePass:
         """
         if not self.in_one_call:
             return 0
+        if batch_invariance.asked():
+            return FEW_QUERIES
         head = self.end.record.head
         weights = [self.embeddings.record.tok, None if head is None else head.weight]
         weights += [part for block in self.blocks for part in block.record.parameters.flat()]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgpt import batch_invariance
 from fastgpt.quantized_weight import Int4Weight, Int8Weight
 
 # As csrc/kernels.h counts them.
@@ -199,7 +200,7 @@ def weight_fields(weight: Any, dtype: torch.dtype, n_in: int, n_out: int) -> tup
     row, col = weight.stride()
     if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
         return None
-    return weight.data_ptr(), row, col, FORMATS[dtype], 0, 0, 0
+    return weight.data_ptr(), row, col, FORMATS[dtype], 0, 0, 0, int(batch_invariance.asked())
 
 
 def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | None:
@@ -222,7 +223,8 @@ def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | N
     if not fits or n_in == 0:
         return None
     at, scale, *minimum = (tensor.data_ptr() for tensor in weight)
-    return at, n_in, 1, kind, scale, *(minimum or (0,)), n_in // groups if groups else 0
+    group = n_in // groups if groups else 0
+    return at, n_in, 1, kind, scale, *(minimum or (0,)), group, int(batch_invariance.asked())
 
 
 def linear_gradient(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:

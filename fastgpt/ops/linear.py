@@ -35,6 +35,7 @@ def linear(
         BackendError: a backend asked for by name cannot take these tensors.
     """
     if torch.compiler.is_compiling() or dispatch.autocasts(x):
+        dispatch.check_invariance("linear", "under autocast")
         return F.linear(x, weight, bias)
     backend = dispatch.choose("linear", x, weight, bias)
     # On a GPU the vendor's product, and its gradients, are what torch runs.
@@ -45,6 +46,7 @@ def linear(
     kernels = dispatch.module(backend, "linear", x)
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if kernels is None or not fits or not kernels.takes(weight, bias):
+        dispatch.check_invariance("linear", "its weight is an odd view")
         return F.linear(x, weight, bias)
     if dispatch.needs_grad(x, weight, bias):
         return _Linear.apply(kernels, x, weight, bias, owner)

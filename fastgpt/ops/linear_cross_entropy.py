@@ -70,6 +70,7 @@ def checked_linear_cross_entropy(
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long().contiguous()
     rest = (ignore_index, reduction)
     if torch.compiler.is_compiling() or not dispatch.direct((rows, weight)):
+        dispatch.check_invariance("linear_cross_entropy", "it is watched or transformed")
         loss = _differentiable(rows, weight, labels, *rest)
     else:
         if dispatch.autocasts(x):
@@ -77,6 +78,8 @@ def checked_linear_cross_entropy(
             rows, weight = rows.to(dtype), weight.to(dtype)
         kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
         takes = kernels is not None and kernels.takes(weight, None)
+        if not takes:
+            dispatch.check_invariance("linear_cross_entropy", "its weight is an odd view")
         run = dispatch.first(kernels.linear_cross_entropy, _by_chunks) if takes else _by_chunks
         if dispatch.needs_grad(rows, weight):
             loss = _LinearCrossEntropy.apply(run, rows, weight, labels, *rest, owner)
