@@ -94,8 +94,6 @@ def forward(patient, B, T, seed, mode, dtype):
 @use(part=st.sampled_from(["att", "ff", "norm1", ""]), B=B, T=T, which=WHICH)
 def a_piece(patient, part, B, T, which):
     """A block or a part of one on numbers, with the gradient of its input."""
-    if patient.cfg["context_length"] == 1:
-        raise Unsuitable  # the book's mask of one element hides as many keys as there are
     blocks = patient.model.trf_blocks
     piece = blocks[which % len(blocks)].get_submodule(part)
     dtype = next(patient.model.parameters()).dtype
@@ -272,7 +270,7 @@ class Tokens(NamedTuple):
     context: int
 
 
-@use(B=B, T=T, seed=SEED, new=st.integers(0, 12), context=st.integers(1, 13))
+@use(B=B, T=T, seed=SEED, new=st.integers(0, 6), context=st.integers(1, 13))
 def greedy(patient, B, T, seed, new, context):
     ids = ids_of(patient, B, T, seed)
     ours = isinstance(patient.model, fastgpt.GPTModel)
@@ -283,7 +281,7 @@ def greedy(patient, B, T, seed, new, context):
 @use(
     T=T,
     seed=SEED,
-    new=st.integers(0, 8),
+    new=st.integers(0, 5),
     context=st.integers(1, 9),
     temperature=st.sampled_from([0.0, 0.7, 2.0]),
     top_k=st.none() | st.integers(1, 4),
@@ -297,7 +295,7 @@ def sampled(patient, T, seed, new, context, **how):
     return {"tokens": rows} if how["temperature"] else Tokens(rows.tolist(), T, context)
 
 
-@use(lengths=st.lists(T, min_size=1, max_size=4), seed=SEED, new=st.integers(0, 6), size=B)
+@use(lengths=st.lists(T, min_size=1, max_size=3), seed=SEED, new=st.integers(0, 4), size=B)
 def batch(patient, lengths, seed, new, size):
     """Each prompt gets the tokens that it gets alone, in each model as it does."""
     model, context = patient.model, patient.cfg["context_length"]
@@ -313,7 +311,9 @@ def batch(patient, lengths, seed, new, size):
 
 
 @use(
-    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4), seed=SEED, stride=st.integers(1, 4)
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    seed=SEED,
+    stride=st.integers(1, 4),
 )
 def scores(patient, lengths, seed, stride):
     model, context = patient.model, patient.cfg["context_length"]
@@ -334,8 +334,8 @@ def scored(model, text, context, stride):
             logits = model(text[None, begin:end])[0]
         if logits.dtype.itemsize < 4:
             logits = logits.float()
-        rows = logits.log_softmax(-1)[done - begin :]
-        parts.append(rows.gather(1, text[done + 1 : end + 1, None])[:, 0])
+        targets = text[done + 1 : end + 1]
+        parts.append(-F.cross_entropy(logits[done - begin :], targets, reduction="none"))
         done, begin = end, begin + stride
     return torch.cat(parts) if parts else torch.empty(0)
 
