@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import PATHS, use_path
+from helpers import PATHS
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import shake
@@ -21,7 +21,7 @@ from fastgpt.model.modules import Dropout
 
 from .surgery import Patient, Step, Theatre, steps, take
 from .tried import count
-from .uses import Tokens, Unsuitable, is_exact, put_to, uses
+from .uses import Tokens, Unsuitable, put_to, uses
 
 try:
     from llms_from_scratch.ch04 import GPTModel as BookModel
