@@ -146,8 +146,10 @@ def assert_same_error(ours, book):
     too_long = isinstance(ours, ValueError) and "context" in str(ours)
     if too_long and isinstance(book, IndexError | RuntimeError):
         return
-    # Said so: PyTorch's own attention has no second derivative.
-    if "derivative for aten::_scaled_dot_product" not in str(ours):
+    # PyTorch's own attention has no second derivative. A fused backward reads each parameter again,
+    # biases too, and so refuses more changes than the book's.
+    said = ("derivative for aten::_scaled_dot_product", "modified by an inplace operation")
+    if not any(text in str(ours) for text in said):
         assert type(ours) is type(book), f"{ours!r} in place of {book!r}"
 
 
