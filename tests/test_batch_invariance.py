@@ -190,6 +190,14 @@ def test_what_cannot_be_so_is_refused(model, context, reason):
         model(_ids(1, 5))
 
 
+def test_a_block_with_gradients_is_refused():
+    block, x = _model().trf_blocks[0], torch.randn(1, 5, 256)
+    refused = pytest.raises(fastgpt.BackendError, match="gradients are recorded")
+    with fastgpt.batch_invariant(), refused:
+        block(x)
+    block(x).sum().backward()
+
+
 def test_autocast_of_a_modified_model_is_refused():
     model = _hooked(_model())
     refused = pytest.raises(fastgpt.BackendError, match="under autocast")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt import dispatch
+from fastgpt import batch_invariance, dispatch
 from fastgpt.cpu.records import FORMATS, Block, block_fields
 from fastgpt.cpu.transformer_block import Dropouts, transformer_block_backward
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
@@ -47,6 +47,8 @@ def transformer_block(
     if n_heads <= 0 or x.shape[-1] % n_heads:
         raise ValueError(f"the width {x.shape[-1]} must be a multiple of n_heads {n_heads}")
     if x.dim() != 3 or x.numel() == 0 or not dispatch.runs_whole(x) or x.dtype not in FORMATS:
+        return None
+    if batch_invariance.asked():  # one by one each operation tells whether it can
         return None
     autocasts = dispatch.autocasts(x)
     if autocasts and x.dtype is torch.float16:  # which would not stay float16
