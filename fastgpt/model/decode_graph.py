@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.config import check_ids
 from fastgpt.cpu.records import n_rows
+from fastgpt.model import fused_step
 from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.token_pass import Parts, logits_of, parts_of
@@ -63,13 +64,15 @@ def step(parts: Parts, state: State) -> Tensor:
     Each row's position moves on. One that has come to the context's end stays there: its token
     joins nothing and its logits mean nothing. So does one at 0.
     """
+    if fused_step.takes(parts, len(state.ids)):
+        return fused_step.logits_of(parts, state.ids, state.position, state.caches)
     length = (state.position + 1).clamp_(max=parts.pos.shape[0])
     kernels = dispatch.module("triton", "decode_attention", parts.pos)
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         caches, scale, out = state.caches[layer], q.shape[2] ** -0.5, q.new_empty(q.shape)
         kernels.append(k, v, state.position, state.rows, *caches)
-        kernels.decode_attention(q[:, :, None], *caches, length, scale, out[:, :, None])
+        kernels.decode_attention(q.unsqueeze(2), *caches, length, scale, out.unsqueeze(2))
         return out
 
     logits = logits_of(parts, state.ids, state.position, attention)

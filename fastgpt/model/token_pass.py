@@ -140,7 +140,7 @@ def _embedded(parts: Parts, ids: Tensor, position: Tensor) -> Tensor:
         return dequantize(rows, pos.dtype) + pos[position.clamp(max=pos.shape[0] - 1)]
     x = pos.new_empty(len(ids), pos.shape[1])
     embed = dispatch.module("triton", "embedding", tok).embedding
-    embed(ids[:, None], tok.contiguous(), pos.contiguous(), position, x)
+    embed(ids.unsqueeze(1), tok.contiguous(), pos.contiguous(), position, x)
     return x
 
 

@@ -17,6 +17,8 @@ from fastgpt.triton import launch_table
 from fastgpt.triton.attention_tiles import LOG2_E, head_of
 
 MAX_SPLITS = 64
+# Where the output projection joins them, each of its programs reads all.
+JOINED_SPLITS = 8
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -108,46 +110,88 @@ def decode_attention(
     """
     if out.numel() == 0:
         return
-    B, H, capacity, D = keys.shape
-    block_d = max(16, triton.next_power_of_2(D))
-    launch = launch_table.launch("decode_attention_split", q)
-    programs = 2 * launch_table.device_of(q).multiprocessors
-    splits = min(triton.cdiv(programs, B * H), triton.cdiv(capacity, launch["BLOCK_N"]), MAX_SPLITS)
-    part, lse = out, None
-    if splits > 1:
-        part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
-        lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    B, H, _, D = keys.shape
+    splits = _splits(keys, MAX_SPLITS)
+    if splits == 1:
+        _split(q, keys, values, length, scale, out, None)
+        return
+    part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    _split(q, keys, values, length, scale, part, lse)
+    decode_attention_join_kernel[(B * H,)](
+        part,
+        lse,
+        out,
+        out.stride(),
+        H,
+        splits,
+        D,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_D=_padded(D),
+        **launch_table.launch("decode_attention_join", q),
+    )
+
+
+def decode_attention_in_splits(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """The same attention, its splits not joined: their results [B, splits, H D] and log-sum-exps
+    [B, H, splits] in base 2, float32, as ``linear_rows`` joins them; or, of one split, the result
+    [B, H D] in q's dtype, and None.
+    """
+    B, H, _, D = keys.shape
+    splits = _splits(keys, JOINED_SPLITS)
+    if splits == 1:
+        out = q.new_empty((B, H * D))
+        _split(q, keys, values, length, scale, out.view(B, H, 1, D), None)
+        return out, None
+    part = torch.empty((B, splits, H * D), dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    _split(q, keys, values, length, scale, part.view(B, splits, H, D).transpose(1, 2), lse)
+    return part, lse
+
+
+def _padded(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+def _splits(keys: Tensor, most: int) -> int:
+    """How many splits of each head fill the GPU."""
+    B, H, capacity, _ = keys.shape
+    block = launch_table.launch("decode_attention_split", keys)["BLOCK_N"]
+    programs = 2 * launch_table.device_of(keys).multiprocessors
+    return min(triton.cdiv(programs, B * H), triton.cdiv(capacity, block), most)
+
+
+def _split(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Writes each split's result into out, [B, H, splits, D]."""
+    B, H, splits, D = out.shape
     decode_attention_split_kernel[(splits * B * H,)](
         q,
         keys,
         values,
         length,
-        part,
+        out,
         lse,
         q.stride(),
         keys.stride(),
         values.stride(),
-        part.stride(),
+        out.stride(),
         H,
         splits,
         D,
         scale,
-        BLOCK_D=block_d,
-        **launch,
+        BLOCK_D=_padded(D),
+        **launch_table.launch("decode_attention_split", q),
     )
-    if splits > 1:
-        decode_attention_join_kernel[(B * H,)](
-            part,
-            lse,
-            out,
-            out.stride(),
-            H,
-            splits,
-            D,
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_D=block_d,
-            **launch_table.launch("decode_attention_join", q),
-        )
 
 
 # Positions and rows may begin anywhere in a longer tensor.

@@ -141,6 +141,12 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
     },
+    # Of a weight that lies column by column: so many columns are a sector of 32 bytes.
+    "linear_columns": {
+        (ANY, "half", ANY): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
+        (ANY, "float", ANY): _row(4, 4, BLOCK_N=8, BLOCK_K=256),
+        (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
+    },
     # By the rows likewise; blocks of W of which each thread reads 16 bytes.
     "int8_rows": {
         (ANY, "half", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=1024),
@@ -201,6 +207,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
     "decode_attention_join": {(ANY, ANY, ANY): _row(4)},
+    "begin_step": {(ANY, ANY, ANY): _row(4)},
     "cache_append": {(ANY, ANY, ANY): _row(4, HEADS=8)},
 }
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.triton import launch_table
-from fastgpt.triton.gelu import gelu as gelu_of
+from fastgpt.triton.linear_rows import SMALL, finish_part, linear_rows
 
-SMALL = 16  # rows
 _TMA_ARCHS = ("sm_90", "sm_100", "sm_103")
 
 
@@ -34,24 +33,6 @@ def _halves(acc):
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     return tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def finish_part(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU: tl.constexpr):
-    """Adds the bias, writes the sum to pre and, through GELU, to y, from (row, col) on."""
-    rows, cols = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
-    mask = (row + rows[:, None] < n_rows) & (col + cols[None, :] < n_cols)
-    # Only the tile's corner needs 64 bits.
-    corner = tl.cast(row, tl.int64) * n_cols + col
-    within = rows[:, None] * n_cols + cols[None, :]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col + cols, mask=col + cols < n_cols, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    if pre_ptr is not None:
-        tl.store(pre_ptr + corner + within, acc, mask=mask)
-    if GELU:
-        acc = gelu_of(acc)
-    tl.store(y_ptr + corner + within, acc, mask=mask)
 
 
 @triton.jit
@@ -148,70 +129,6 @@ def linear_tma_kernel(
         _finish(acc, row, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, PARTS)
 
 
-@triton.jit
-def add_rows(acc, weight, x_ptr, k, n_rows, depth, PRECISION: tl.constexpr):
-    """acc + x weight^T over the elements k of each row of x, for a weight [N, K] in registers."""
-    ROWS: tl.constexpr = acc.shape[0]
-    rows = tl.arange(0, ROWS)
-    if ROWS >= 16:
-        offset = rows[:, None] * depth + k[None, :]
-        x_mask = (rows[:, None] < n_rows) & (k[None, :] < depth)
-        x = tl.load(x_ptr + offset, mask=x_mask, other=0.0)  # [ROWS, K]
-        weight = tl.trans(weight.to(x.dtype))
-        if x.dtype == tl.float32:
-            # A chain of sums as long as a block, no longer: the compiler turns `acc + dot` into one
-            # chain over the whole depth, whose error grows with it.
-            acc = tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, acc)
-        else:
-            acc = tl.dot(x, weight, acc)
-    else:
-        wide = weight.to(tl.float32)
-        for row in tl.static_range(ROWS):
-            ends = tl.where(row < n_rows, depth, 0)
-            x = tl.load(x_ptr + row * depth + k, mask=k < ends, other=0.0).to(tl.float32)  # [K]
-            sums = tl.sum(wide * x[None, :], axis=1)  # [N]
-            acc += tl.where(rows[:, None] == row, sums[None, :], 0.0)
-    return acc
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def linear_rows_kernel(
-    x_ptr,  # [n_rows, depth]
-    weight_ptr,  # [n_cols, depth], any strides
-    bias_ptr,  # [n_cols], or None
-    y_ptr,  # [n_rows, n_cols]
-    pre_ptr,  # like y, or None
-    n_rows,
-    n_cols,
-    depth,
-    stride_n,
-    stride_k,
-    GELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # One program owns BLOCK_N columns of all rows.
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    weight_ptr += cols[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_k
-    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        inside = start + k < depth
-        weight_mask = (cols[:, None] < n_cols) & inside[None, :]
-        weight = tl.load(weight_ptr, mask=weight_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-        acc = add_rows(acc, weight, x_ptr, start + k, n_rows, depth, PRECISION)
-        weight_ptr += BLOCK_K * stride_k
-    col = tl.program_id(0) * BLOCK_N
-    _finish(acc, 0, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU, 1)
-
-
-def padded_rows(n_rows: int) -> int:
-    """The rows that a program of few holds: 1, 2, 4 or 16."""
-    return triton.next_power_of_2(n_rows) if n_rows <= 4 else SMALL
-
-
 def _takes_tma(x: Tensor, weight: Tensor) -> bool:
     """Whether both can be read by TMA: contiguous rows that start at multiples of 16 bytes."""
     return (
@@ -250,15 +167,11 @@ def linear(
     n_rows = y.numel() // n_cols if n_cols else 0
     if n_rows == 0:
         return
+    if n_rows <= SMALL:
+        linear_rows(x, weight, bias, y, pre, gelu)
+        return
     precision = launch_table.precision(x)
     tensors = (bias, y, pre, n_rows, n_cols, depth)
-    if n_rows <= SMALL:
-        rows = padded_rows(n_rows)
-        launch = launch_table.launch("linear_rows", x, rows)
-        linear_rows_kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
-            x, weight, *tensors, *weight.stride(), gelu, precision, ROWS=rows, **launch
-        )
-        return
     if _takes_tma(x, weight):
         launch = launch_table.launch("linear_tma", x, "ragged" if n_cols % 8 else launch_table.ANY)
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt.quantized_weight import RUN, Int8Weight, QuantizedWeight
 from fastgpt.triton import launch_table
-from fastgpt.triton.linear import SMALL, add_rows, finish_part, padded_rows
+from fastgpt.triton.linear_rows import SMALL, add_rows, finish_part, padded_rows
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -82,7 +82,7 @@ def dispatched(interpreted, monkeypatch):
 
 
 @pytest.fixture
-def captures(monkeypatch):
+def captures(monkeypatch, launched_with):
     """The runs that were captured; a replay runs them again into the same memory, and fails where
     a parameter lies elsewhere than it did.
     """
@@ -105,7 +105,10 @@ def captures(monkeypatch):
     monkeypatch.setattr(decode_graph, "capture", capture)
     monkeypatch.setattr(decode_graph, "step", step_as_captured)
     monkeypatch.setattr(decode_graph, "MIN_STEPS", 2)
-    # The products have their own tests, and interpreting them takes most of the time.
+    # Interpreting takes time for each program: few of them, and the vendor's products where a step
+    # is not in fused launches.
+    for kernel in ("linear_rows", "linear_columns"):
+        launched_with(kernel, BLOCK_N=256, BLOCK_K=256)
     monkeypatch.setattr(vendor, "own_product", lambda *args, **kwargs: False)
     return found
 

@@ -11,6 +11,7 @@ from on_triton.support import gpu
 
 OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
 OPERATIONS += ["causal_attention", "decode_attention", "dropout", "quantized_linear"]
+OPERATIONS += ["linear_rows", "decode_step"]
 
 
 def cases():

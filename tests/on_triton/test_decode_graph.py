@@ -9,7 +9,7 @@ import torch
 from pairs import CONFIG, pair, some_ids
 
 import fastgpt
-from fastgpt import reference
+from fastgpt import dispatch, reference
 from fastgpt.model import decode_graph
 from fastgpt.model.cache import idle
 from fastgpt.quantized_weight import PRECISIONS
@@ -260,3 +260,20 @@ def test_graphs_go_with_their_model(captures):
     assert len(idle) == before - 1
     _same(again, book, some_ids(B=1, T=3), 5)
     assert len(captures) == 1
+
+
+def test_without_the_kernels_of_a_fused_step_the_graph_is_of_single_operations(
+    captures, monkeypatch
+):
+    ours, book = pair(n_layers=1)
+    begun = []
+    launchers = dispatch.module("triton", "decode_step", ours.pos_emb.weight)
+    begin = launchers.begin_step
+    monkeypatch.setitem(vars(launchers), "begin_step", lambda *a: begun.append(1) or begin(*a))
+    _same(ours, book, some_ids(B=2, T=3), 4)
+    assert len(begun) == 4
+    ours.reset_kv_cache()
+    monkeypatch.setattr(dispatch, "_failed", {("decode_step", None): "does not compile"})
+    _same(ours, book, some_ids(B=2, T=3), 4)
+    assert len(begun) == 4
+    assert len(captures) == 2

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from fastgpt.triton import launch_table
-from fastgpt.triton.linear import linear, linear_rows_kernel, linear_tma_kernel
+from fastgpt.triton.linear import linear, linear_tma_kernel
+from fastgpt.triton.linear_rows import linear_rows_kernel
 from on_triton.support import interpreter
 from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
 from on_triton.support.compare import check
