@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.atomic_files import whole_file
 from fastgpt.bench import measure, rule, workloads
 from fastgpt.bench.formatting import UNTRUSTED, doubts
 from fastgpt.bench.peers import ENGINES, PRECISIONS, chosen
@@ -130,7 +131,8 @@ def _write(
             args.svg.mkdir(parents=True, exist_ok=True)
             files |= {args.svg / f"{chart.name}.svg": chart.svg for chart in pictures}
         for path, text in files.items():
-            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(f"{text.rstrip()}\n".encode())
             print(path)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -70,11 +69,7 @@ def save(
     if group.rank == 0 and not path.exists():
         _write(path, model, tensors, optimizer_state, {"step": step, "processes": group.size})
         _publish(path, out)
-        for old in checkpoints(out)[:-keep]:
-            # Renamed first, so that an interrupted removal leaves nothing that looks complete.
-            # What can't be removed now is removed at the next start.
-            with contextlib.suppress(OSError):
-                shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
+        _remove_old(out, keep)
 
 
 def _write(
@@ -88,12 +83,23 @@ def _write(
     try:
         with whole_folder(path) as folder:
             model.save_pretrained(folder, tensors)
-            torch.save(optimizer_state, folder / OPTIMIZER)
+            with (folder / OPTIMIZER).open("wb") as file:  # Python says why a write fails
+                torch.save(optimizer_state, file)
             (folder / STATE).write_text(json.dumps(state))
-    except (RuntimeError, SafetensorError) as error:  # for example when the disk is full
-        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(error).split())
+    except (RuntimeError, OSError) as error:  # for example when the disk is full
+        why = error.__context__ if isinstance(error.__context__, OSError) else error
+        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(why).split())
         message = f"{path} can't be written ({free / 1e6:,.0f} MB free): {reason}"
         raise OSError(message) from error
+
+
+def _remove_old(out: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints."""
+    for old in checkpoints(out)[:-keep]:
+        # Renamed first, so that an interrupted removal leaves nothing that looks complete.
+        # What can't be removed now is removed at the next start.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
 
 
 def _publish(checkpoint: Path, out: Path) -> None:
@@ -165,6 +171,7 @@ def write_run(out: Path, run: dict[str, Any]) -> None:
         clear_unfinished(folder)
     for newest in checkpoints(out)[-1:]:
         _publish(newest, out)
+    _remove_old(out, run["settings"]["keep"])
     with whole_file(out / RUN) as file:
         file.write(json.dumps(run, indent=1).encode())
 

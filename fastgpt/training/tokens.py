@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from fastgpt.atomic_files import utf_8_path, whole_file
+from fastgpt.atomic_files import only_writer, utf_8_path, whole_file
 from fastgpt.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -100,10 +100,14 @@ def tokenise(
         return made
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(state.st_size for _, state in states)
-    with whole_file(path) as out:
-        facts = _write(files, encoding, out, lambda done: progress(done, total))
-    with whole_file(path.with_suffix(".json")) as out:
-        out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
+    with only_writer(folder):
+        made = open_tokens(path)  # by the process that this one waited for
+        if made is not None:
+            return made
+        with whole_file(path) as out:
+            facts = _write(files, encoding, out, lambda done: progress(done, total))
+        with whole_file(path.with_suffix(".json")) as out:
+            out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
     made = open_tokens(path)
     if made is None:
         raise TextError(f"{path} was changed by another program while it was written")
