@@ -1,4 +1,4 @@
-"""Kills and failing disks at the calls that change one: what was there stays or the new is complete.
+"""Kills and failing disks at calls that change one: the old stays, or the new is complete.
 
 `make fuzz` draws other moments: tests/fuzz/test_kills.py.
 """

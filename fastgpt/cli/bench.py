@@ -79,14 +79,15 @@ def run_bench(args: argparse.Namespace) -> int:
     try:
         pictures = charts(document)
         html = page(document, pictures)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        lines, agree = doubts(document["works"]), document["agree"]
+    except Exception as error:  # of any kind: the figures may be anything
         if not args.source:
             raise
         raise UsageError(f"{args.source} contains no figures of this version: {error!r}") from None
     _write(args, document, pictures, html)
-    if lines := doubts(document["works"]):
+    if lines:
         print(UNTRUSTED, *lines, sep="\n")
-    return 0 if document["agree"] else 1
+    return 0 if agree else 1
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("format") != measure.FORMAT:
         raise UsageError(f"{path} contains no figures of this version of fastgpt bench")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +34,10 @@ from fastgpt.atomic_files import (
     whole_file,
     whole_folder,
 )
+from fastgpt.config import check_config, check_whole_number
 from fastgpt.model.gpt import GPTModel
 from fastgpt.training.parallel import Group, gathered
-from fastgpt.training.settings import SettingsError
+from fastgpt.training.settings import Settings, SettingsError
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
@@ -112,8 +112,10 @@ def _publish(checkpoint: Path, out: Path) -> None:
 def load_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     try:
-        return int(json.loads((checkpoint / STATE).read_text())["step"])
-    except (OSError, ValueError, KeyError) as error:
+        step = json.loads((checkpoint / STATE).read_text())["step"]
+        check_whole_number("its step", step, 0)
+        return int(step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{checkpoint} is not a complete checkpoint: {error}") from None
 
 
@@ -132,7 +134,7 @@ def load_optimizer(
         state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of any kind: a pickle decides what is called with what
         reason = " ".join(str(error).split())
         raise SettingsError(f"{checkpoint / OPTIMIZER} can't be loaded: {reason}") from None
 
@@ -144,7 +146,13 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return None
     try:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        check_config(run["config"])
+        Settings(**run["settings"])
+        if not isinstance(run["start"], (str, type(None))):
+            raise ValueError(f"start {run['start']!r} is not a name")
+        if not all(isinstance(run[name], str) for name in ("tokens", "digest")):
+            raise ValueError("tokens and digest are not text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is broken: {error}") from None
     return run
 

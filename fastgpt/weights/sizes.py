@@ -85,10 +85,15 @@ def from_json(data: Any, label: str) -> Sizes:
     missing = [name for name in _THEIRS.values() if name not in data]
     if missing:
         raise WeightsError(f"{label} lacks {', '.join(missing)}")
-    refused = refused_setting(data.get, data["n_embd"])
+    width = data["n_embd"]
+    refused = refused_setting(data.get, width if isinstance(width, int) else 0)
     if refused:
         raise WeightsError(f"{label} has {refused}, which the book's model does not support")
-    drops = tuple(float(data.get(f"{name}_pdrop", 0.1)) for name in ("embd", "attn", "resid"))
+    drops = tuple(data.get(f"{name}_pdrop", 0.1) for name in ("embd", "attn", "resid"))
+    eps = data.get("layer_norm_epsilon", 1e-5)
+    for value in (*drops, eps):
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise WeightsError(f"{label} has {value!r} where a number from 0 to 1 belongs")
     cfg = {ours: data[theirs] for ours, theirs in _THEIRS.items()}
     cfg["drop_rate"] = drops[2]
     cfg["qkv_bias"] = bool(data.get("qkv_bias", True))
@@ -96,7 +101,7 @@ def from_json(data: Any, label: str) -> Sizes:
         cfg[WINDOW] = data[WINDOW]
     return Sizes(
         cfg,
-        float(data.get("layer_norm_epsilon", 1e-5)),
+        float(eps),
         drops,  # type: ignore[arg-type]
         bool(data.get("tie_word_embeddings", True)),
         _quantization(data.get(_QUANTIZED), label),
