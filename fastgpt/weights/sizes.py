@@ -102,7 +102,7 @@ def from_json(data: Any, label: str) -> Sizes:
     return Sizes(
         cfg,
         float(eps),
-        drops,  # type: ignore[arg-type]
+        drops,
         bool(data.get("tie_word_embeddings", True)),
         _quantization(data.get(_QUANTIZED), label),
     )
