@@ -343,11 +343,14 @@ class TestFilesThatCannotBeRead:
         with pytest.raises(WeightsError, match=message):
             GPTModel.from_pretrained(tmp_path, {"n_heads": 3})
 
-    @pytest.mark.parametrize("text", ["[" * 100_000, json.dumps(CONFIG | {"n_layers": 10**9})])
+    @pytest.mark.parametrize(
+        "text",
+        ["[" * 100_000, *(json.dumps(CONFIG | {"n_layers": n}) for n in (10**9, [], "2"))],
+    )
     def test_configs_that_no_model_has(self, tmp_path, text):
         pair()[0].save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(WeightsError, match=r"recursion|n_layers 1000000000"):
+        with pytest.raises(WeightsError, match=r"recursion|n_layers (1000000000|\[\]|'2')"):
             GPTModel.from_pretrained(tmp_path)
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
@@ -382,6 +385,9 @@ class TestFilesThatCannotBeRead:
             GPTModel.from_pretrained(tmp_path)
         index.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
         with pytest.raises(WeightsError, match=r"outside its folder: \.\./one"):
+            GPTModel.from_pretrained(tmp_path)
+        index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))  # longer than a name can be
+        with pytest.raises(WeightsError, match=r"files that are missing: xxx"):
             GPTModel.from_pretrained(tmp_path)
         index.write_text("{")
         with pytest.raises(WeightsError, match="cannot be read"):

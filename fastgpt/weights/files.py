@@ -7,6 +7,7 @@ their mapping, so this keeps only a small part of a checkpoint in memory.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +212,7 @@ def _shards(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name or not name.isprintable()]
     if outside:
         raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise WeightsError(f"{index} names files that are missing: {', '.join(missing)}")
     return [index.parent / name for name in names]

@@ -4,6 +4,7 @@ Each is read in a process of its own, which may neither hang nor take memory, an
 of the file may run.
 """
 
+import copy
 import functools
 import json
 import os
@@ -121,7 +122,7 @@ def _set_somewhere(draw, tree):
         if how == 0:
             del tree[key]
         else:
-            tree[key] = draw(VALUES)
+            tree[key] = copy.deepcopy(draw(VALUES))  # the next damage may be inside
         return
 
 
