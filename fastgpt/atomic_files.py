@@ -14,8 +14,15 @@ UNFINISHED = ".unfinished-"
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write. It replaces the one at path if the block ends without an error."""
+    """Yields a file to write. It replaces the one at path if the block ends without an error.
+
+    Also removes what killed processes that wrote the same file left behind.
+    """
     unfinished = _unfinished(path)
+    for left in path.parent.glob(f"{UNFINISHED}*"):
+        if left.name.partition("-")[2].partition("-")[2] == path.name:
+            with contextlib.suppress(OSError):
+                left.unlink()
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -97,10 +104,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     unfinished = _unfinished(target)
     unfinished.unlink(missing_ok=True)
     try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)
+        try:
+            os.link(source, unfinished)
+        except OSError:
+            shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def sync_files(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """The book's checkpoints and dictionaries: every form of them, and what is wrong with one."""
 
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -316,6 +318,47 @@ class TestFilesThatCannotBeRead:
         with pytest.raises(WeightsError, match=message):
             GPTModel.from_pretrained(tmp_path)
 
+    def test_a_compressed_file_is_refused(self, tmp_path):
+        torch.save(pair()[0].state_dict(), tmp_path / "stored.pth")
+        with zipfile.ZipFile(tmp_path / "stored.pth") as stored:
+            content = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(tmp_path / "model.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, data in content.items():
+                packed.writestr(name, data)
+        with pytest.raises(WeightsError, match=r"is compressed, which torch.save never does"):
+            GPTModel.from_pretrained(tmp_path, CONFIG)
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "message"),
+        [
+            (1, torch.zeros(2), "1 is a Tensor"),
+            ("pos_emb.weight", torch.eye(32, 48).to_sparse(), "is not a dense tensor"),
+            ("pos_emb.weight", torch.empty(32, 48, device="meta"), "has too few values"),
+            ("pos_emb.weight", torch.zeros(1).expand(1 << 40, 48), "has too few values"),
+            ("trf_blocks.999999999.norm1.scale", torch.zeros(48), "n_layers 1000000000"),
+        ],
+    )
+    def test_tensors_that_no_model_has(self, tmp_path, name, tensor, message):
+        torch.save({**pair()[0].state_dict(), name: tensor}, tmp_path / "model.pth")
+        with pytest.raises(WeightsError, match=message):
+            GPTModel.from_pretrained(tmp_path, {"n_heads": 3})
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[" * 100_000, *(json.dumps(CONFIG | {"n_layers": n}) for n in (10**9, [], "2"))],
+    )
+    def test_configs_that_no_model_has(self, tmp_path, text):
+        pair()[0].save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(WeightsError, match=r"recursion|n_layers (1000000000|\[\]|'2')"):
+            GPTModel.from_pretrained(tmp_path)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "model.pth")
+        with pytest.raises(WeightsError, match="is not a regular file"):
+            GPTModel.from_pretrained(tmp_path / "model.pth", CONFIG)
+
     @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"x": torch.zeros(2)}, {}])
     def test_something_else(self, tmp_path, content):
         torch.save(content, tmp_path / "model.pth")
@@ -342,6 +385,9 @@ class TestFilesThatCannotBeRead:
             GPTModel.from_pretrained(tmp_path)
         index.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
         with pytest.raises(WeightsError, match=r"outside its folder: \.\./one"):
+            GPTModel.from_pretrained(tmp_path)
+        index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))  # longer than a name can be
+        with pytest.raises(WeightsError, match=r"files that are missing: xxx"):
             GPTModel.from_pretrained(tmp_path)
         index.write_text("{")
         with pytest.raises(WeightsError, match="cannot be read"):

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _drop_output()
         where = "output" if error.filename is None else os.fspath(error.filename)
-        return _said(command, f"{where}: {error.strerror or error}", 1)
+        return _said(command, f"{where}: {error.strerror}" if error.strerror else error, 1)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.atomic_files import whole_file
 from fastgpt.bench import measure, rule, workloads
 from fastgpt.bench.formatting import UNTRUSTED, doubts
 from fastgpt.bench.peers import ENGINES, PRECISIONS, chosen
@@ -78,14 +79,15 @@ def run_bench(args: argparse.Namespace) -> int:
     try:
         pictures = charts(document)
         html = page(document, pictures)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        lines, agree = doubts(document["works"]), document["agree"]
+    except Exception as error:  # of any kind: the figures may be anything
         if not args.source:
             raise
         raise UsageError(f"{args.source} contains no figures of this version: {error!r}") from None
     _write(args, document, pictures, html)
-    if lines := doubts(document["works"]):
+    if lines:
         print(UNTRUSTED, *lines, sep="\n")
-    return 0 if document["agree"] else 1
+    return 0 if agree else 1
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("format") != measure.FORMAT:
         raise UsageError(f"{path} contains no figures of this version of fastgpt bench")
@@ -130,7 +132,8 @@ def _write(
             args.svg.mkdir(parents=True, exist_ok=True)
             files |= {args.svg / f"{chart.name}.svg": chart.svg for chart in pictures}
         for path, text in files.items():
-            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(f"{text.rstrip()}\n".encode())
             print(path)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None

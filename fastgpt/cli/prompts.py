@@ -62,6 +62,8 @@ def _checked(path: Path, where: str, entry: Any) -> Entry:
         json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UsageError(f"{path}, {where}, contains half a surrogate pair") from None
+    except RecursionError:
+        raise UsageError(f"{path}, {where}, is nested too deeply") from None
     return entry
 
 
@@ -124,7 +126,7 @@ def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     """Raises UsageError unless the file's lines come from these settings."""
     try:
         before = json.loads(beside.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise UsageError(f"{path} exists, and no {beside.name} says how it was made; {_ELSE}")

@@ -9,7 +9,7 @@ from fastgpt.cli.usage import Commands, UsageError
 from fastgpt.quantized_weight import GROUPS, PRECISIONS
 from fastgpt.training.settings import SettingsError, load_model
 from fastgpt.weights.files import NAMES
-from fastgpt.weights.save import WEIGHTS
+from fastgpt.weights.save import WEIGHTS, cut_short
 
 
 def add_to(commands: Commands) -> None:
@@ -41,7 +41,7 @@ def add_precision(sub: argparse.ArgumentParser, option: str, default: str | None
 
 
 def run_quantize(args: argparse.Namespace) -> int:
-    if any((args.out / name).exists() for name in NAMES):
+    if any((args.out / name).exists() for name in NAMES) and not cut_short(args.out):
         raise UsageError(f"{args.out} already contains a model; choose a different --out")
     try:
         model = load_model(args.model, quantize=args.precision, group=args.group)

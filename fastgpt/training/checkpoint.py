@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,9 +34,10 @@ from fastgpt.atomic_files import (
     whole_file,
     whole_folder,
 )
+from fastgpt.config import check_config, check_whole_number
 from fastgpt.model.gpt import GPTModel
 from fastgpt.training.parallel import Group, gathered
-from fastgpt.training.settings import SettingsError
+from fastgpt.training.settings import Settings, SettingsError
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
@@ -70,11 +69,7 @@ def save(
     if group.rank == 0 and not path.exists():
         _write(path, model, tensors, optimizer_state, {"step": step, "processes": group.size})
         _publish(path, out)
-        for old in checkpoints(out)[:-keep]:
-            # Renamed first, so that an interrupted removal leaves nothing that looks complete.
-            # What can't be removed now is removed at the next start.
-            with contextlib.suppress(OSError):
-                shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
+        _remove_old(out, keep)
 
 
 def _write(
@@ -88,12 +83,23 @@ def _write(
     try:
         with whole_folder(path) as folder:
             model.save_pretrained(folder, tensors)
-            torch.save(optimizer_state, folder / OPTIMIZER)
+            with (folder / OPTIMIZER).open("wb") as file:  # Python says why a write fails
+                torch.save(optimizer_state, file)
             (folder / STATE).write_text(json.dumps(state))
-    except (RuntimeError, SafetensorError) as error:  # for example when the disk is full
-        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(error).split())
+    except (RuntimeError, OSError) as error:  # for example when the disk is full
+        why = error.__context__ if isinstance(error.__context__, OSError) else error
+        free, reason = shutil.disk_usage(path.parent).free, " ".join(str(why).split())
         message = f"{path} can't be written ({free / 1e6:,.0f} MB free): {reason}"
         raise OSError(message) from error
+
+
+def _remove_old(out: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints."""
+    for old in checkpoints(out)[:-keep]:
+        # Renamed first, so that an interrupted removal leaves nothing that looks complete.
+        # What can't be removed now is removed at the next start.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_name(f"{UNFINISHED}{old.name}")))
 
 
 def _publish(checkpoint: Path, out: Path) -> None:
@@ -106,8 +112,10 @@ def _publish(checkpoint: Path, out: Path) -> None:
 def load_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     try:
-        return int(json.loads((checkpoint / STATE).read_text())["step"])
-    except (OSError, ValueError, KeyError) as error:
+        step = json.loads((checkpoint / STATE).read_text())["step"]
+        check_whole_number("its step", step, 0)
+        return int(step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{checkpoint} is not a complete checkpoint: {error}") from None
 
 
@@ -126,7 +134,7 @@ def load_optimizer(
         state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of any kind: a pickle decides what is called with what
         reason = " ".join(str(error).split())
         raise SettingsError(f"{checkpoint / OPTIMIZER} can't be loaded: {reason}") from None
 
@@ -138,7 +146,13 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return None
     try:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        check_config(run["config"])
+        Settings(**run["settings"])
+        if not isinstance(run["start"], (str, type(None))):
+            raise ValueError(f"start {run['start']!r} is not a name")
+        if not all(isinstance(run[name], str) for name in ("tokens", "digest")):
+            raise ValueError("tokens and digest are not text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is broken: {error}") from None
     return run
 
@@ -165,6 +179,7 @@ def write_run(out: Path, run: dict[str, Any]) -> None:
         clear_unfinished(folder)
     for newest in checkpoints(out)[-1:]:
         _publish(newest, out)
+    _remove_old(out, run["settings"]["keep"])
     with whole_file(out / RUN) as file:
         file.write(json.dumps(run, indent=1).encode())
 

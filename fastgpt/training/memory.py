@@ -42,6 +42,7 @@ def check_memory(
     needed = beside * least_bytes(cfg, windows, bfloat16=bfloat16, tied=tied, shards=shards)
     available = available_bytes(device)
     if available is not None and needed > available:
+        needed = min(needed, 10**30)  # a larger one may be no float
         raise SettingsError(
             f"a step needs at least {needed / 1e9:,.1f} GB of memory, but "
             f"{available / 1e9:,.1f} GB are available: choose a smaller --micro-batch, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from fastgpt.atomic_files import whole_file
+from fastgpt.training.settings import SettingsError
 
 LOG, PICTURE = "log.csv", "loss.png"
 DRAW_EVERY = 30.0  # seconds
@@ -156,12 +157,25 @@ def open_log(path: Path, step: int) -> TextIO:
 
 
 def read_log(path: Path, last: int | None = None) -> list[dict[str, str]]:
-    """The log's complete rows, as dictionaries by column, up to a step."""
+    """The log's complete rows, as dictionaries by column, up to a step.
+
+    Raises:
+        SettingsError: it is not such a log.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [row for row in rows if last is None or int(row["step"]) <= last]
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        for row in rows:
+            if set(row) != set(Step._fields):
+                raise ValueError(f"its columns are {', '.join(map(str, row))}")
+            float(row["loss"]), float(row["validation_loss"] or 0)
+        return [row for row in rows if last is None or int(row["step"]) <= last]
+    except (OSError, ValueError, csv.Error) as error:
+        raise SettingsError(
+            f"{path} is broken: {error}; the run goes on without it if you remove it"
+        ) from None
 
 
 def draw(log: Path, picture: Path) -> bool:

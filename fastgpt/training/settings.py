@@ -92,7 +92,7 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         cfg = json.loads(path.read_text(encoding="utf-8-sig"))
         check_config(cfg)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise SettingsError(f"config {name}: {reason}") from None
     return dict(cfg)

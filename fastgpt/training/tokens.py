@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from fastgpt.atomic_files import utf_8_path, whole_file
+from fastgpt.atomic_files import only_writer, utf_8_path, whole_file
+from fastgpt.config import check_whole_number
 from fastgpt.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -100,10 +101,14 @@ def tokenise(
         return made
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(state.st_size for _, state in states)
-    with whole_file(path) as out:
-        facts = _write(files, encoding, out, lambda done: progress(done, total))
-    with whole_file(path.with_suffix(".json")) as out:
-        out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
+    with only_writer(folder):
+        made = open_tokens(path)  # by the process that this one waited for
+        if made is not None:
+            return made
+        with whole_file(path) as out:
+            facts = _write(files, encoding, out, lambda done: progress(done, total))
+        with whole_file(path.with_suffix(".json")) as out:
+            out.write(json.dumps(facts | {"texts": [str(p) for p, _ in states]}, indent=1).encode())
     made = open_tokens(path)
     if made is None:
         raise TextError(f"{path} was changed by another program while it was written")
@@ -111,14 +116,21 @@ def tokenise(
 
 
 def open_tokens(path: Path) -> TokenFile | None:
-    """The token file at this path, or None if there is none or it is unfinished."""
+    """The token file at this path, or None if there is none, or it is unfinished or damaged."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
+        for name in ("count", "largest"):
+            check_whole_number(name, facts[name], 0)
         dtype = {2: torch.uint16, 4: torch.uint32}[facts["bytes_per_id"]]
         if path.stat().st_size != facts["count"] * facts["bytes_per_id"]:
             return None
-        return TokenFile(path, facts["count"], facts["largest"], facts["digest"], dtype)
-    except (OSError, ValueError, KeyError):
+        made = TokenFile(path, facts["count"], facts["largest"], facts["digest"], dtype)
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return made if digest.hexdigest() == made.digest else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -50,10 +50,11 @@ def from_pretrained(
         check_precision(*asked)
     source, known = hub.locate(name_or_path, **hub_options)
     sizes, style = _completed(source, known, cfg)
-    model = on_meta(cls, sizes.cfg)
+    _check_sizes(source, sizes)
     masks: Mapping[int, torch.Tensor] = {}
-    if sizes.quantization is None:
+    if sizes.quantization is None:  # before the model is made, whose size a file may overstate
         plan = fill.Plan(source, style, sizes.cfg, sizes.tied)
+        model = on_meta(cls, sizes.cfg)
         plan.check(dict(model.named_parameters()))
         masks, fills, tied = plan.edited_masks(), plan.fills, plan.tied
     elif asked is not None and asked.precision != sizes.quantization.precision:
@@ -64,6 +65,7 @@ def from_pretrained(
     else:
         asked, tied = sizes.quantization, bool(sizes.tied)
         fills = quantized.check_source(source, sizes)
+        model = on_meta(cls, sizes.cfg)
     if tied:
         model.out_head.weight = model.tok_emb.weight  # type: ignore[union-attr]
     if asked is not None:
@@ -184,6 +186,14 @@ def _completed(source: Source, known: Sizes, cfg: Mapping[str, Any] | None) -> t
         raise WeightsError(f"{source.label} has no tensors named as in a GPT-2, but: {found}")
     shapes = {name: stored.shape for name, stored in source.stored.items()}
     return completed(known, cfg, style, shapes), style
+
+
+def _check_sizes(source: Source, sizes: Sizes) -> None:
+    """Raises WeightsError if these sizes, which anything may stand in, are beyond the tensors."""
+    most = dict.fromkeys(("vocab_size", "context_length", "emb_dim"), 1 << 31)
+    for name, largest in (most | {"n_layers": len(source.stored)}).items():
+        if sizes.cfg[name] > largest:
+            raise WeightsError(f"{source.label} has no tensors for {name} {sizes.cfg[name]}")
 
 
 def _set_masks(model: Any, masks: Mapping[int, torch.Tensor], causal: Any = ()) -> None:

@@ -7,6 +7,7 @@ their mapping, so this keeps only a small part of a checkpoint in memory.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Safetensors(Source):
                 # save_model stores one name of a shared tensor; its metadata has the others.
                 for name, kept in (file.metadata() or {}).items():
                     if unwrapped(kept) in self.stored and unwrapped(name) not in self.stored:
-                        self._add(name, self.stored[unwrapped(kept)], (path, kept))
+                        self._add(name, self.stored[unwrapped(kept)], self._at[unwrapped(kept)])
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
@@ -139,8 +140,12 @@ class Pickled(Source):
         self._whole = {p: _loaded(p) for p in paths if not zipfile.is_zipfile(p)}
         for path in paths:
             for name, value in self._state(path).items():
-                if not isinstance(value, Tensor):
+                if not (isinstance(name, str) and isinstance(value, Tensor)):
                     raise WeightsError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+                if value.layout != torch.strided or value.is_quantized or value.is_nested:
+                    raise WeightsError(f"{path}: {name} is not a dense tensor")
+                if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
+                    raise WeightsError(f"{path}: {name} {list(value.shape)} has too few values")
                 stored = Stored(tuple(value.shape), value.dtype, (path, *_place(value)))
                 self._add(name, stored, (path, name))
 
@@ -178,6 +183,8 @@ def open_file(path: Path) -> Source:
     Raises:
         WeightsError: the file is missing or damaged.
     """
+    if not path.is_file():  # a pipe would have to be read twice
+        raise WeightsError(f"{path} is not a regular file")
     if path.name.endswith(".index.json"):
         shards = _shards(path)
         if all(shard.suffix == ".safetensors" for shard in shards):
@@ -192,7 +199,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; WeightsError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
 
 
@@ -202,10 +209,10 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise WeightsError(f"{index} has no weight_map")
     names = sorted(set(files.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or not name.isprintable()]
     if outside:
         raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise WeightsError(f"{index} names files that are missing: {', '.join(missing)}")
     return [index.parent / name for name in names]
@@ -226,6 +233,8 @@ def _safe_open(path: str) -> Any:
 def _loaded(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     try:
+        if mapped:
+            _check_stored(path)
         with utf_8_path(path) as name:
             return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -238,8 +247,19 @@ def _loaded(path: Path) -> Any:
         ) from None
     except EOFError:
         raise WeightsError(f"{path} cannot be read: it is truncated") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # of any kind: a pickle decides what is called with what
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{path} cannot be read: {reason}") from None
+
+
+def _check_stored(path: Path) -> None:
+    """Raises ValueError unless the archive's files are stored as they are: torch.save compresses
+    nothing, and a mapping of what is compressed would have other values.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for file in archive.infolist():
+            if file.compress_type != zipfile.ZIP_STORED or file.file_size != file.compress_size:
+                raise ValueError(f"{file.filename} is compressed, which torch.save never does")
 
 
 def _has_tensors(value: Any) -> bool:

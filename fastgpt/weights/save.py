@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,8 +42,10 @@ def save_pretrained(
     Raises:
         WeightsError: Hugging Face's GPT-2 has no place for something in this model, or it is
             quantised in part; it is named.
+        OSError: it cannot be written; the old files stay.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(f"save_pretrained: {NEEDS_HUB}") from None
@@ -64,27 +67,37 @@ def save_pretrained(
             # safetensors makes it for its owner alone.
             shutil.copymode(staging / CONFIG, staging / WEIGHTS)
             sync_files(staging)
-        except BaseException:
+            _replace_weights(staging, place)
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, SafetensorError):
+                raise OSError(f"{place / WEIGHTS} cannot be written: {error}") from None
             raise
-        _put_in_place(staging, place)
-        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            sync_folder(place)
+        finally:
+            os.replace(staging / CONFIG, place / CONFIG)
+            shutil.rmtree(staging, ignore_errors=True)
+        sync_folder(place)
 
 
-def _put_in_place(staging: Path, place: Path) -> None:
-    """Replaces the pair of files so that no end of the process leaves one of each.
+def _replace_weights(staging: Path, place: Path) -> None:
+    """Replaces the weights so that no end of the process leaves them beside another's config.
 
     Where the config stays as it was, replacing the weights is all there is. Where it doesn't, the
-    folder has none until the weights are there, and ``cut_short`` tells why.
+    folder has none until the weights are there, and ``cut_short`` tells why. An error brings the
+    old config back.
     """
-    config = place / CONFIG
-    if not config.is_file() or config.read_bytes() != (staging / CONFIG).read_bytes():
-        config.unlink(missing_ok=True)
-        sync_folder(place)
-    os.replace(staging / WEIGHTS, place / WEIGHTS)
-    sync_folder(place)
-    os.replace(staging / CONFIG, config)
-    sync_folder(place)
+    config, old = place / CONFIG, staging / "old.json"
+    try:
+        if config.exists() and config.read_bytes() != (staging / CONFIG).read_bytes():
+            os.replace(config, old)
+            sync_folder(place)
+        os.replace(staging / WEIGHTS, place / WEIGHTS)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.replace(old, config)
+        raise
 
 
 def cut_short(folder: Path) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fastgpt.config import GPT2_SIZES, GPT_CONFIG_124M, WINDOW, check_config
+from fastgpt.config import (
+    GPT2_SIZES,
+    GPT_CONFIG_124M,
+    WINDOW,
+    check_config,
+    check_whole_number,
+)
 from fastgpt.quantized_weight import check_precision
 from fastgpt.weights.names import Shape, Style, WeightsError
 
@@ -78,6 +84,7 @@ def from_json(data: Any, label: str) -> Sizes:
         WeightsError: it is neither, or of a model that differs from the book's.
     """
     if isinstance(data, dict) and "emb_dim" in data:
+        _check_whole(data, _THEIRS, label)
         return Sizes({key: data[key] for key in (*_KEYS, WINDOW) if key in data})
     if not isinstance(data, dict) or data.get("model_type", "gpt2") != "gpt2":
         kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
@@ -85,10 +92,15 @@ def from_json(data: Any, label: str) -> Sizes:
     missing = [name for name in _THEIRS.values() if name not in data]
     if missing:
         raise WeightsError(f"{label} lacks {', '.join(missing)}")
+    _check_whole(data, _THEIRS.values(), label)
     refused = refused_setting(data.get, data["n_embd"])
     if refused:
         raise WeightsError(f"{label} has {refused}, which the book's model does not support")
-    drops = tuple(float(data.get(f"{name}_pdrop", 0.1)) for name in ("embd", "attn", "resid"))
+    drops = tuple(data.get(f"{name}_pdrop", 0.1) for name in ("embd", "attn", "resid"))
+    eps = data.get("layer_norm_epsilon", 1e-5)
+    for value in (*drops, eps):
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise WeightsError(f"{label} has {value!r} where a number from 0 to 1 belongs")
     cfg = {ours: data[theirs] for ours, theirs in _THEIRS.items()}
     cfg["drop_rate"] = drops[2]
     cfg["qkv_bias"] = bool(data.get("qkv_bias", True))
@@ -96,11 +108,19 @@ def from_json(data: Any, label: str) -> Sizes:
         cfg[WINDOW] = data[WINDOW]
     return Sizes(
         cfg,
-        float(data.get("layer_norm_epsilon", 1e-5)),
-        drops,  # type: ignore[arg-type]
+        float(eps),
+        drops,
         bool(data.get("tie_word_embeddings", True)),
         _quantization(data.get(_QUANTIZED), label),
     )
+
+
+def _check_whole(data: Mapping[str, Any], names: Iterable[str], label: str) -> None:
+    for name in names:
+        try:
+            check_whole_number(name, data.get(name, 1), 0)
+        except ValueError as error:
+            raise WeightsError(f"{label}: {error}") from None
 
 
 def _quantization(entry: Any, label: str) -> Quantization | None:

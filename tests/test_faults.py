@@ -1,0 +1,39 @@
+"""Kills and failing disks at calls that change one: the old stays, or the new is complete.
+
+`make fuzz` draws other moments: tests/fuzz/test_kills.py.
+"""
+
+import faulty
+import pytest
+
+# Of a command's calls, one in so many.
+EVERY = {"Train": 33, "Quantise": 2, "Answer": 4, "Report": 6}
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    server = faulty.server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module", params=faulty.COMMANDS, ids=lambda command: command.__name__)
+def command(request, forked, tmp_path_factory):
+    return request.param(tmp_path_factory.mktemp("command"), forked)
+
+
+def some_calls(command, first=1):
+    return range(first, command.calls + 1, EVERY[type(command).__name__])
+
+
+def test_killed_at_calls_that_change_the_disk(command):
+    for nth in some_calls(command):
+        command.killed(nth)
+
+
+def test_disks_that_fail(command):
+    failed = 0
+    for number, nth in enumerate(some_calls(command, first=2)):
+        error = list(faulty.ERRORS.values())[number % len(faulty.ERRORS)]
+        failed += command.fails(nth, error)
+    assert failed > 0
