@@ -36,9 +36,8 @@ class Guards:
     def _guarding(self, original):
         def make(*args, **kwargs):
             made = original(*args, **kwargs)
-            if made.device.type != "cpu" or type(made) is not torch.Tensor:
-                return made
-            return self._around(made)
+            plain = type(made) is torch.Tensor and made.layout is torch.strided and made.is_cpu
+            return self._around(made) if plain else made
 
         return make
 
