@@ -23,22 +23,25 @@ inline float row_sum(const float* x, int64_t cols) {
     return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-inline float row_squares(const float* x, float mean, int64_t cols) {
+// The squares of the deviations from the mean, which moves to where the deviations add up to nothing. As a rounded sum
+// left it, a row whose elements are all one number would be off by that rounding times 1 / sqrt(eps).
+inline float row_squares(const float* x, float& mean, int64_t cols) {
     const Vec m = broadcast(mean);
-    Vec s[4] = {zero(), zero(), zero(), zero()};
+    Vec s[4] = {zero(), zero(), zero(), zero()}, off[4] = {zero(), zero(), zero(), zero()};
+    const auto add = [&](int i, Vec d) { s[i] = fma(d, d, s[i]), off[i] = off[i] + d; };
     int64_t c = 0;
     for (; c + 4 * Vec::width <= cols; c += 4 * Vec::width)
-        for (int i = 0; i < 4; ++i) {
-            const Vec d = load(x + c + i * Vec::width) - m;
-            s[i] = fma(d, d, s[i]);
-        }
-    for (; c + Vec::width <= cols; c += Vec::width) {
-        const Vec d = load(x + c) - m;
-        s[0] = fma(d, d, s[0]);
+        for (int i = 0; i < 4; ++i) add(i, load(x + c + i * Vec::width) - m);
+    for (; c + Vec::width <= cols; c += Vec::width) add(0, load(x + c) - m);
+    float rest = 0.0f, rest_off = 0.0f;  // lanes past the end would add mean^2 each
+    for (; c < cols; ++c) {
+        const float d = x[c] - mean;
+        rest += d * d, rest_off += d;
     }
-    float rest = 0.0f;  // lanes past the end would add mean^2 each
-    for (; c < cols; ++c) rest += (x[c] - mean) * (x[c] - mean);
-    return sum((s[0] + s[1]) + (s[2] + s[3])) + rest;
+    const float by = (sum((off[0] + off[1]) + (off[2] + off[3])) + rest_off) / static_cast<float>(cols);
+    const float squares = sum((s[0] + s[1]) + (s[2] + s[3])) + rest - static_cast<float>(cols) * by * by;
+    mean += by;
+    return squares < 0.0f ? 0.0f : squares;  // NaN stays
 }
 
 // y = scale * (x - mean) * rstd + shift for one row.
@@ -53,7 +56,7 @@ inline void normalise(const float* x, float mean, float rstd, const Numbers& sca
 // The same by the row's own mean and deviation, kept where they are wanted.
 inline void norm_row(const float* x, const Numbers& scale, const Numbers& shift, float* y, int64_t cols, float eps,
                      float* mean = nullptr, float* rstd = nullptr) {
-    const float m = row_sum(x, cols) / static_cast<float>(cols);
+    float m = row_sum(x, cols) / static_cast<float>(cols);
     const float rs = 1.0f / sqrtf(row_squares(x, m, cols) / static_cast<float>(cols) + eps);
     normalise(x, m, rs, scale, shift, y, cols);
     if (mean) *mean = m, *rstd = rs;

@@ -373,12 +373,15 @@ def direct(tensors: Iterable[Tensor]) -> bool:
     """Whether a kernel may read these tensors' memory with nothing watching or transforming.
 
     Not so under a dispatch mode (fake tensors, FLOP counters), a transform, tracing, or for a
-    tensor subclass: all of these want to see PyTorch's own operations.
+    tensor subclass: all of these want to see PyTorch's own operations. Nor for a sparse tensor.
     """
     return (
         not torch_state.recorded()
         and not transformed()
-        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+        and all(
+            (type(t) is Tensor or type(t) is torch.nn.Parameter) and t.layout is torch.strided
+            for t in tensors
+        )
     )
 
 

@@ -206,3 +206,11 @@ import fastgpt
 print({name!r} in set(sys.modules) - before)
 """)
     assert run.stdout.strip() == "False", run.stderr
+
+
+def test_a_sparse_tensor_is_pytorchs():
+    x = torch.eye(4)
+    y, total = fastgpt.ops.add_layer_norm(x, x.to_sparse(), x[0], x[1])
+    right, _ = fastgpt.ops.add_layer_norm(x, x, x[0], x[1])
+    assert torch.equal(total, 2 * x)
+    torch.testing.assert_close(y, right)

@@ -204,12 +204,22 @@ def test_training_with_dropout_holds_no_mask():
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
-def test_what_is_no_probability_is_refused(fused, p):
+def test_what_is_no_probability_is_refused(path, p):
     x = torch.randn(2, 2, 3, 8)
+    for given in (x, x[:0]):
+        with pytest.raises(ValueError, match="must be in"):
+            ops.dropout(given, p)
     with pytest.raises(ValueError, match="must be in"):
         ops.causal_attention(x, x, x, dropout_p=p)
     with pytest.raises(ValueError, match="must be in"):
         ops.add_layer_norm(x, x, x[0, 0, 0], x[0, 0, 0], dropout_p=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_dropout_of_what_is_no_float_is_pytorchs(fused, dtype):
+    for f in (ops.dropout, F.dropout):
+        with pytest.raises(RuntimeError, match=r"cast|implemented"):
+            f(torch.ones(3, 8).to(dtype), P)
 
 
 def test_a_second_derivative_is_refused(fused):

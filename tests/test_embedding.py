@@ -55,6 +55,17 @@ def test_an_id_outside_the_vocabulary_is_named(path, bad):
         embedding(torch.tensor([[1, bad]]), torch.randn(4, 8), torch.randn(4, 8))
 
 
+def test_an_empty_vocabulary_has_no_id(path):
+    with pytest.raises(IndexError, match="token id 1 is outside the vocabulary of 0"):
+        embedding(torch.tensor([[1]]), torch.randn(0, 8), torch.randn(4, 8))
+
+
+def test_a_negative_position_is_refused(path):
+    """It would be memory in front of the table."""
+    with pytest.raises(ValueError, match="past -1 must be at least 0"):
+        embedding(torch.tensor([[1, 2]]), torch.randn(4, 8), torch.randn(4, 8), past=-1)
+
+
 def test_shapes_that_do_not_fit(path):
     idx = torch.zeros(1, 3, dtype=torch.int64)
     for tok, pos, past in ((8, 9, 0), (8, 8, 2)):

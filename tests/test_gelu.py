@@ -55,6 +55,8 @@ def test_bad_input(path):
     x, bias = torch.randn(4, 8), torch.randn(8)
     with pytest.raises(ValueError, match=r"\(7,\).*\(4, 8\)"):
         bias_gelu(x, bias[:7])
+    with pytest.raises(ValueError, match=r"must be \[N\] for x \(\)"):
+        bias_gelu(x[0, 0], bias[0])
     with pytest.raises(ValueError, match="out must be contiguous"):
         bias_gelu(x, bias, out=torch.empty(8, 4).t())
     with pytest.raises(RuntimeError, match="out is not for"):

@@ -46,6 +46,16 @@ def test_a_large_mean_does_not_cancel(path):
     assert_as_exact(layer_norm(x, weight, bias), _torch(x, weight, bias), exact)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_of_one_number_is_the_bias(path, width):
+    """Its mean must not be off by the roundings of a sum, which 1 / sqrt(eps) would enlarge."""
+    x, weight, bias = torch.randn(40, 1).expand(40, width), torch.ones(width), torch.randn(width)
+    exact = _torch(x.double(), weight.double(), bias.double())
+    y, total = add_layer_norm(x, x, weight, bias)
+    assert_as_exact(layer_norm(x, weight, bias), _torch(x, weight, bias), exact)
+    assert_as_exact(y, _torch(total, weight, bias), exact)
+
+
 def test_rows_are_normalised_and_shifts_of_a_row_do_not_matter(path):
     x = torch.randn(33, 96)
     one, zero = torch.ones(96), torch.zeros(96)
@@ -144,6 +154,9 @@ def test_bad_shapes(path):
         layer_norm(x, weight[:63], bias)
     with pytest.raises(ValueError, match=r"\(4, 1\).*\(4, 64\)"):
         add_layer_norm(x, x[:, :1], weight, bias)
+    for f, tensors in ((layer_norm, (bias,)), (add_layer_norm, (bias, bias))):
+        with pytest.raises(ValueError, match=r"must be \[D\] for x \(\)"):
+            f(*(t[0] for t in tensors), bias[0], bias[0])
 
 
 def test_double_backward(path):

@@ -4,7 +4,7 @@ from helpers import check_operation
 from torch.nn import functional as F
 
 import fastgpt
-from fastgpt.ops import linear
+from fastgpt.ops import linear, linear_gelu
 
 # Rows on either side of where the kernel changes its way, and of its tiles and blocks.
 ROWS = [1, 5, 16, 17, 24, 25, 65, 129]
@@ -97,6 +97,28 @@ def test_empty(path, shape):
 def test_shapes_that_do_not_fit(path):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(torch.randn(3, 5), torch.randn(4, 6))
+
+
+def _bias_in_front_of_gelu(shape):
+    x, w, bias = torch.randn(3, 6), torch.randn(4, 6), None if shape is None else torch.randn(shape)
+    if shape == (3,):
+        with pytest.raises(RuntimeError, match="size"):
+            linear_gelu(x, w, bias)
+        return
+    right = F.gelu(F.linear(x, w, bias), approximate="tanh")
+    torch.testing.assert_close(linear_gelu(x, w, bias), right)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 4), (), None])
+def test_a_bias_in_front_of_gelu_is_as_in_pytorch(path, shape):
+    _bias_in_front_of_gelu(shape)
+
+
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+@pytest.mark.parametrize("shape", [(3,), (1, 4), (), None])
+def test_a_bias_in_front_of_gelu_is_as_in_pytorch_under_autocast(shape):
+    with torch.autocast("cpu", torch.bfloat16):
+        _bias_in_front_of_gelu(shape)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.ops.dropout import dropout
-from fastgpt.ops.dropout_seed import draw_seed
+from fastgpt.ops.dropout_seed import check_probability, draw_seed
 from fastgpt.ops.mask_again import mask_again
 from fastgpt.triton import vendor
 
@@ -43,6 +43,7 @@ def causal_attention(
     if not fits or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q [B, H, T, D], k and v [B, H, S >= T, D] do not fit: {shapes}")
+    check_probability(dropout_p)
     if scale is None:
         scale = q.shape[3] ** -0.5
     if torch.compiler.is_compiling():

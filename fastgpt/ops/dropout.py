@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
-from fastgpt.ops.dropout_seed import draw_seed
+from fastgpt.ops.dropout_seed import check_probability, draw_seed
 
 
 @dispatch.falls_back
@@ -28,9 +28,10 @@ def dropout(x: Tensor, p: float) -> Tensor:
         ValueError: p is not in [0, 1].
         BackendError: a backend asked for by name cannot run on x's device.
     """
+    check_probability(p)
     if p == 0 or x.numel() == 0:
         return x
-    if not dispatch.readable(x):
+    if not dispatch.readable(x) or not x.is_floating_point():
         return F.dropout(x, p)
     mask = torch.ones(x.shape, dtype=torch.float32, device=x.device)
     kernels = dispatch.kernels("dropout", mask)

@@ -12,6 +12,15 @@ from __future__ import annotations
 import torch
 
 
+def check_probability(p: float) -> None:
+    """
+    Raises:
+        ValueError: p is not in [0, 1].
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability {p} must be in [0, 1]")
+
+
 def draw_seeds(*probabilities: float) -> tuple[int, ...]:
     """A seed in [0, 2^63) from torch's CPU generator for each dropout; 0, and nothing drawn, for
     one that drops nothing.
@@ -21,8 +30,7 @@ def draw_seeds(*probabilities: float) -> tuple[int, ...]:
         RuntimeError: a CUDA graph is being captured, which would repeat one mask forever.
     """
     for p in probabilities:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"dropout probability {p} must be in [0, 1]")
+        check_probability(p)
     wanted = sum(p > 0 for p in probabilities)
     if wanted == 0:
         return (0,) * len(probabilities)

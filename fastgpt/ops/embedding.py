@@ -23,7 +23,7 @@ def embedding(
         idx: [B, T] token ids, int32 or int64.
         tok: [V, D], any floating dtype.
         pos: [C, D] with C >= past + T.
-        past: the position of the first token.
+        past: the position of the first token, at least 0.
         dropout_p: probability of dropping an element; the others are scaled by 1 / (1 - p). Draws
             one number from torch's CPU generator if not 0.
 
@@ -31,13 +31,16 @@ def embedding(
         [B, T, D].
 
     Raises:
-        ValueError: the shapes do not fit each other, or dropout_p is not a probability.
+        ValueError: the shapes do not fit each other, past is negative, or dropout_p is not a
+            probability.
         TypeError: the ids are neither int32 nor int64.
         IndexError: an id is outside the vocabulary.
         BackendError: a backend asked for by name cannot take these tensors.
     """
     if idx.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"token ids must be int32 or int64, got {idx.dtype}")
+    if past < 0:
+        raise ValueError(f"past {past} must be at least 0")
     fits = idx.dim() == tok.dim() == pos.dim() == 2 and tok.shape[1] == pos.shape[1]
     if not fits or past + idx.shape[1] > pos.shape[0]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (idx, tok, pos))
@@ -53,7 +56,7 @@ def embedding(
     if kernels is None or idx.device != tok.device:
         try:
             return _torch(idx, tok, pos, past, dropout_p)
-        except IndexError:
+        except (IndexError, RuntimeError):  # the latter of an empty vocabulary
             check_ids(idx, tok.shape[0])
             raise
     if not idx.is_cuda:

@@ -43,7 +43,7 @@ def bias_gelu(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
         RuntimeError: out was given and a gradient would be recorded.
         BackendError: a backend asked for by name cannot take these tensors.
     """
-    if bias.shape != x.shape[-1:]:
+    if bias.dim() != 1 or bias.shape != x.shape[-1:]:
         raise ValueError(f"bias {tuple(bias.shape)} must be [N] for x {tuple(x.shape)}")
     if out is not None:
         if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():

@@ -91,7 +91,7 @@ def add_layer_norm(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+    if x.dim() == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [D] "
             f"for x {tuple(x.shape)}"

@@ -71,10 +71,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, owner: object | None = 
         BackendError: a backend asked for by name cannot take these tensors.
     """
     wide, autocasts = (x, weight, bias), dispatch.autocasts(x)
-    if autocasts and dispatch.direct(wide):
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    fits = fits and bias is not None and bias.shape == weight.shape[:1]
+    if fits and autocasts and dispatch.direct(wide):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     backend = dispatch.choose("linear", x, weight, bias) if fits else "reference"
     if backend == "triton" and vendor.own_product(x, _rows(x), gelu=True):
         kernels = dispatch.module(backend, "linear", x)

@@ -1,0 +1,233 @@
+"""What random calls share: sizes, layouts, and the check of a call against float64."""
+
+import contextlib
+import itertools
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from fastgpt import cpu
+from fastgpt.bench.errors import TIMES, as_tuple
+from fuzz import tried
+from fuzz.guards import Layout
+
+# Primes, and around the vectors, the tiles and the rows that products take as few.
+SMALL = [1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 0]
+LARGE = [96, 97, 127, 128, 129, 191, 193, 256, 257, 300]
+sizes = st.one_of(*[st.sampled_from(SMALL)] * 7, st.sampled_from(LARGE))
+widths = sizes.filter(bool)
+few = st.sampled_from([1, 2, 3, 0])
+seeds = st.integers(0, 2**32 - 1)
+threads = st.integers(2, 8)
+masks = st.integers(0, 255)
+dtypes = st.sampled_from([torch.float32] * 6 + [torch.bfloat16, torch.float16, torch.float64])
+probabilities = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+layouts = st.builds(
+    Layout,
+    st.sampled_from([0, 0, 0, 1, 2]),
+    st.tuples(*[st.sampled_from([1, 1, 1, 2, 3])] * 4),
+    st.integers(0, 5),
+    st.sampled_from([-1, -1, -1, -1, 0, 1, 2]),
+)
+many_layouts = st.lists(layouts, min_size=8, max_size=8)
+
+_SIBLINGS = 200  # of a case of few numbers; of more there are fewer
+_LARGEST = 1 << 16  # numbers in a case
+_SMALL = 1 << 12  # numbers up to which a case runs on every instruction set
+_LUCK = 8  # times the allowed error, past which no luck explains it
+
+
+@contextlib.contextmanager
+def thread_count(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def numbers(seed):
+    """A function of a shape: normal float32 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def call(f, tensors, wanted=(), upstream=None):
+    """The outputs of f, and the gradients of the tensors that want one; without any, of a call
+    that records none.
+    """
+    wanted = [w for w, _ in itertools.zip_longest(wanted, tensors, fillvalue=False)]
+    leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+    if not any(wanted):
+        with torch.no_grad():
+            return [(f"output {i}", y) for i, y in enumerate(as_tuple(f(*leaves)))]
+    with torch.enable_grad():
+        outputs = as_tuple(f(*leaves))
+        found = [(f"output {i}", y.detach()) for i, y in enumerate(outputs)]
+        ask = [(y, u.to(y.dtype)) for y, u in zip(outputs, upstream, strict=True)]
+        ask = [(y, u) for y, u in ask if y.requires_grad]
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad([y for y, _ in ask], inputs, [u for _, u in ask])
+    names = [f"gradient {i}" for i, w in enumerate(wanted) if w]
+    return found + list(zip(names, gradients, strict=True))
+
+
+class Attention(torch.autograd.Function):
+    """By PyTorch's operations, with the backward pass in the form of its fused attention: what a
+    row of the softmax takes away is dout * out, not the sum over keys. Where a weight is near 1
+    the gradients of q and k are then nothing but the rounding of that, which a form that holds all
+    weights does not have.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, keep):
+        T, S = q.shape[2], k.shape[2]
+        hidden = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
+        p = (q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        keep = keep.to(q.dtype)
+        out = (p * keep) @ v
+        ctx.save_for_backward(q, k, v, p, keep, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, p, keep, out = ctx.saved_tensors
+        dp = dout @ v.mT * keep
+        ds = p * (dp - (dout * out).sum(-1, keepdim=True)) * ctx.scale
+        return ds @ k, ds.mT @ q, (p * keep).mT @ dout, None, None
+
+
+class Rule:
+    """The error rule for one case: twice PyTorch's error and one rounding.
+
+    Of few numbers PyTorch's largest error is a matter of luck. So where ours is larger, PyTorch's
+    is also measured on the same numbers moved by some roundings, which are as well conditioned.
+    times: what is allowed PyTorch's own operations, whose measure is of another layout. in_norm:
+    whether an error is the norm of all differences rather than the greatest.
+    """
+
+    def __init__(self, theirs, tensors, upstream, times, in_norm=False):
+        self.times, self.size = times, torch.Tensor.norm if in_norm else _greatest
+        self.theirs, self.tensors, self.upstream = theirs, tensors, upstream
+        self.wanted = [] if upstream is None else [True] * len(tensors)
+        self.exact, self.like = self._both(tensors, upstream)
+        self.measure = self._errors(self.exact, self.like)
+        self.generator = torch.Generator().manual_seed(0)
+        self.left = min(_SIBLINGS, 4 * _LARGEST // max(1, sum(t.numel() for t in tensors)))
+        self.finite = {name: bool(e.isfinite().all()) for name, e in self.exact.items()}
+        self.largest = {name: self._error(0 * e, e) for name, e in self.exact.items()}
+
+    def _both(self, tensors, upstream):
+        wide = call(self.theirs, [t.double() for t in tensors], self.wanted, _wide(upstream))
+        return dict(wide), dict(call(self.theirs, tensors, self.wanted, upstream))
+
+    def _errors(self, exact, like):
+        return {name: self._error(like[name], exact[name]) for name in exact}
+
+    def _moved(self, t):
+        noise = torch.randn(t.shape, generator=self.generator, dtype=torch.float64)
+        return (t * (1 + 16 * torch.finfo(t.dtype).eps * noise)).to(t.dtype)
+
+    def check(self, found, label, ignored=()):
+        for name, ours in found:
+            if name in ignored:
+                continue
+            exact, like, where = self.exact[name], self.like[name], f"{label}, {name}"
+            assert ours.shape == exact.shape, f"{where}: {ours.shape} for {exact.shape}"
+            assert ours.dtype == like.dtype, f"{where}: {ours.dtype} for {like.dtype}"
+            if ours.dtype is torch.float64:  # PyTorch's own, there is nothing more exact
+                torch.testing.assert_close(ours, exact, equal_nan=True, msg=where)
+            elif ours.numel() > 0:
+                self.check_values(name, ours, where)
+
+    def check_values(self, name, ours, label):
+        exact = self.exact[name]
+        if not self.finite[name]:
+            assert torch.equal(ours.isnan(), exact.isnan()), f"{label}: NaN elsewhere"
+        error = self._error(ours, exact)
+        assert error == error, f"{label}: NaN"
+        while 1 < error / max(self._allowed(name, ours.dtype), 1e-300) < _LUCK and self.left:
+            self.left -= 1
+            moved = [self._moved(t) for t in self.tensors]
+            more = self._errors(*self._both(moved, self.upstream))
+            self.measure = {key: max(e, more[key]) for key, e in self.measure.items()}
+        allowed = self._allowed(name, ours.dtype)
+        assert error <= allowed, f"{label}: error {error:.3e}, allowed {allowed:.3e}"
+
+    def _allowed(self, name, dtype):
+        rounding = torch.finfo(dtype).eps * self.largest[name]
+        return self.times * (TIMES * self.measure[name] + rounding)
+
+    def _error(self, got, exact):
+        """Where the exact result is finite."""
+        if exact.numel() == 0:
+            return 0.0
+        error = self.size(got.double() - exact).item()
+        if error == error:
+            return error
+        return self.size((got.double() - exact).where(exact.isfinite(), 0)).item()
+
+
+def _wide(tensors):
+    return None if tensors is None else [t.double() for t in tensors]
+
+
+def _greatest(t):
+    return t.abs().max()
+
+
+def check(
+    guards, name, ours, theirs, tensors, layouts, upstream, mask, threads, kernels=None, ignored=()
+):
+    """A call on each instruction set, a large one on one of them, with one thread and with several:
+    without gradients, with those of all tensors and of some. Values, bits, and memory around.
+
+    tensors: dense, of their dtypes; ours gets them in these layouts, theirs dense. upstream: the
+    outputs' gradients. kernels: whether these tensors are for our kernels, not for PyTorch's: of
+    those, layouts and threads change bits. ignored: results that are nothing but rounding.
+    """
+    size = sum(t.numel() for t in tensors)
+    assume(size <= _LARGEST)
+    given = [guards.place(t, layout) for t, layout in zip(tensors, layouts, strict=False)]
+    rest = layouts[len(given) :]
+    upstream = [guards.place(u, layout) for u, layout in zip(upstream, rest, strict=False)]
+    dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
+    fused = given[0].dtype is torch.float32 if kernels is None else kernels(*given)
+    with thread_count(1):
+        rule = Rule(theirs, dense, upstream, 1 if fused else _LUCK)
+    every = [True] * len(given)
+    some = [bool(mask >> i & 1) for i in range(len(given))]
+    for isa in isas_for(size, mask):
+        with cpu.use_isa(isa):
+            for wanted in ([], every, some):
+                label = f"{name} on {isa}, gradients {wanted}"
+                found = []
+                for n in (1, threads):
+                    with thread_count(n):
+                        found.append(call(ours, given, wanted, upstream))
+                    tried.count(f"calls of {name}")
+                    tried.count("backward passes", int(any(wanted)))
+                    guards.check(f"{label}, {n} threads")
+                rule.check(found[0], label, ignored)
+                if fused:
+                    same_bits(*found, f"{label}, {threads} threads")
+
+
+def isas_for(size, choice):
+    """Every instruction set for a case of few numbers, one of them for a larger one."""
+    isas = cpu.isas()
+    return isas if size <= _SMALL else [isas[choice % len(isas)]]
+
+
+def same_bits(one, two, label):
+    for (name, a), (_, b) in zip(one, two, strict=True):
+        assert torch.equal(_bits(a), _bits(b)), f"{label}, {name}: other bits than of one thread"
+        assert a.stride() == b.stride(), f"{label}, {name}: other strides"
+
+
+def _bits(t):
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return t.contiguous().view(integers[t.element_size()])
