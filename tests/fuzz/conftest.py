@@ -5,6 +5,7 @@ tests, says how long to try new examples; FUZZ_SEED repeats a run. A failing exa
 printed, and tried first next time.
 """
 
+import functools
 import os
 import random
 import time
@@ -39,6 +40,22 @@ def pytest_pyfunc_call(pyfuncitem):
     seeds = random.Random(f"{SEED} {pyfuncitem.nodeid}")
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     end = time.monotonic() + 60 * MINUTES / len(fuzzed)
+    whole, failed = test.hypothesis.inner_test, False
+
+    @functools.wraps(whole)
+    def until_the_end(*args, **kwargs):
+        nonlocal failed
+        if time.monotonic() > end and not failed:  # a failure is shrunk in any case
+            return
+        try:
+            whole(*args, **kwargs)
+        except hypothesis.errors.UnsatisfiedAssumption:
+            raise
+        except Exception:
+            failed = True
+            raise
+
+    test.hypothesis.inner_test = until_the_end
     while time.monotonic() < end:
         hypothesis.seed(seeds.getrandbits(64))(test)(**arguments)
     return True
