@@ -22,7 +22,8 @@ arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_em
     tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
     tests/test_forward.py::test_threads_give_the_same_bits
 
-.PHONY: help setup venv demo test fuzz bench scaling figures sanitize arm arm-short lint format dist clean
+.PHONY: help setup venv demo test fuzz bench scaling figures sanitize sanitize-threads arm arm-short lint format \
+        dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -74,14 +75,22 @@ figures: scaling  ## measure what the README and docs show, and write it there
 	$(BIN)/python -m benchmarks.figures docs/figures/bench.json README.md docs/benchmarks.md docs/readers.md
 
 # GCC's, because the runtime that is loaded first must be that of the compiler used. libstdc++ comes
-# with it: AddressSanitizer has to find __cxa_throw when the process starts.
-sanitize: setup  ## the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# with it: AddressSanitizer has to find __cxa_throw when the process starts. ThreadSanitizer sees none
+# of the locks of torch and Python, which aren't built for it, so it watches the extension alone.
+sanitize: SANITIZERS := address,undefined
+sanitize: RUNTIME := libasan.so
+sanitize: TESTS := $(OP_TESTS)
+sanitize-threads: SANITIZERS := thread
+sanitize-threads: RUNTIME := libtsan.so
+sanitize-threads: TESTS := tests/test_threads.py tests/test_sharing_work.py::test_operations
+sanitize sanitize-threads: setup  ## the operations' tests under sanitizers; sanitize-threads: of races
 	@rm -rf $(SANITIZED)
-	FASTGPT_SANITIZE=1 CC=gcc CXX=g++ $(BIN)/python setup.py -q build \
+	FASTGPT_SANITIZE=$(SANITIZERS) CC=gcc CXX=g++ $(BIN)/python setup.py -q build \
 	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(BIN)/python tests/sanitized.py $(SANITIZED)/lib $(OP_TESTS)
+	    TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
+	    $(BIN)/python tests/sanitized.py $(SANITIZED)/lib $(SANITIZERS) $(TESTS)
 
 $(ARM)/.installed: tests/arm/install tests/arm/python tests/arm/requirements.txt | $(VENV)/.installed
 	tests/arm/install $(ARM)/root $(PIP)

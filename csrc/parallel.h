@@ -15,7 +15,10 @@
 #else
 #define FASTGPT_PAUSE() static_cast<void>(0)
 #endif
-#ifdef _OPENMP  // declared here because omp.h may be that of another compiler
+#ifdef __SANITIZE_THREAD__
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)  // declared here because omp.h may be that of another compiler
 extern "C" int omp_get_thread_num(), omp_get_num_threads();
 #endif
 
@@ -26,9 +29,24 @@ constexpr int64_t kMaxThreads = 256;
 constexpr int kLooks = 2000;  // at a counter before a waiting thread leaves its core to others
 
 // f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
+// ThreadSanitizer cannot see how OpenMP's threads begin and end a region: it gets fresh ones, which begin together.
 template <class F>
 inline void parallel_region([[maybe_unused]] int64_t threads, F f) {
-#ifdef _OPENMP
+#ifdef __SANITIZE_THREAD__
+    if (threads > 1) {
+        const int64_t parts = threads < kMaxThreads ? threads : kMaxThreads;
+        std::atomic<int64_t> begun{0};
+        const auto run = [&](int64_t part) {
+            for (++begun; begun < parts;) yield_processor();
+            f(part, parts);
+        };
+        std::vector<std::thread> others;
+        for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
+        run(0);
+        for (std::thread& other : others) other.join();
+        return;
+    }
+#elif defined(_OPENMP)
     if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads))
         f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));

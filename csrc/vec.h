@@ -29,6 +29,9 @@
 #define FASTGPT_NARROW_DOTS
 #endif
 
+#if defined(__AVX2__) && (defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__))
+#include "masked_lanes.h"
+#endif
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)

@@ -118,7 +118,8 @@ def _checked(name: str, where: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operation inside on the backend of that name, in this thread or task alone.
+    """Runs every operation inside on the backend of that name, in this thread or task alone; also
+    in threads that start inside where Python hands them the context (3.14 without a GIL does).
 
     Args:
         name: "auto", "triton", "cpu" or "reference".

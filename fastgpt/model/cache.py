@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -48,6 +49,10 @@ class OwnCache(KVCache):
     seen = 0
 
 
+# Held while a slot goes on from another one's blocks: of several threads one alone may.
+_going_on = threading.Lock()
+
+
 class _Blocks:
     """Room for the keys and values of one layer: two blocks [B, H, capacity, D], of which `written`
     tokens count.
@@ -86,11 +91,13 @@ class Slot(tuple[Tensor, Tensor]):
                     f"the cache holds {list(tensor.shape)} in {tensor.dtype}, this model takes "
                     f"{[batch, heads, past, head_dim]} in {like.dtype}"
                 )
-        blocks = old.blocks if isinstance(old, Slot) else None
-        if blocks is None or blocks.written != past or blocks.keys.shape[2] < length:
-            blocks = _Blocks((batch, heads, min(limit, max(2 * length, 64)), head_dim), like)
-            if old is not None:
-                blocks.keys[:, :, :past], blocks.values[:, :, :past] = old
+        if isinstance(old, Slot) and old.blocks.keys.shape[2] >= length:
+            with _going_on:
+                if old.blocks.written == past:
+                    return cls.of(old.blocks, length)
+        blocks = _Blocks((batch, heads, min(limit, max(2 * length, 64)), head_dim), like)
+        if old is not None:
+            blocks.keys[:, :, :past], blocks.values[:, :, :past] = old
         return cls.of(blocks, length)
 
     @classmethod
