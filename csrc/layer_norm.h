@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+#include "column_sums.h"
 #include "dropout.h"
 #include "kernels.h"
 #include "numbers.h"
@@ -89,19 +90,21 @@ inline void layer_norm(const float* x, const float* branch, const float* weight,
 }
 
 // The gradients of one row: with n = (x - mean) rstd and g = dy scale, dx = rstd (g - mean(g) - n mean(g n)) + dtotal.
-// dx may be null, dtotal too; dscale and dshift gather dy n and dy where they are set.
+// dx may be null, dtotal too; sums, where it is set, gathers dy n and dy, and then what both round off: [4, cols].
 inline void norm_backward_row(const float* dy, const float* x, const Numbers& scale, float mean, float rstd,
-                              const float* dtotal, float* dx, float* dscale, float* dshift, int64_t cols) {
+                              const float* dtotal, float* dx, float* sums, int64_t cols) {
+    const auto gather = [&](float* at, Vec added, int64_t n) {
+        Vec total = load_part(at, n), lost = load_part(at + 2 * cols, n);
+        add_with_rest(total, lost, added);
+        store_part(at, total, n), store_part(at + 2 * cols, lost, n);
+    };
     const Vec m = broadcast(mean), rs = broadcast(rstd);
     Vec sum_g = zero(), sum_gn = zero();
     for_each_vec(cols, [&](int64_t c, int64_t n) {
         const Vec d = load_part(dy + c, n), norm = (load_part(x + c, n) - m) * rs, g = d * load(scale, c, n);
         sum_g = sum_g + g;
         sum_gn = fma(g, norm, sum_gn);
-        if (dscale) {
-            store_part(dscale + c, fma(d, norm, load_part(dscale + c, n)), n);
-            store_part(dshift + c, load_part(dshift + c, n) + d, n);
-        }
+        if (sums) gather(sums + c, d * norm, n), gather(sums + cols + c, d, n);
     });
     if (!dx) return;
     const Vec mean_g = broadcast(sum(sum_g) / static_cast<float>(cols));
@@ -115,26 +118,29 @@ inline void norm_backward_row(const float* dy, const float* x, const Numbers& sc
 
 constexpr int64_t kNormChunk = 64;  // rows whose weight gradients are summed up before they join the others
 
-inline int64_t norm_partials(int64_t rows, int64_t cols) { return (rows + kNormChunk - 1) / kNormChunk * 2 * cols; }
+inline int64_t norm_partials(int64_t rows, int64_t cols) { return (rows + kNormChunk - 1) / kNormChunk * 4 * cols; }
 
 // The order of the sums depends on the rows alone, not on the threads.
 inline void norm_backward(Team& team, const NormBackward& b) {
     const int64_t chunks = (b.rows + kNormChunk - 1) / kNormChunk, D = b.cols;
     team.share_rows(chunks, [&](int64_t chunk) {
-        float *dscale = b.dscale ? b.partials + chunk * 2 * D : nullptr, *dshift = dscale ? dscale + D : nullptr;
-        if (dscale) std::memset(dscale, 0, sizeof(float) * static_cast<size_t>(2 * D));
+        float* sums = b.dscale ? b.partials + chunk * 4 * D : nullptr;
+        if (sums) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(4 * D));
         for (int64_t r = chunk * kNormChunk; r < min(b.rows, (chunk + 1) * kNormChunk); ++r)
             norm_backward_row(b.dy + r * D, b.x + r * D, b.scale, b.mean[r], b.rstd[r],
-                              b.dtotal ? b.dtotal + r * D : nullptr, b.dx ? b.dx + r * D : nullptr, dscale, dshift, D);
+                              b.dtotal ? b.dtotal + r * D : nullptr, b.dx ? b.dx + r * D : nullptr, sums, D);
     });
     if (!b.dscale) return;
-    const int64_t vecs = (2 * D + Vec::width - 1) / Vec::width;
-    team.share_rows(vecs, [&](int64_t i) {
-        for (int64_t c = i * Vec::width; c < min(2 * D, (i + 1) * Vec::width); ++c) {
-            float total = 0.0f;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) total += b.partials[chunk * 2 * D + c];
-            (c < D ? b.dscale[c] : b.dshift[c - D]) = total;
+    const int64_t vecs = up(D, Vec::width);
+    team.share_rows(2 * vecs, [&](int64_t i) {
+        const int64_t c = i % vecs * Vec::width, n = min(Vec::width, D - c);
+        const float* sums = b.partials + (i < vecs ? 0 : D) + c;
+        Vec total = zero(), lost = zero();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk, sums += 4 * D) {
+            add_with_rest(total, lost, load_part(sums, n));
+            lost = lost + load_part(sums + 2 * D, n);
         }
+        store_part((i < vecs ? b.dscale : b.dshift) + c, with_rest(total, lost), n);
     });
 }
 

@@ -56,6 +56,29 @@ def test_a_row_of_one_number_is_the_bias(path, width):
     assert_as_exact(y, _torch(total, weight, bias), exact)
 
 
+@pytest.mark.parametrize("rows", [3, 129, 3000])
+@pytest.mark.parametrize("width", [1, 17, 64])
+def test_the_biass_gradient_is_rounded_once(path, rows, width):
+    """Also where large numbers cancel; infinity and NaN stay what their sum is."""
+    if path == "reference":
+        pytest.skip("PyTorch's own sum is rounded more often")
+    x, weight, bias = torch.randn(rows, width), torch.randn(width), torch.zeros(width)
+    upstream = torch.randn(rows, width)
+    upstream[0] += 1e3
+    upstream[-1] -= 1e3
+
+    def gradient(upstream):
+        leaf = bias.clone().requires_grad_()
+        return torch.autograd.grad(layer_norm(x, weight, leaf), leaf, upstream)[0]
+
+    exact = upstream.double().sum(0)
+    torch.testing.assert_close(gradient(upstream).double(), exact, rtol=2**-24, atol=1e-7)
+    for special in (torch.inf, -torch.inf, torch.nan):
+        upstream[1, 0] = special
+        assert torch.equal(gradient(upstream)[:1].isnan(), upstream[1, :1].isnan())
+        assert not gradient(upstream)[0].isfinite()
+
+
 def test_rows_are_normalised_and_shifts_of_a_row_do_not_matter(path):
     x = torch.randn(33, 96)
     one, zero = torch.ones(96), torch.zeros(96)

@@ -36,6 +36,7 @@ _SIBLINGS = 200  # of a case of few numbers; of more there are fewer
 _LARGEST = 1 << 16  # numbers in a case
 _SMALL = 1 << 12  # numbers up to which a case runs on every instruction set
 _LUCK = 8  # times the allowed error, past which no luck explains it
+_OF_LAYOUTS = 64  # times PyTorch's measure, of which its own may be off on another layout
 
 
 @contextlib.contextmanager
@@ -74,6 +75,12 @@ def call(f, tensors, wanted=(), upstream=None):
     return found + list(zip(names, gradients, strict=True))
 
 
+def together(found):
+    """The results of a call, with the gradients as one."""
+    gradients = torch.cat([t.flatten() for name, t in found if name.startswith("gradient")])
+    return [*(pair for pair in found if pair[0].startswith("output")), ("gradients", gradients)]
+
+
 class Attention(torch.autograd.Function):
     """By PyTorch's operations, with the backward pass in the form of its fused attention: what a
     row of the softmax takes away is dout * out, not the sum over keys. Where a weight is near 1
@@ -105,12 +112,13 @@ class Rule:
 
     Of few numbers PyTorch's largest error is a matter of luck. So where ours is larger, PyTorch's
     is also measured on the same numbers moved by some roundings, which are as well conditioned.
-    times: what is allowed PyTorch's own operations, whose measure is of another layout. in_norm:
-    whether an error is the norm of all differences rather than the greatest.
+    times: how much more than that is allowed. in_norm: whether the gradients are one, and an error
+    the norm of all its differences.
     """
 
     def __init__(self, theirs, tensors, upstream, times, in_norm=False):
-        self.times, self.size = times, torch.Tensor.norm if in_norm else _greatest
+        self.times, self.in_norm = times, in_norm
+        self.size = torch.Tensor.norm if in_norm else _greatest
         self.theirs, self.tensors, self.upstream = theirs, tensors, upstream
         self.wanted = [] if upstream is None else [True] * len(tensors)
         self.exact, self.like = self._both(tensors, upstream)
@@ -122,7 +130,8 @@ class Rule:
 
     def _both(self, tensors, upstream):
         wide = call(self.theirs, [t.double() for t in tensors], self.wanted, _wide(upstream))
-        return dict(wide), dict(call(self.theirs, tensors, self.wanted, upstream))
+        found = wide, call(self.theirs, tensors, self.wanted, upstream)
+        return [dict(together(each) if self.in_norm else each) for each in found]
 
     def _errors(self, exact, like):
         return {name: self._error(like[name], exact[name]) for name in exact}
@@ -197,7 +206,7 @@ def check(
     dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
     fused = given[0].dtype is torch.float32 if kernels is None else kernels(*given)
     with thread_count(1):
-        rule = Rule(theirs, dense, upstream, 1 if fused else _LUCK)
+        rule = Rule(theirs, dense, upstream, 1 if fused else _OF_LAYOUTS)
     every = [True] * len(given)
     some = [bool(mask >> i & 1) for i in range(len(given))]
     for isa in isas_for(size, mask):

@@ -35,6 +35,7 @@ from fuzz.cases import (
     sizes,
     thread_count,
     threads,
+    together,
 )
 from fuzz.guards import Layout
 from fuzz.test_operations import guards as guards
@@ -54,7 +55,9 @@ formats = st.sampled_from(["float32", "float32", "bfloat16", "float16", "autocas
     st.sampled_from([torch.float32] * 3 + [torch.bfloat16, torch.float16]),
 )  # fmt: skip
 def test_transformer_block(guards, B, T, sizes, up, seed, layouts, mask, n, p, q, biased, dtype):
-    """Every gradient and any choice of them; the key's bias has none but rounding."""
+    """Every gradient and any choice of them. The key's bias has none but rounding, nor have queries
+    and keys of a single token.
+    """
     guards.clear()
     (H, K), draw = sizes, numbers(seed)
     D = H * K
@@ -103,7 +106,9 @@ def test_transformer_block(guards, B, T, sizes, up, seed, layouts, mask, n, p, q
     ]
     all_layouts = [layouts[0], *weights[1:], layouts[1]]
     upstream = draw(B, T, D).to(dtype)
-    unknown = ["gradient 8"] if biased else []
+    unknown = {"gradient 8"} if biased else set()
+    if T == 1:
+        unknown |= {f"gradient {i}" for i in ([5, 6, 7, 8] if biased else [5, 6])}
     check(
         guards, "transformer_block", seeded(seed, ours), theirs, tensors, all_layouts, [upstream],
         mask, n, ignored=unknown,
@@ -227,7 +232,7 @@ def test_whole_pass(
     st.booleans(), seeds, st.integers(0, 2**32 - 1), threads,
 )  # fmt: skip
 def test_training_step(guards, B, T, sizes, layers, biased, tied, seed, by_column, n):
-    """The loss and every gradient; the keys' bias has none but rounding."""
+    """The loss and every gradient."""
     guards.clear()
     (head, vocab, _), kind = sizes, "float32"
     ours, book = models(guards, seed, (head, vocab, T), layers, biased, tied, kind, by_column)
@@ -240,8 +245,6 @@ def test_training_step(guards, B, T, sizes, layers, biased, tied, seed, by_colum
         return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
 
     rule = Rule(*books(book, loss, False), [torch.ones(())], 1, in_norm=True)
-    names = [name for name, _ in book.named_parameters()]
-    unknown = [f"gradient {i}" for i, name in enumerate(names) if "W_key.bias" in name]
     for isa in isas_for(B * T * head[0] * head[1], seed):
         with cpu.use_isa(isa):
             found = []
@@ -253,5 +256,5 @@ def test_training_step(guards, B, T, sizes, layers, biased, tied, seed, by_colum
                 found.append([("output 0", y.detach()), *named])
                 tried.count("training steps")
                 guards.check(f"a training step on {isa}, {count} threads")
-            rule.check(found[0], f"a training step on {isa}", unknown)
+            rule.check(together(found[0]), f"a training step on {isa}")
             same_bits(*found, f"a training step on {isa}, {n} threads")
