@@ -54,7 +54,7 @@ test: setup  ## the tests
 # A run is repeated by its FUZZ_SEED, which it prints.
 MINUTES ?= 10
 fuzz: setup  ## new random examples of the tests in tests/fuzz, for MINUTES in all
-	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz
+	FUZZ_MINUTES=$(MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
 
 # The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
 # some ten minutes; where that fails, the benchmarks run without it.

@@ -13,8 +13,9 @@ _asked: ContextVar[bool] = ContextVar("fastgpt_batch_invariant", default=False)
 
 @contextlib.contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Inside, in this thread or task, a token's logits do not depend on what else is in its pass:
-    neither on other texts, their number and lengths, nor on whether the tokens before it come
+    """Inside, in this thread or task (and threads that start inside where Python hands them the
+    context, as 3.14 without a GIL does), a token's logits do not depend on what else is in its
+    pass: neither on other texts, their number and lengths, nor on whether the tokens before it come
     together or one by one. So generation from cached keys and values equals the full pass bit for
     bit, as does any number of threads.
 

@@ -128,18 +128,20 @@ def test_generated_logits_are_those_of_the_full_pass(fused, kind, alike):
 
 def test_outside_and_in_other_threads_nothing_changes(fused):
     model, ids = _model(), _ids(1, CONTEXT)
-    elsewhere = []
+    elsewhere, entered = [], threading.Event()
+
+    def run():
+        entered.wait()
+        with torch.no_grad():
+            elsewhere.append(model(ids))
+
+    thread = threading.Thread(target=run)
+    thread.start()
     with torch.no_grad():
         before = model(ids)
         with fastgpt.batch_invariant():
             inside = model(ids)
-
-            def run():
-                with torch.no_grad():
-                    elsewhere.append(model(ids))
-
-            thread = threading.Thread(target=run)
-            thread.start()
+            entered.set()
             thread.join()
         after = model(ids)
     assert torch.equal(after, before)
