@@ -82,7 +82,7 @@ bool has_avx512_bf16() {
 }
 #endif
 
-std::vector<const Kernels*> runnable() {  // slowest first
+std::vector<const Kernels*> find_runnable() {  // slowest first
 #ifdef __aarch64__
     std::vector<const Kernels*> found{&neon::kernels};
 #else
@@ -95,9 +95,21 @@ std::vector<const Kernels*> runnable() {  // slowest first
 #endif
     return found;
 }
+const std::vector<const Kernels*>& runnable() {
+    static const std::vector<const Kernels*> found = find_runnable();
+    return found;
+}
 
 std::atomic<const Kernels*> active{nullptr};
 const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+
+// Floats of a workspace that do on each instruction set: another thread may change the active one before it is used.
+template <class F>
+int64_t most_floats(F floats) {
+    int64_t most = 0;
+    for (const Kernels* k : runnable()) most = std::max(most, floats(*k));
+    return most;
+}
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;
@@ -298,16 +310,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
     m.def("few_rows", [](bool column_major) { return kernels().few_rows(column_major); });
-    m.def("product_scratch", [](bool backward) { return kernels().product_scratch(backward); });
+    m.def("product_scratch",
+          [](bool backward) { return most_floats([&](const Kernels& k) { return k.product_scratch(backward); }); });
     m.def("linear_cross_entropy_workspace", [](int64_t rows, int64_t vocab, int threads) {
-        return kernels().linear_cross_entropy_workspace(rows, vocab, threads);
+        return most_floats([&](const Kernels& k) { return k.linear_cross_entropy_workspace(rows, vocab, threads); });
     });
     m.def("block_kept", [](const Fields& step) { return kernels().block_kept(record<BlockStep>(step)); });
     m.def("block_step_workspace", [](const Fields& step, bool backward, int threads) {
-        return kernels().block_step_workspace(record<BlockStep>(step), backward, threads);
+        const BlockStep s = record<BlockStep>(step);
+        return most_floats([&](const Kernels& k) { return k.block_step_workspace(s, backward, threads); });
     });
     m.def("forward_workspace", [](const Fields& fields, int threads) {
-        return kernels().forward_workspace(record<Forward>(fields), threads);
+        const Forward f = record<Forward>(fields);
+        return most_floats([&](const Kernels& k) { return k.forward_workspace(f, threads); });
     });
     m.def("layer_norm", &layer_norm, unlocked);
     m.def("layer_norm_backward", &layer_norm_backward, unlocked);

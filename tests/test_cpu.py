@@ -67,6 +67,29 @@ def test_environment_names_an_instruction_set_that_cannot_run():
     assert "sse9" in run.stderr
 
 
+def test_workspaces_do_on_any_instruction_set(monkeypatch):
+    """Another thread may make another one active before a workspace is used."""
+    asked, ask = [], cpu._C.forward_workspace
+    monkeypatch.setattr(cpu._C, "forward_workspace", lambda *args: asked.append(args) or ask(*args))
+    sizes = {"vocab_size": 17, "context_length": 70, "emb_dim": 80, "n_heads": 5, "n_layers": 1}
+    model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | sizes).eval()
+    with torch.no_grad(), fastgpt.use_backend("cpu"):
+        model(torch.zeros(1, 67, dtype=torch.int64))
+
+    def floats():
+        step = [1, 67, 80, 5, 16, 320, *[0] * 10]
+        yield from (cpu._C.product_scratch(backward) for backward in (False, True))
+        yield from (cpu._C.block_step_workspace(step, backward, 3) for backward in (False, True))
+        yield cpu._C.linear_cross_entropy_workspace(67, 17, 3)
+        yield ask(*asked[0])
+
+    found = set()
+    for isa in cpu.isas():
+        with cpu.use_isa(isa):
+            found.add(tuple(floats()))
+    assert len(found) == 1
+
+
 def test_use_isa_is_undone_after_an_error():
     before = cpu.isa()
     with pytest.raises(ZeroDivisionError), cpu.use_isa(cpu.isas()[0]):
