@@ -184,7 +184,7 @@ def _tokens(*places: Path) -> TokenFile:
     for tokens in map(open_tokens, places):
         if tokens is not None:
             return tokens
-    raise SettingsError(f"the token file {places[0]} no longer exists: give the texts again")
+    raise SettingsError(f"the token file {places[0]} is missing or damaged: give the texts again")
 
 
 def _settings(args: Request, before: dict[str, Any] | None) -> dict[str, Any]:
