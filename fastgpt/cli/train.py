@@ -78,7 +78,9 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    try:  # here, because they need safetensors, which is optional
+    try:  # before a run begins that could not save itself
+        import safetensors  # noqa: F401
+
         from fastgpt.training import checkpoint, parallel, run_setup, trainer
     except ModuleNotFoundError as error:
         raise UsageError(
