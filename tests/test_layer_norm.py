@@ -151,6 +151,15 @@ def test_narrow_dtypes(path, rows, cols, dtype):
     check_operation(layer_norm, _torch, inputs, [torch.randn(rows, cols).to(dtype)])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [1, 17, 96])
+def test_a_narrow_sum_is_rounded_before_it_is_normalised(path, cols, dtype):
+    """Else the statistics would not be those of what backward reads."""
+    x, weight, bias = (t.to(dtype) for t in _inputs(130, cols))
+    inputs, upstream = (x, x.roll(1, 0), weight, bias), [torch.randn(130, cols).to(dtype)] * 2
+    check_operation(add_layer_norm, _torch_add, inputs, upstream)
+
+
 def test_float64_runs_on_pytorch():
     dtype = torch.float64
     x, weight, bias = (t.to(dtype) for t in _inputs(4, 64))

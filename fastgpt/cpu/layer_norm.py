@@ -10,7 +10,6 @@ from fastgpt.cpu.in_float32 import in_float32
 from fastgpt.cpu.records import FORMATS, data
 
 
-@in_float32("y", "total")
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -27,8 +26,31 @@ def layer_norm(
     """Writes y = LayerNorm(x), or total = x + dropout(branch) and y = LayerNorm(total).
 
     x, branch, total, y: [..., D] contiguous; weight, bias: [D] contiguous; mean, rstd: one a row.
-    Sums are float32 whatever they are; mean and rstd stay that. total may be x.
+    Sums are float32 whatever they are; mean and rstd stay that. total may be x, and is rounded to
+    its dtype before it is normalised, because backward has nothing else.
     """
+    if total is not None and total.dtype is not torch.float32:
+        _layer_norm(
+            x, weight, bias, eps, torch.empty_like(y), None, None, branch, total, dropout_p, seed
+        )
+        x, branch, total = total, None, None
+    _layer_norm(x, weight, bias, eps, y, mean, rstd, branch, total, dropout_p, seed)
+
+
+@in_float32("y", "total")
+def _layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    branch: Tensor | None,
+    total: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> None:
     cols = x.shape[-1]
     if x.numel() == 0:
         return

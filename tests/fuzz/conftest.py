@@ -23,7 +23,7 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_b
 settings.register_profile("fixed", max_examples=20, derandomize=True, database=None, **COMMON)
 settings.register_profile(
     "fuzz",
-    max_examples=200,
+    max_examples=50,
     database=database.DirectoryBasedExampleDatabase("build/fuzz"),
     phases=set(Phase) - {Phase.explain},
     **COMMON,
