@@ -80,6 +80,7 @@ class _Job:
         self.wrong = None
 
     def repeat(self, times, threads):
+        before = torch.get_num_threads()
         torch.set_num_threads(threads)  # of this thread's calls
         try:
             for _ in range(times):
@@ -89,6 +90,8 @@ class _Job:
                     assert torch.equal(got, expected)
         except BaseException as error:
             self.wrong = error
+        finally:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
