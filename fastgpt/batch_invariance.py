@@ -21,7 +21,7 @@ def batch_invariant() -> Iterator[None]:
 
     For passes without gradients on the CPU, in every precision that the C++ kernels take. Sums run
     in the order that few rows have: cached generation costs what it does outside, long prompts
-    take longer (docs/cpu.md has the figures). What torch.compile has compiled runs as if it were
+    take longer (python -m benchmarks invariance tells). What torch.compile has compiled runs as if it were
     not. A module that is not fastgpt's own, such as a LoRA layer, computes as it always does.
 
     Raises (from what is called inside):
