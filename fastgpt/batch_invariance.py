@@ -22,7 +22,8 @@ def batch_invariant() -> Iterator[None]:
     For passes without gradients on the CPU, in every precision that the C++ kernels take. Sums run
     in the order that few rows have: cached generation costs what it does outside, long prompts
     take longer (python -m benchmarks invariance tells). What torch.compile has compiled runs as if
-    it were not. A module that is not fastgpt's own, such as a LoRA layer, computes as it always does.
+    it were not. A module that is not fastgpt's own, such as a LoRA layer, computes as it always
+    does.
 
     Raises (from what is called inside):
         BackendError: an operation would run as PyTorch's own, whose sums follow the size of the
