@@ -95,8 +95,9 @@ def _replace_weights(staging: Path, place: Path) -> None:
             sync_folder(place)
         os.replace(staging / WEIGHTS, place / WEIGHTS)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.replace(old, config)
+        if (staging / WEIGHTS).exists():  # an interrupt may come when they have been replaced
+            with contextlib.suppress(OSError):
+                os.replace(old, config)
         raise
 
 
