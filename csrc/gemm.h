@@ -31,12 +31,13 @@ inline int64_t most_dots(int64_t format) { return format == kInt4 ? min(kMaxDotM
 
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
-    if (p.w.alike) return p.w.col == 1 ? kDots : kStream;
+    const bool fits = p.w.col != 1 || unit_row(p.k) <= kPreparedX;  // a single row in the scratch
+    if (p.w.alike && fits) return p.w.col == 1 ? kDots : kStream;
     if (p.w.col == 1) return p.m <= most_dots(p.w.format) && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
 
-// How many rows are taken together where all rows are to be alike; a single one always fits.
+// How many rows are taken together where all rows are to be alike.
 inline int64_t rows_alike(const Product& p) {
     if (p.w.col != 1) return kMaxStreamM;
     const int64_t rows = min(min(p.m, most_dots(p.w.format)), max(1, kPreparedX / unit_row(p.k)));
