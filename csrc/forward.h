@@ -66,8 +66,7 @@ inline void forward(const Forward& f, const Block* blocks, float eps, int thread
         if (!f.out) return;
         const int64_t rows = f.last_only ? run.count() : M;
         team.share_rows(rows, [&](int64_t r) {
-            const Sequence s = run.sequence(r);
-            const int64_t from = f.last_only ? s.first + s.tokens - 1 : r;
+            const int64_t from = f.last_only ? run.last_row(r) : r;
             norm_row(f.x + from * D, f.final_scale, f.final_shift, h + r * D, D, eps);
             for_each_vec(f.head.weight.at ? 0 : D, [&](int64_t c, int64_t n) {
                 store(f.result_format, f.out, r * D + c, load_part(h + r * D + c, n), n);

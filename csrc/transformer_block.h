@@ -41,6 +41,7 @@ struct BlockRun {
     Sequence sequence(int64_t i) const {
         return sequences ? sequences[i] : Sequence{i * tokens, tokens, past, capacity, nullptr};
     }
+    int64_t last_row(int64_t i) const { return sequence(i).first + sequence(i).tokens - 1; }
     // Which sequence a row belongs to.
     int64_t sequence_of(int64_t row) const {
         if (!sequences) return row / tokens;
