@@ -178,8 +178,9 @@ def in_parts(model, ids, cuts):
 def test_whole_pass(
     guards, B, T, sizes, layers, biased, tied, kind, seed, by_column, n, cuts, layouts
 ):
-    """All at once, through a cache in parts, and as rows of a pack: these have the same bits. A
-    cache of no layers has nothing that tells the position.
+    """All at once, through a cache in parts, and as rows of a pack of different lengths. The last
+    have the bits that they have alone; inside batch_invariant all have the same bits. A cache of
+    no layers has nothing that tells the position.
     """
     guards.clear()
     head, vocab, _ = sizes
@@ -207,17 +208,36 @@ def test_whole_pass(
                 assert y.dtype is (torch.float32 if kind in KINDS else rule.like["output 0"].dtype)
                 rule.check_values(["output 0"], [("output 0", y)], f"{way}, {kind} on {isa}")
             same_bits(*found, f"{kind} on {isa}, {n} threads")
-            whole = packed_pass(ours)
-            if whole is None or (kind in KINDS and kind[0] == "int4"):
-                continue
             with thread_count(n):
-                for pack in packs([T] * B):
-                    sequences = [PackedSequence(T) for _ in pack]
-                    packed = whole.run_packed(ids[pack].flatten(), sequences)
-                    tried.count("packed passes")
-                    alone = torch.cat([ours(ids[i : i + 1])[0] for i in pack])
-                    same_bits([("packed", packed)], [("alone", alone)], f"{kind} on {isa}")
-            guards.check(f"a packed pass in {kind} on {isa}")
+                if not (kind in KINDS and kind[0] == "int4"):
+                    check_packed(guards, ours, ids, f"{kind} on {isa}")
+                with fastgpt.batch_invariant():
+                    label = f"{kind} on {isa}, batch_invariant"
+                    y, cached = ours(ids), in_parts(ours, ids, cuts if layers else [])
+                    tried.count("whole passes inside batch_invariant")
+                    rule.check_values(["output 0"], [("output 0", y)], label)
+                    same_bits([("through a cache", cached)], [("all at once", y)], label)
+                    check_packed(guards, ours, ids, label)
+
+
+def check_packed(guards, model, ids, label):
+    """Sequences of lengths T, T - 7, .. in packed passes, every token's result and the last's."""
+    whole = packed_pass(model)
+    if whole is None:
+        return
+    B, T = ids.shape
+    texts = [ids[i, : 1 + (T - 1 - 7 * i) % T] for i in range(B)]
+    for pack in packs([len(text) for text in texts]):
+        some = [texts[i] for i in pack]
+        sequences = [PackedSequence(len(text)) for text in some]
+        every = whole.run_packed(torch.cat(some), sequences)
+        last = whole.run_packed(torch.cat(some), sequences, last_only=True)
+        tried.count("packed passes", 2)
+        alone = [model(text[None])[0] for text in some]
+        ends = [model.forward_pass(text[None], None, True)[0, 0] for text in some]
+        same_bits([("packed", every)], [("alone", torch.cat(alone))], label)
+        same_bits([("the last of a pack", last)], [("alone", torch.stack(ends))], label)
+    guards.check(f"packed passes, {label}")
 
 
 @given(
