@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED := build/sanitize
 OP_TESTS := tests/test_layer_norm.py tests/test_gelu.py tests/test_causal_attention.py tests/test_embedding.py \
             tests/test_linear.py tests/test_linear_cross_entropy.py tests/test_transformer_block.py tests/test_forward.py \
-            tests/test_packed_pass.py tests/test_quantized_linear.py \
-            tests/test_quantized_training.py tests/test_dropout.py tests/test_cache.py tests/test_scoring.py \
-            tests/fuzz/test_operations.py tests/fuzz/test_passes.py \
             tests/test_cpu.py tests/test_precisions.py tests/test_quantization.py::test_whole_pass \
             tests/test_sharing_work.py::test_forward tests/test_sharing_work.py::test_training_step
+MORE_TESTS := tests/test_packed_pass.py tests/test_quantized_linear.py tests/test_quantized_training.py \
+              tests/test_dropout.py tests/test_cache.py tests/test_scoring.py tests/fuzz/test_operations.py \
+              tests/fuzz/test_passes.py
 
 # A root folder of arm64 packages, and the package built for it. arm-short runs what takes seconds there.
 ARM := build/arm
@@ -82,7 +82,7 @@ figures: scaling  ## measure what the README and docs show, and write it there
 # of the locks of torch and Python, which aren't built for it, so it watches the extension alone.
 sanitize: SANITIZERS := address,undefined
 sanitize: RUNTIME := libasan.so
-sanitize: TESTS := $(OP_TESTS)
+sanitize: TESTS := $(OP_TESTS) $(MORE_TESTS)
 sanitize-threads: SANITIZERS := thread
 sanitize-threads: RUNTIME := libtsan.so
 sanitize-threads: TESTS := tests/test_threads.py tests/test_sharing_work.py::test_operations
