@@ -25,7 +25,7 @@ arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_em
     tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
     tests/test_forward.py::test_threads_give_the_same_bits
 
-.PHONY: help setup venv demo test fuzz bench scaling figures sanitize sanitize-threads arm arm-short lint format \
+.PHONY: help setup venv demo test fuzz faults bench scaling figures sanitize sanitize-threads arm arm-short lint format \
         dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,6 +58,9 @@ test: setup  ## the tests
 MINUTES ?= 10
 fuzz: setup  ## new random examples of the tests in tests/fuzz, for MINUTES in all
 	FUZZ_MINUTES=$(MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
+
+faults: setup  ## kills and failing disks at every call of every command that changes the disk: an hour
+	FAULTS=all $(BIN)/python -m pytest -s tests/test_faults.py
 
 # The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
 # some ten minutes; where that fails, the benchmarks run without it.

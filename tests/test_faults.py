@@ -1,11 +1,15 @@
 """Kills and failing disks at calls that change one: the old stays, or the new is complete.
 
-`make fuzz` draws other moments: tests/fuzz/test_kills.py.
+`make faults` takes every call and every error; `make fuzz` draws kills of runs that were killed
+before: tests/fuzz/test_kills.py.
 """
+
+import os
 
 import faulty
 import pytest
 
+ALL = os.environ.get("FAULTS") == "all"
 # Of a command's calls, one in so many.
 EVERY = {"Train": 33, "Quantise": 2, "Answer": 4, "Report": 8}
 
@@ -23,17 +27,23 @@ def command(request, forked, tmp_path_factory):
 
 
 def some_calls(command, first=1):
+    if ALL:
+        return range(1, command.calls + 1)
     return range(first, command.calls + 1, EVERY[type(command).__name__])
 
 
 def test_killed_at_calls_that_change_the_disk(command):
     for nth in some_calls(command):
         command.killed(nth)
+    print(f"{type(command).__name__}: killed {len(some_calls(command))} times")
 
 
 def test_disks_that_fail(command):
-    failed = 0
+    trials = failed = 0
     for number, nth in enumerate(some_calls(command, first=2)):
-        error = list(faulty.ERRORS.values())[number % len(faulty.ERRORS)]
-        failed += command.fails(nth, error)
+        errors = list(faulty.ERRORS.values())
+        for error in errors if ALL else [errors[number % len(errors)]]:
+            trials += 1
+            failed += command.fails(nth, error)
+    print(f"{type(command).__name__}: {trials} failing calls, {failed} ended the command")
     assert failed > 0
