@@ -23,6 +23,7 @@ WORKS = (
     Work("batch", "GPT-2 124M", 64, 120, 128, shortest=20, fewest=16, rounds=3),
     Work("score", "GPT-2 124M", 64, 500, shortest=50, rounds=3),
     Work("lookup", "GPT-2 124M in loops", 1, 128, 128),
+    Work("lookup", "GPT-2 124M of source", 1, 256, 256),
     Work("lookup", "GPT-2 of bytes", 1, 128, 128, drawn=True),
 )
 

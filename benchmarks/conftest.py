@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastgpt.bench.case import Case
+from fastgpt.tokenizer import EncodingError
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +45,10 @@ def measure(benchmark):
     """Check the result of one peer of a case, time it, and record its error."""
 
     def run(name: str, build: Callable[[], Case], peer: str) -> None:
-        case = _built(build)
+        try:
+            case = _built(build)
+        except EncodingError as error:
+            pytest.skip(str(error))
         benchmark.group, benchmark.name = name, peer
         if reason := case.why_not(peer):
             pytest.skip(reason)

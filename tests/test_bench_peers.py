@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.bench import measure, quality
+from fastgpt.bench import foretold, measure, quality
 from fastgpt.bench.errors import kl_divergence, largest_error
 from fastgpt.bench.peers import PEERS, PRECISIONS, chosen
 from fastgpt.bench.workloads import CONFIGS, EXPORTED, Models, Work
@@ -208,3 +208,14 @@ def test_the_text_is_cut_into_windows_that_share_their_ends():
     assert len(windows) > 10 * quality.HELD_OUT
     assert torch.equal(windows[1:, 0], windows[:-1, -1])
     assert windows.max() < 256
+
+
+def test_a_text_is_foretold():
+    """From any beginning, by the book's model and ours."""
+    torch.manual_seed(0)
+    models, text = Models(CONFIGS["toy"]), torch.randint(50, (1, 60))
+    for model in (models.book, models.fused):
+        foretold.foretell_text(model, text[0])
+        for start in (1, 20, 59):
+            found = fastgpt.generate_text_simple(model, text[:, :start], 60 - start, 64)
+            assert torch.equal(found, text)

@@ -23,7 +23,7 @@ from fastgpt import (
     reference,
     score,
 )
-from fastgpt.bench import different_lengths, libraries
+from fastgpt.bench import different_lengths, foretold, libraries
 from fastgpt.bench.bound import bound_seconds, forward_flops, generation_flops, weight_bytes
 from fastgpt.bench.cached_book import CachedBook
 from fastgpt.bench.case import Case
@@ -38,11 +38,13 @@ from fastgpt.bench.torch_gpt import TorchGPT
 from fastgpt.bench.verdicts import Forward, Generation, Scores, Training
 
 TOY = {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 2, "n_layers": 2}
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "GPT-2 124M": GPT_CONFIG_124M,
     "GPT-2 124M, no dropout": GPT_CONFIG_124M | {"drop_rate": 0.0},
     # Random weights never repeat themselves. In a loop of so many tokens each foretells the next.
     "GPT-2 124M in loops": GPT_CONFIG_124M | {"loop": 20},
+    # It writes what stands in this module of Python.
+    "GPT-2 124M of source": GPT_CONFIG_124M | {"source": "argparse"},
     # Of few tokens most have stood in the text before: they are guessed, and the guess is wrong.
     "GPT-2 of bytes": GPT_CONFIG_124M | {"vocab_size": 256},
     "toy": GPT_CONFIG_124M | TOY,
@@ -52,6 +54,7 @@ SEED = 123
 EXACT_TOKENS = 512  # a training step on more tokens is not repeated in float64
 EXACT_TEXTS = 8  # whose scores are
 BATCH = 32  # the most sequences that fastgpt generates at once
+SOURCE = 512  # tokens that are foretold of a source
 GUESSES = 10  # tokens that Hugging Face guesses a pass, as its documentation does
 
 EXPORTED: dict[str, Callable[..., Any]] = {  # made of the book's model, its config, a precision
@@ -136,9 +139,13 @@ class Work:
 
     @property
     def ids(self) -> Tensor:
-        """The token ids, [batch, tokens]. A model in loops would have gone on the same way."""
+        """The token ids, [batch, tokens]. A model whose text is foretold would have gone on the
+        same way.
+        """
         if loop := self.cfg.get("loop"):
             return (loop + torch.arange(self.tokens) % loop).expand(self.batch, -1)
+        if module := self.cfg.get("source"):
+            return foretold.source(module, SOURCE)[None, : self.tokens]
         torch.manual_seed(SEED)
         return torch.randint(1, self.cfg["vocab_size"], (self.batch, self.tokens))  # 0 is HF's pad
 
@@ -247,12 +254,12 @@ class Models:
     @cached_property
     def book(self) -> reference.GPTModel:
         torch.manual_seed(self.seed)
-        return _in_loops(reference.GPTModel(self.cfg).eval(), self.cfg)
+        return _foretelling(reference.GPTModel(self.cfg).eval(), self.cfg)
 
     @cached_property
     def fused(self) -> GPTModel:
         torch.manual_seed(self.seed)  # which draws the book's weights
-        return _in_loops(GPTModel(self.cfg).eval(), self.cfg)
+        return _foretelling(GPTModel(self.cfg).eval(), self.cfg)
 
     @cached_property
     def torch(self) -> TorchGPT:
@@ -303,13 +310,12 @@ def _models(config: str) -> Models:
     return Models(CONFIGS[config])
 
 
-@torch.no_grad()
-def _in_loops(model: Any, cfg: dict[str, Any]) -> Any:
-    """The model. If its config has a loop, its head foretells of a token the next of the loop."""
+def _foretelling(model: Any, cfg: dict[str, Any]) -> Any:
+    """The model. If its config has a loop or a source, its head foretells that."""
     if loop := cfg.get("loop"):
-        ids = torch.arange(cfg["vocab_size"])
-        before = ids // loop * loop + (ids - 1) % loop
-        model.out_head.weight.copy_(model.tok_emb.weight[before.clamp(max=len(ids) - 1)])
+        foretold.foretell_loops(model, loop)
+    if module := cfg.get("source"):
+        foretold.foretell_text(model, foretold.source(module, SOURCE))
     return model
 
 
