@@ -42,7 +42,8 @@ def save_pretrained(
     Raises:
         WeightsError: Hugging Face's GPT-2 has no place for something in this model, or it is
             quantised in part; it is named.
-        OSError: it cannot be written; the old files stay.
+        OSError: it cannot be written, and the old files stay; or the new ones are there, and the
+            disk failed while they were flushed or what is left of the save removed.
     """
     try:
         from safetensors import SafetensorError
@@ -77,7 +78,7 @@ def save_pretrained(
             sync_folder(place)
         finally:
             os.replace(staging / CONFIG, place / CONFIG)
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging)
         sync_folder(place)
 
 

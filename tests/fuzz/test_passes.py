@@ -211,6 +211,8 @@ def test_whole_pass(
             with thread_count(n):
                 if not (kind in KINDS and kind[0] == "int4"):
                     check_packed(guards, ours, ids, f"{kind} on {isa}")
+                if layers == 0:  # embeddings alone are PyTorch's in 16 bits
+                    continue
                 with fastgpt.batch_invariant():
                     label = f"{kind} on {isa}, batch_invariant"
                     y, cached = ours(ids), in_parts(ours, ids, cuts if layers else [])
