@@ -82,12 +82,13 @@ def score(
     windows = [
         w for i, text in enumerate(texts) for w in _windows(i, len(text), context_size, stride)
     ]
-    found: list[list[Tensor]] = [[] for _ in texts]
     with torch.no_grad():
-        for window, scores in _scored(model, texts, windows):
-            found[window.text].append(scores.cpu())
+        found = {window: scores.cpu() for window, scores in _scored(model, texts, windows)}
+    of_text: list[list[Tensor]] = [[] for _ in texts]
+    for window in windows:  # a pass may have taken a text's last one before its first
+        of_text[window.text].append(found[window])
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
-    return [torch.cat(parts) if parts else nothing.clone() for parts in found]
+    return [torch.cat(parts) if parts else nothing.clone() for parts in of_text]
 
 
 def _windows(text: int, tokens: int, context_size: int, stride: int) -> Iterator[_Window]:
