@@ -8,10 +8,11 @@ from helpers import PATHS, use_path
 from torch import nn
 
 import fastgpt
-from fastgpt import cpu
+from fastgpt import cpu, ops
 from fastgpt.cpu.forward import PackedSequence
 from fastgpt.model.cache import KVCache
 from fastgpt.model.rows import packed_pass
+from fastgpt.quantized_weight import quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 FUSED = [path for path in PATHS if path != "reference"]
@@ -206,6 +207,30 @@ def test_autocast_of_a_modified_model_is_refused():
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
     with torch.no_grad(), autocast, fastgpt.batch_invariant(), refused:
         model(_ids(1, 5))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int8-dynamic", "int4", "loss"])
+def test_a_weight_too_deep_for_the_scratch_is_refused(fused, kind, alike):
+    """The deepest that is not has the same bits in every pass, as has one that is column-major."""
+    deepest = cpu._C.deepest_alike()
+    x, weight = torch.randn(40, deepest + 64), torch.randn(2, deepest + 64)
+
+    def run(x, weight):
+        if kind == "float32":
+            return ops.linear(x, weight)
+        if kind == "loss":
+            targets = torch.zeros(len(x), dtype=torch.int64)
+            return ops.linear_cross_entropy(x, weight, targets, reduction="none")
+        narrow = quantize_int4(weight) if kind == "int4" else quantize_int8(weight)
+        return ops.quantized_linear(x, narrow, dynamic=kind == "int8-dynamic")
+
+    with pytest.raises(fastgpt.BackendError, match=r"batch_invariant: .* too deep"):
+        run(x, weight)
+    deep = x[:, :deepest].contiguous(), weight[:, :deepest].contiguous()
+    assert torch.equal(run(*deep)[:1], run(deep[0][:1], deep[1]))
+    if kind in ("float32", "loss"):
+        columns = weight.t().contiguous().t()
+        assert torch.equal(run(x, columns)[:1], run(x[:1], columns))
 
 
 def test_a_foreign_module_runs_as_it_does(alike):
