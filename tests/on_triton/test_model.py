@@ -260,7 +260,7 @@ def gpu(monkeypatch):
 
     def with_capability(*capability):
         triton.reason.cache_clear()
-        dispatch._say_once.cache_clear()
+        dispatch._say.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -270,7 +270,7 @@ def gpu(monkeypatch):
 
     yield with_capability
     triton.reason.cache_clear()
-    dispatch._say_once.cache_clear()
+    dispatch._say.cache_clear()
 
 
 def test_an_old_gpu_is_passed_over_with_one_warning(gpu, monkeypatch, recwarn):
