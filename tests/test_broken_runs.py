@@ -75,6 +75,7 @@ def changed(**fields):
         ("checkpoints/*/state.json", lambda text: DEEP, "is not a complete checkpoint"),
         ("checkpoints/*/optimizer.pt", lambda text: "", "optimizer.pt can't be loaded"),
         ("checkpoints/*/optimizer.pt", lambda text: "no", "optimizer.pt can't be loaded"),
+        ("checkpoints/*/model.safetensors", lambda text: "no", "model.safetensors cannot be read"),
     ],
 )
 def test_one_line_names_the_file(run, capsys, pattern, change, message):

@@ -136,8 +136,9 @@ def _passes(model: GPTModel) -> _OnCpu | _OnGpu | None:
         return None
     if dispatch.on_triton("embedding", embedding):
         parts = parts_of(model)
-        runs = parts is not None and parts.packs_on_triton() and parts.runs_on_triton("embedding")
-        return _OnGpu(model, parts, _fuses_loss(model)) if parts is not None and runs else None
+        if parts is None or not (parts.packs_on_triton() and parts.runs_on_triton("embedding")):
+            return None
+        return _OnGpu(model, parts, _fuses_loss(model))
     if not embedding.is_cpu:
         return None
     fused_head = _fuses_loss(model)
