@@ -310,6 +310,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
     m.def("few_rows", [](bool column_major) { return kernels().few_rows(column_major); });
+    m.def("deepest_alike", [] { return kernels().deepest_alike(); });
     m.def("product_scratch",
           [](bool backward) { return most_floats([&](const Kernels& k) { return k.product_scratch(backward); }); });
     m.def("linear_cross_entropy_workspace", [](int64_t rows, int64_t vocab, int threads) {

@@ -29,10 +29,12 @@ inline int64_t few_rows(bool column_major) { return column_major ? kMaxStreamM :
 // Four-bit weights are widened anew for each few rows.
 inline int64_t most_dots(int64_t format) { return format == kInt4 ? min(kMaxDotM, kMaxInt4DotM) : kMaxDotM; }
 
+// The deepest row-major weight whose rows can be alike: a single row of x must have room in the scratch.
+inline int64_t deepest_alike() { return kPreparedX; }
+
 inline Way way_for(const Product& p) {
     if (p.x.col != 1) return kTiles;
-    const bool fits = p.w.col != 1 || unit_row(p.k) <= kPreparedX;  // a single row in the scratch
-    if (p.w.alike && fits) return p.w.col == 1 ? kDots : kStream;
+    if (p.w.alike && (p.w.col != 1 || p.k <= deepest_alike())) return p.w.col == 1 ? kDots : kStream;
     if (p.w.col == 1) return p.m <= most_dots(p.w.format) && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }

@@ -16,11 +16,13 @@ UNFINISHED = ".unfinished-"
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a file to write. It replaces the one at path if the block ends without an error.
 
-    Also removes what killed processes that wrote the same file left behind.
+    Also removes what killed processes that wrote the same file left behind. Of several that write
+    it at once, the last to end wins.
     """
     unfinished = _unfinished(path)
     for left in path.parent.glob(f"{UNFINISHED}*"):
-        if left.name.partition("-")[2].partition("-")[2] == path.name:
+        process, _, name = left.name.removeprefix(UNFINISHED).partition("-")
+        if name == path.name and process.isdecimal() and not _runs(int(process)):
             with contextlib.suppress(OSError):
                 left.unlink()
     try:
@@ -130,6 +132,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number. Not known on Windows, which lets nobody remove
+    the file that it is writing.
+    """
+    if os.name == "nt":  # where a signal of 0 would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _unfinished(path: Path) -> Path:

@@ -28,7 +28,8 @@ def batch_invariant() -> Iterator[None]:
     Raises (from what is called inside):
         BackendError: an operation would run as PyTorch's own, whose sums follow the size of the
             batch: on a GPU, on the reference, with gradients, under autocast in a modified model,
-            or in a dtype that the kernels do not take.
+            in a dtype that the kernels do not take, or with a row-major weight of so many
+            inputs, 400,000 and more, that a row has no room in a product's scratch memory.
     """
     token = _asked.set(True)
     try:

@@ -458,12 +458,21 @@ def _dtypes(tensors: Iterable[Tensor]) -> str:
     return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
-@functools.cache
+# Of threads that find the same at once one says it. Reentrant, as what a warning calls may be ours.
+_saying = threading.RLock()
+
+
 def _say_once(backend: str, reason: str) -> None:
+    with _saying:
+        _say(backend, reason)
+
+
+@functools.cache
+def _say(backend: str, reason: str) -> None:
     warnings.warn(
         f"fastgpt's {backend} backend is passed over for PyTorch's own operations: {reason}",
         BackendWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

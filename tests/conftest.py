@@ -5,7 +5,7 @@ Calls take as many threads as a test asks for, also more than there are processo
 
 import pytest
 import torch
-from helpers import PAIRS, PATHS, use_path
+from helpers import FUSED, PAIRS, PATHS, use_path
 
 import fastgpt
 from fastgpt import cpu
@@ -30,6 +30,13 @@ def _seed():
 @pytest.fixture(params=PATHS)
 def path(request):
     """Runs the test once on every backend and instruction set."""
+    with use_path(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=FUSED)
+def fused(request):
+    """The same on each instruction set alone."""
     with use_path(request.param):
         yield request.param
 

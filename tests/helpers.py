@@ -16,6 +16,7 @@ from fastgpt.bench.errors import (
 
 # Every backend, and the C++ one on every instruction set that this machine has.
 PATHS = ["reference", *(f"cpu-{isa}" for isa in fastgpt.cpu.isas())]
+FUSED = [path for path in PATHS if path != "reference"]
 # The instruction set that multiplies by pairs of bfloat16 where it pays.
 PAIRS = "avx512_bf16"
 

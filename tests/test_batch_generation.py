@@ -16,7 +16,6 @@ from fastgpt import cpu, reference
 from fastgpt.model import rows
 
 CONTEXT = 64
-FUSED = [path for path in PATHS if path != "reference"]
 SETTINGS = [
     {"eos_id": 7},
     {"temperature": 1.0, "top_k": 20},
@@ -46,12 +45,6 @@ def _alone(model, prompts, new, seed=5, context_size=CONTEXT, **options):
         idx = torch.tensor([prompt])
         found.append(fastgpt.generate(model, idx, n, context_size, **options)[0].tolist())
     return found
-
-
-@pytest.fixture(params=FUSED)
-def fused(request):
-    with use_path(request.param):
-        yield request.param
 
 
 @pytest.fixture

@@ -198,3 +198,15 @@ def test_the_cache_of_another_dtype():
     ours.bfloat16()(torch.tensor([[1, 2, 3]]), cache=cache)
     with pytest.raises(ValueError, match=r"bfloat16.*float32"):
         ours.float()(torch.tensor([[4]]), cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_model_of_no_layers_takes_no_cache_but_its_own(slots):
+    """It would forget how many tokens there were: nothing of them is kept."""
+    ours, _ = _models(n_layers=0)
+    ids = torch.randint(0, 61, (1, 5))
+    with pytest.raises(ValueError, match="a model of no layers has nothing to cache"):
+        ours(ids, cache=KVCache(slots))
+    parts = [ours(part, use_cache=True) for part in ids.split([3, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), ours(ids))

@@ -414,3 +414,16 @@ class TestFilesThatCannotBeRead:
             GPTModel.from_pretrained(tmp_path / name)
         pair()[0].save_pretrained(tmp_path)
         assert GPTModel.from_pretrained(tmp_path).cfg == CONFIG
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_the_file_passes(monkeypatch, tmp_path, error):
+    model, _ = pair()
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(error):
+        fastgpt.load_weights(model, tmp_path / "model.pth")

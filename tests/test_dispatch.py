@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+import warnings
 
 import pytest
 import torch
@@ -81,11 +83,33 @@ def test_choice():
 
 @pytest.mark.skipif(not CPU, reason=str(fastgpt.backends()["cpu"].reason))
 def test_falling_back_is_said_once(recwarn):
-    dispatch._say_once.cache_clear()
+    dispatch._say.cache_clear()
     for _ in range(3):
         ops.gelu(torch.ones(3, dtype=torch.float64))
     assert [w.category for w in recwarn] == [fastgpt.BackendWarning]
     assert "float64" in str(recwarn[0].message)
+
+
+def test_threads_that_find_the_same_say_it_once(monkeypatch):
+    dispatch._say.cache_clear()
+    said, together = [], threading.Barrier(4)
+
+    def warn(message, *args, **kwargs):
+        said.append(message)
+        time.sleep(0.1)  # as the one who hears it may
+
+    def find():
+        together.wait()
+        dispatch._say_once("cpu", "of the weather")
+
+    monkeypatch.setattr(warnings, "warn", warn)
+    threads = [threading.Thread(target=find) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 1
+    dispatch._say.cache_clear()
 
 
 def _run(code, **environment):

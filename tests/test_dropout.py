@@ -5,7 +5,6 @@ import copy
 import philox
 import pytest
 import torch
-from helpers import PATHS, use_path
 from pairs import CONFIG, assert_same, assert_same_model, outputs_and_grads, pair, some_ids, weigh
 from torch import nn
 from torch.nn import functional as F
@@ -17,13 +16,6 @@ from fastgpt.ops.dropout_seed import draw_seed, draw_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 P = 0.3
-FUSED = [path for path in PATHS if path != "reference"]
-
-
-@pytest.fixture(params=FUSED)
-def fused(request):
-    with use_path(request.param):
-        yield request.param
 
 
 def seeds_after(manual_seed, n=1):

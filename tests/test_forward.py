@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import PATHS, assert_as_exact, use_path
+from helpers import FUSED, assert_as_exact, use_path
 from torch import nn
 
 import fastgpt
@@ -15,7 +15,6 @@ from fastgpt.cpu import forward as engine
 from fastgpt.cpu import workspace
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
-FUSED = [path for path in PATHS if path != "reference"]
 
 
 def _models(**changes):

@@ -163,7 +163,7 @@ def test_a_narrow_sum_is_rounded_before_it_is_normalised(path, cols, dtype):
 def test_float64_runs_on_pytorch():
     dtype = torch.float64
     x, weight, bias = (t.to(dtype) for t in _inputs(4, 64))
-    fastgpt.dispatch._say_once.cache_clear()
+    fastgpt.dispatch._say.cache_clear()
     if fastgpt.backends()["cpu"].available:
         with pytest.warns(fastgpt.BackendWarning, match=str(dtype).split(".")[1]):
             y = layer_norm(x, weight, bias)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import PATHS, use_path
+from same_bits import KINDS, LAYERS, ids_of, model_of
 
 import fastgpt
 from fastgpt import cpu
@@ -11,49 +11,14 @@ from fastgpt.model.cache import KVCache
 from fastgpt.model.rows import packed_pass, packs
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
-FUSED = [path for path in PATHS if path != "reference"]
-VOCABULARY, LAYERS = 61, 2
-KINDS = ["float32", "column-major", "bfloat16", "float16", "int8", "int8-dynamic"]
 # Around what products and attention count as few, in a pass and alone.
 LENGTHS = [(33, 70, 300, 65), (1, 5, 9, 17), (8, 8, 9), (1,) * 32, (32,), (40,), (64,), (290, 3)]
 
 
-@pytest.fixture(params=FUSED)
-def fused(request):
-    with use_path(request.param):
-        yield request.param
-
-
-def _model(kind="float32"):
-    # The down projection is deeper than one depth of a sum.
-    config = {
-        "vocab_size": VOCABULARY,
-        "context_length": 301,
-        "emb_dim": 208,
-        "n_heads": 4,
-        "n_layers": LAYERS,
-        "drop_rate": 0.0,
-        "qkv_bias": True,
-    }
-    model = fastgpt.GPTModel(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-            if kind == "column-major" and p.dim() == 2 and "emb" not in name:
-                p.data = p.data.t().contiguous().t()
-    if kind.startswith("int"):
-        return fastgpt.quantize(model, kind)
-    return model.to(getattr(torch, kind, torch.float32))
-
-
 def _four_bits():
     """Whose widths are whole groups."""
-    config = _model().cfg | {"emb_dim": 192}
+    config = model_of().cfg | {"emb_dim": 192}
     return fastgpt.quantize(fastgpt.GPTModel(config).eval(), "int4")
-
-
-def _ids(n):
-    return torch.randint(0, VOCABULARY, (n,))
 
 
 def _cache(whole, capacity):
@@ -65,10 +30,10 @@ def _cache(whole, capacity):
 @torch.no_grad()
 def test_each_sequence_is_as_alone(fused, kind):
     """Prompts, their logits, keys and values, and the steps behind them."""
-    model = _model(kind)
+    model = model_of(kind)
     whole = packed_pass(model)
     for lengths in LENGTHS:
-        prompts = [_ids(n) for n in lengths]
+        prompts = [ids_of(n) for n in lengths]
         for pack in packs(lengths):
             some = [prompts[i] for i in pack]
             new = [PackedSequence(len(p), 0, _cache(whole, len(p) + 1)) for p in some]
@@ -81,7 +46,7 @@ def test_each_sequence_is_as_alone(fused, kind):
             ]
             assert torch.equal(last, torch.stack(alone))
             assert torch.equal(every, torch.cat([model(p[None])[0] for p in some]))
-            ids = _ids(len(some))
+            ids = ids_of(len(some))
             step = [PackedSequence(1, n, cache) for n, _, cache in new]
             ours = whole.run_packed(ids, step)
             for i, c in enumerate(caches):
@@ -95,24 +60,24 @@ def test_each_sequence_is_as_alone(fused, kind):
 @pytest.mark.parametrize("past", [1, 7, 290])
 @torch.no_grad()
 def test_a_few_tokens_are_as_one_by_one(fused, kind, past):
-    model, prompt = _model(kind), _ids(past)
+    model, prompt = model_of(kind), ids_of(past)
     together, one_by_one = KVCache(LAYERS), KVCache(LAYERS)
     for cache in (together, one_by_one):
         model(prompt[None], cache=cache)
-    ids = _ids(FEW_QUERIES)[None]
+    ids = ids_of(FEW_QUERIES)[None]
     expected = [model(ids[:, i : i + 1], cache=one_by_one) for i in range(FEW_QUERIES)]
     assert torch.equal(model(ids, cache=together), torch.cat(expected, dim=1))
 
 
 @torch.no_grad()
 def test_four_bits_are_alike_for_two_tokens(fused):
-    model, prompt = _four_bits(), _ids(7)
+    model, prompt = _four_bits(), ids_of(7)
     whole = packed_pass(model)
     assert whole.rows_alike == 2
     together, one_by_one = KVCache(LAYERS), KVCache(LAYERS)
     for cache in (together, one_by_one):
         model(prompt[None], cache=cache)
-    ids = _ids(2)[None]
+    ids = ids_of(2)[None]
     expected = [model(ids[:, i : i + 1], cache=one_by_one) for i in range(2)]
     assert torch.equal(model(ids, cache=together), torch.cat(expected, dim=1))
 
@@ -133,18 +98,18 @@ def test_packs_keep_few_and_many_apart(fused):
 
 @torch.no_grad()
 def test_ids_are_checked(fused):
-    whole = packed_pass(_model())
+    whole = packed_pass(model_of())
     with pytest.raises(IndexError, match="token id 61 is outside the vocabulary of 61"):
         whole.run_packed(torch.tensor([1, 61]), [PackedSequence(1), PackedSequence(1)])
 
 
 @torch.no_grad()
 def test_a_modified_model_has_no_packed_pass():
-    model = _model()
+    model = model_of()
     assert packed_pass(model) is not None
     model.train()
     assert packed_pass(model) is not None  # it drops nothing
     model.trf_blocks[1].ff.register_forward_hook(lambda *_: None)
     assert packed_pass(model) is None
     with torch.enable_grad():
-        assert packed_pass(_model()) is None
+        assert packed_pass(model_of()) is None

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import PATHS, assert_as_exact, use_path
+from helpers import FUSED, assert_as_exact, use_path
 from test_forward import _column_major, _models
 from test_forward import calls as calls  # how many blocks each call into C++ ran
 from torch import nn
@@ -17,7 +17,6 @@ from fastgpt import cpu
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 # A piece that is called runs PyTorch's own operations, and says so.
 CALLED = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
-FUSED = [path for path in PATHS if path != "reference"]
 NARROW = [torch.bfloat16, torch.float16]
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from helpers import assert_as_exact
+from pairs import some_ids
 from quantized_models import quantized
 from test_generation import _models
 from torch import nn
@@ -128,6 +129,16 @@ def test_each_text_is_as_alone():
     for text, one, again in zip(texts, together, together[::-1], strict=False):
         assert torch.equal(one, again)
         assert torch.equal(one, fastgpt.score(ours, [text])[0])
+
+
+@pytest.mark.parametrize("tokens", [134, 70, 160])
+def test_windows_of_a_long_text_beside_short_ones(tokens):
+    """A pass of short texts may take the last window, which is short too, before the first."""
+    ours, _ = _models(context_length=64)
+    texts = [[1, 2, 3], some_ids(B=1, T=tokens)[0].tolist(), list(range(40)), [4, 5]]
+    for stride in (16, 64):
+        for text, one in zip(texts, fastgpt.score(ours, texts, stride=stride), strict=True):
+            assert torch.equal(one, fastgpt.score(ours, [text], stride=stride)[0])
 
 
 @pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))

@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import PATHS, assert_as_exact, assert_small_rms, use_path
+from helpers import assert_as_exact, assert_small_rms
 from pairs import CONFIG, assert_same, outputs_and_grads, pair, shake
 
 import fastgpt
 from fastgpt import ops, reference
 from fastgpt.cpu.records import Linear
-
-FUSED = [path for path in PATHS if path != "reference"]
-
-
-@pytest.fixture(params=FUSED)
-def fused(request):
-    with use_path(request.param):
-        yield request.param
 
 
 def blocks(emb_dim, n_heads, **changes):

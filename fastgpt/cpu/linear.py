@@ -13,7 +13,9 @@ from fastgpt.cpu.workspace import on_large_pages, workspace
 
 
 def takes(weight: Any, bias: Tensor | None) -> bool:
-    """Whether a weight lies as the kernel can read it; any but an odd view does."""
+    """Whether a weight lies as the kernel can read it; any but an odd view does, or one
+    that is too deep for ``batch_invariant``, inside it.
+    """
     n_out, n_in = shape_of(weight)
     dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
     return n_in > 0 and linear_fields(weight, bias, dtype, n_in, n_out) is not None

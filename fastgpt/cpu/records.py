@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import batch_invariance
+from fastgpt.cpu import _C
 from fastgpt.quantized_weight import Int4Weight, Int8Weight
 
 # As csrc/kernels.h counts them.
@@ -191,7 +192,8 @@ def linear_fields(
 
 def weight_fields(weight: Any, dtype: torch.dtype, n_in: int, n_out: int) -> tuple[int, ...] | None:
     """struct Weight for one of [n_out, n_in], row- or column-major, quantised or of this dtype;
-    None for any other.
+    None for any other, and for one that is too deep for
+    ``batch_invariant``, inside it.
     """
     if isinstance(weight, tuple):
         return _quantized_fields(weight, n_in, n_out)
@@ -200,7 +202,16 @@ def weight_fields(weight: Any, dtype: torch.dtype, n_in: int, n_out: int) -> tup
     row, col = weight.stride()
     if not (col == 1 and row >= n_in) and not (row == 1 and col >= n_out):
         return None
+    if col == 1 and _too_deep(n_in):
+        return None
     return weight.data_ptr(), row, col, FORMATS[dtype], 0, 0, 0, int(batch_invariance.asked())
+
+
+def _too_deep(n_in: int) -> bool:
+    """Whether a row-major weight's sums would follow the number of rows inside
+    ``batch_invariant``.
+    """
+    return batch_invariance.asked() and n_in > _C.deepest_alike()
 
 
 def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | None:
@@ -220,7 +231,7 @@ def _quantized_fields(weight: Any, n_in: int, n_out: int) -> tuple[int, ...] | N
         fits, groups = numbers(weight.scale, torch.float32, n_out) is not None, 0
     for tensor, dtype, columns in wanted:
         fits = fits and readable(tensor, dtype, n_out, columns) and tensor.is_contiguous()
-    if not fits or n_in == 0:
+    if not fits or n_in == 0 or _too_deep(n_in):
         return None
     at, scale, *minimum = (tensor.data_ptr() for tensor in weight)
     group = n_in // groups if groups else 0

@@ -309,6 +309,8 @@ def _confirm(model: nn.Module, ours: GPTModel) -> None:
                 _same(f"trf_blocks.{i}.att", _first(theirs.att(x)), mine.att(x), 1e-4)
             try:
                 right = model(ids)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:
                 told = f"{type(model).__name__} cannot be called with token ids [B, T] alone"
                 raise TypeError(f"{told}: {error}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastgpt.cpu.records import n_rows
 from fastgpt.model import fused_step
 from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
-from fastgpt.model.token_pass import Parts, logits_of, parts_of
+from fastgpt.model.token_pass import Parts, logits_of, packed, parts_of
 
 # Fewer steps than these are not worth a capture.
 MIN_STEPS = 8
@@ -88,28 +88,16 @@ def prefill(
     The prompts go through the model one behind another, without padding.
     """
     lengths = [len(prompt) for prompt in prompts]
-    numbers = (
-        list(chain(*prompts)),
-        list(chain(*map(range, lengths))),
-        list(chain(*map(repeat, rows, lengths))),
-        list(accumulate(lengths, initial=0)),
-        rows,
-        lengths,
-    )
-    # All in one copy to the GPU.
-    joined = torch.tensor(list(chain(*numbers)), dtype=torch.int32, device=parts.pos.device)
-    ids, position, row, bounds, filled, past = joined.split([len(one) for one in numbers])
-    appending = dispatch.module("triton", "decode_attention", parts.pos)
-    attending = dispatch.module("triton", "causal_attention", parts.pos)
+    row_of_each = list(chain(*map(repeat, rows, lengths)))
+    texts, (row, filled, past) = packed(prompts, parts.pos.device, row_of_each, rows, lengths)
+    kernels = dispatch.module("triton", "decode_attention", parts.pos)
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale, out = q.shape[2] ** -0.5, q.new_empty(q.shape)
-        appending.append(k, v, position, row, *state.caches[layer])
-        *qkv, into = (t.transpose(0, 1)[None] for t in (q, k, v, out))
-        attending.causal_attention(*qkv, scale, into, packed=(bounds, max(lengths)))
-        return out
+        kernels.append(k, v, texts.position, row, *state.caches[layer])
+        return texts.attention(layer, q, k, v)
 
-    logits = logits_of(parts, ids, position, attention, last=bounds[1:] - 1)
+    last = texts.bounds[1:] - 1
+    logits = logits_of(parts, texts.ids, texts.position, attention, last)
     state.position[filled] = past
     return logits
 
@@ -216,7 +204,7 @@ def row_decoding(model: GPTModel, rows: int, steps: int) -> Iterator[Decoder | N
     None as for ``decoding``.
     """
     parts = parts_of(model)
-    runs = parts is not None and dispatch.on_triton("causal_attention", parts.first_head())
+    runs = parts is not None and parts.packs_on_triton()
     with _lent(model, rows if runs else 0, steps) as decoder:
         if decoder is not None:
             decoder.state.position.zero_()
@@ -228,14 +216,7 @@ def _lent(model: GPTModel, rows: int, steps: int) -> Iterator[Decoder | None]:
     """The model's decoder of so many rows, whatever they hold; None as for ``decoding``."""
     parts = parts_of(model)
     decoder = None
-    if (
-        rows > 0
-        and parts is not None
-        and not dispatch.autocasts(parts.pos)
-        and dispatch.direct(parts.tensors())
-        and dispatch.choose("layer_norm", *filter(torch.is_tensor, parts.parameters())) == "triton"
-        and all(dispatch.on_triton(op, parts.pos) for op in ("embedding", "decode_attention"))
-    ):
+    if rows > 0 and parts is not None and parts.runs_on_triton("embedding", "decode_attention"):
         decoder = _decoder(model, parts, rows, steps)
     if decoder is None:
         yield None

@@ -159,7 +159,8 @@ class GPTModel(nn.Module):
             TypeError: the ids are not integers.
             ValueError: they are not [B, T], or not the cache's batch, or the tokens, earlier ones
                 included, are more than the context length; in_idx has more than ``kv_window_size``
-                with use_cache; or there is a cache and no causal mask. The cache is as it was.
+                with use_cache; or there is a cache and no causal mask, or no layer. The cache is
+                as it was.
             IndexError: an id is outside the vocabulary.
         """
         if cache is None and use_cache:
@@ -254,6 +255,8 @@ class GPTModel(nn.Module):
 
     def _staged(self, cache: Any, idx: Tensor) -> CacheTransaction:
         limit, (batch, tokens) = self.max_context(), idx.shape
+        if len(self.trf_blocks) == 0 and not isinstance(cache, OwnCache):
+            raise ValueError("a model of no layers has nothing to cache, not even its position")
         if isinstance(cache, OwnCache):
             limit = min(limit, self.kv_window_size)
             if tokens > limit:

@@ -5,21 +5,24 @@ block of logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import ops
-from fastgpt.config import as_id_list
+from fastgpt import dispatch, ops
+from fastgpt.config import as_id_list, check_ids
 from fastgpt.cpu.forward import PackedSequence, WholePass
+from fastgpt.cpu.records import n_rows
 from fastgpt.model.fusable import is_unmodified
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.rows import packed_pass, packs
+from fastgpt.model.token_pass import Parts, features_of, logits_behind, packed, parts_of
 
 _MOST_LOGITS = 256  # tokens whose logits are held at once, where the head does not do without
+_MOST_ON_GPU = 8192  # tokens in a pass there: enough for every multiprocessor
 
 
 class _Window(NamedTuple):
@@ -31,6 +34,7 @@ class _Window(NamedTuple):
     end: int
 
 
+@dispatch.falls_back
 def score(
     model: nn.Module,
     sequences: Sequence[Sequence[int] | Tensor],
@@ -41,7 +45,8 @@ def score(
     evaluation harnesses are made of. ``-torch.cat(score(model, texts)).mean()`` is the loss per
     token.
 
-    Texts of any lengths run several in a pass, without padding, each as it is alone. One that is
+    Texts of any lengths run several in a pass, without padding. On the CPU each has the bits that
+    it has alone; on a GPU sums are rounded differently by the number of tokens. A text that is
     longer than the context is scored in windows of context_size tokens that begin stride apart; in
     each only the tokens count that no earlier window had, so that each has at least
     context_size - stride tokens before it, but for the first window's. That is the usual sliding
@@ -49,8 +54,8 @@ def score(
 
     Args:
         model: any module from ids [B, T] to logits [B, T, vocab_size]; its train or eval mode stays
-            as it is, so set eval. One with hooks, replaced modules or dropout, or on a GPU, takes
-            the texts one by one.
+            as it is, so set eval. With hooks, replaced modules or dropout it takes the texts one
+            by one.
         sequences: lists of ids or 1-D tensors, each of at least one token.
         context_size: the most tokens that the model sees at once, by default its context length.
         stride: by default half the context_size.
@@ -82,12 +87,13 @@ def score(
     windows = [
         w for i, text in enumerate(texts) for w in _windows(i, len(text), context_size, stride)
     ]
-    found: list[list[Tensor]] = [[] for _ in texts]
     with torch.no_grad():
-        for window, scores in _scored(model, texts, windows):
-            found[window.text].append(scores.cpu())
+        found = {window: scores.cpu() for window, scores in _scored(model, texts, windows)}
+    of_text: list[list[Tensor]] = [[] for _ in texts]
+    for window in windows:  # a pass may have taken a text's last one before its first
+        of_text[window.text].append(found[window])
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
-    return [torch.cat(parts) if parts else nothing.clone() for parts in found]
+    return [torch.cat(parts) if parts else nothing.clone() for parts in of_text]
 
 
 def _windows(text: int, tokens: int, context_size: int, stride: int) -> Iterator[_Window]:
@@ -104,45 +110,101 @@ def _scored(
     """Each window with the log-probabilities of the tokens behind its inputs from `scored` on."""
     if not windows:
         return
-    whole = None
-    if isinstance(model, GPTModel):
-        device = next((p.device for p in model.parameters()), None)
-        if device is not None and device.type == "cpu":
-            fused_head = _fuses_loss(model)
-            whole = packed_pass(model, with_head=not fused_head)
-    if whole is None:
+    passes = _passes(model) if isinstance(model, GPTModel) else None
+    if passes is None:
         for window in windows:
             yield window, _alone(model, texts[window.text], window)
         return
-    lengths = [window.end - window.begin for window in windows]
-    for pack in packs(lengths) if fused_head else packs(lengths, _MOST_LOGITS):
+    for pack in passes.packs([w.end - w.begin for w in windows]):
         these = [windows[i] for i in pack]
-        losses = _together(model, whole, fused_head, texts, these)
-        parts = losses.neg().split([w.end - w.scored for w in these])
-        yield from zip(these, parts, strict=True)
+        inputs = [texts[w.text][w.begin : w.end] for w in these]
+        targets = [texts[w.text][w.scored + 1 : w.end + 1] for w in these]
+        losses = passes.losses(inputs, list(chain(*targets)), _last_of_each(inputs, targets))
+        yield from zip(these, losses.neg().cpu().split(list(map(len, targets))), strict=True)
 
 
-def _together(
-    model: Any,
-    whole: WholePass,
-    fused_head: bool,
-    texts: Sequence[list[int]],
-    windows: Sequence[_Window],
-) -> Tensor:
-    """The loss of each scored token, one window's behind another's."""
-    inputs = [texts[w.text][w.begin : w.end] for w in windows]
-    ids = torch.tensor(list(chain(*inputs)), dtype=torch.int64, device="cpu")
-    new = [texts[w.text][w.scored + 1 : w.end + 1] for w in windows]
-    targets = torch.tensor(list(chain(*new)), dtype=torch.int64, device="cpu")
-    rows = whole.run_packed(ids, [PackedSequence(len(one)) for one in inputs])
-    if len(targets) < len(ids):
-        is_new = [i >= w.scored for w in windows for i in range(w.begin, w.end)]
-        rows = rows[torch.tensor(is_new, device="cpu")]
-    if fused_head:
-        weight = model.out_head.weight
-        ops.check_targets(targets, weight.shape[0], -100)
-        return ops.checked_linear_cross_entropy(rows, weight, targets, -100, "none", owner=model)
-    return _cross_entropy(rows, targets)
+def _last_of_each(inputs: Sequence[list[int]], targets: Sequence[list[int]]) -> list[int]:
+    """The numbers, among all inputs, of those that have a target: the last of each text."""
+    ends = accumulate(map(len, inputs))
+    return [i for end, new in zip(ends, targets, strict=True) for i in range(end - len(new), end)]
+
+
+def _passes(model: GPTModel) -> _OnCpu | _OnGpu | None:
+    """Passes of several texts; None where the model takes them one by one."""
+    embedding = getattr(model.pos_emb, "weight", None)
+    if not isinstance(embedding, Tensor):
+        return None
+    if dispatch.on_triton("embedding", embedding):
+        parts = parts_of(model)
+        if parts is None or not (parts.packs_on_triton() and parts.runs_on_triton("embedding")):
+            return None
+        return _OnGpu(model, parts, _fuses_loss(model))
+    if not embedding.is_cpu:
+        return None
+    fused_head = _fuses_loss(model)
+    whole = packed_pass(model, with_head=not fused_head)
+    return None if whole is None else _OnCpu(model, whole, fused_head)
+
+
+class _OnCpu(NamedTuple):
+    """Each text with the bits that it has alone."""
+
+    model: Any
+    whole: WholePass
+    fused_head: bool  # whether the head's logits need not be held
+
+    def packs(self, lengths: Sequence[int]) -> list[list[int]]:
+        return packs(lengths) if self.fused_head else packs(lengths, _MOST_LOGITS)
+
+    def losses(self, inputs: Sequence[list[int]], targets: list[int], last: list[int]) -> Tensor:
+        """The loss of each target, which stands behind the input of the same place in `last`."""
+        ids = torch.tensor(list(chain(*inputs)), dtype=torch.int64, device="cpu")
+        labels = torch.tensor(targets, dtype=torch.int64, device="cpu")
+        rows = self.whole.run_packed(ids, [PackedSequence(len(one)) for one in inputs])
+        if len(last) < len(ids):
+            rows = rows[torch.tensor(last, device="cpu")]
+        if self.fused_head:
+            ops.check_targets(labels, len(self.model.out_head.weight), -100)
+            return _fused_losses(self.model, rows, labels)
+        return _cross_entropy(rows, labels)
+
+
+class _OnGpu(NamedTuple):
+    """As alone but for how sums are rounded."""
+
+    model: Any
+    parts: Parts
+    fused_head: bool
+
+    def packs(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Of like lengths: attention has programs for the longest in each text's place."""
+        found: list[list[int]] = []
+        total = 0
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            total += lengths[i]
+            if not found or total > _MOST_ON_GPU:
+                found.append([])
+                total = lengths[i]
+            found[-1].append(i)
+        return found
+
+    def losses(self, inputs: Sequence[list[int]], targets: list[int], last: list[int]) -> Tensor:
+        """The loss of each target, which stands behind the input of the same place in `last`."""
+        parts = self.parts
+        # Looked at here: on the GPU each look would wait for what was computed before.
+        check_ids(torch.tensor(list(chain(*inputs)), device="cpu"), n_rows(parts.tok))
+        ops.check_targets(torch.tensor(targets, device="cpu"), n_rows(parts.head.weight), -100)
+        texts, (rows, labels) = packed(inputs, parts.pos.device, last, targets)
+        h = features_of(parts, texts.ids, texts.position, texts.attention, rows)
+        if self.fused_head:
+            return _fused_losses(self.model, h, labels)
+        some = zip(h.split(_MOST_LOGITS), labels.split(_MOST_LOGITS), strict=True)
+        return torch.cat([_cross_entropy(logits_behind(parts, x), y) for x, y in some])
+
+
+def _fused_losses(model: Any, rows: Tensor, targets: Tensor) -> Tensor:
+    weight = model.out_head.weight
+    return ops.checked_linear_cross_entropy(rows, weight, targets, -100, "none", owner=model)
 
 
 def _alone(model: Any, text: list[int], window: _Window) -> Tensor:
@@ -159,7 +221,7 @@ def _alone(model: Any, text: list[int], window: _Window) -> Tensor:
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ops.check_targets(targets, logits.shape[-1], -100)
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
 def _fuses_loss(model: GPTModel) -> bool:

@@ -4,7 +4,8 @@ the parameters as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,20 @@ class Parts(NamedTuple):
     def first_head(self) -> Tensor:
         """The first head's part of the positions' table."""
         return self.pos.detach()[:, : self.pos.shape[1] // self.n_heads]
+
+    def runs_on_triton(self, *operations: str) -> bool:
+        """Whether these operations, and the norms, run on the Triton backend."""
+        return (
+            all(dispatch.on_triton(op, self.pos) for op in operations)
+            and not dispatch.autocasts(self.pos)
+            and dispatch.direct(self.tensors())
+            and dispatch.choose("layer_norm", *filter(torch.is_tensor, self.parameters()))
+            == "triton"
+        )
+
+    def packs_on_triton(self) -> bool:
+        """Whether attention there takes texts one behind another."""
+        return dispatch.on_triton("causal_attention", self.first_head())
 
     def key(self) -> tuple[Any, ...]:
         """What a graph of them depends on."""
@@ -100,6 +115,39 @@ def _fit(p: Block, width: int) -> bool:
     )
 
 
+class Packed(NamedTuple):
+    """Texts that stand one behind another, without padding, on the device of their pass."""
+
+    ids: Tensor  # [N] int32
+    position: Tensor  # [N] int32, of each token in its text
+    bounds: Tensor  # [n + 1] int32, where each text begins and the last ends
+    longest: int
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """In every layer: what each text's attention hands to the output projection, [N, H, D]."""
+        scale, out = q.shape[2] ** -0.5, q.new_empty(q.shape)
+        *qkv, into = (t.transpose(0, 1)[None] for t in (q, k, v, out))
+        kernels = dispatch.module("triton", "causal_attention", q)
+        kernels.causal_attention(*qkv, scale, into, packed=(self.bounds, self.longest))
+        return out
+
+
+def packed(
+    texts: Sequence[Sequence[int]], device: torch.device, *more: Sequence[int]
+) -> tuple[Packed, list[Tensor]]:
+    """Texts for one pass, and more numbers, [len] int32 each, all in one copy to the device."""
+    lengths = [len(text) for text in texts]
+    numbers = (
+        list(chain(*texts)),
+        list(chain(*map(range, lengths))),
+        list(accumulate(lengths, initial=0)),
+        *more,
+    )
+    joined = torch.tensor(list(chain(*numbers)), dtype=torch.int32, device=device)
+    ids, position, bounds, *rest = joined.split([len(one) for one in numbers])
+    return Packed(ids, position, bounds, max(lengths)), rest
+
+
 # From a layer's number and its queries, keys and values, [N, H, D] each, to what its attention
 # hands to the output projection, [N, H, D].
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -111,6 +159,18 @@ def logits_of(
     """Logits [N, vocab_size] of the tokens ids [N], each at its position [N]; of those alone whose
     numbers are in last, if given. What stands past the context gets logits without meaning.
     """
+    return logits_behind(parts, features_of(parts, ids, position, attention, last))
+
+
+def logits_behind(parts: Parts, features: Tensor) -> Tensor:
+    """The head's logits [N, vocab_size] of what it gets, [N, D]."""
+    return _product(parts.head, features)
+
+
+def features_of(
+    parts: Parts, ids: Tensor, position: Tensor, attention: Attention, last: Tensor | None = None
+) -> Tensor:
+    """What the head gets, [N, D], for the logits of ``logits_of``."""
     x = _embedded(parts, ids, position)
     branch: Tensor | None = None
     for layer, p in enumerate(parts.blocks):
@@ -127,8 +187,7 @@ def logits_of(
     assert branch is not None
     if last is not None:
         x, branch = x[last], branch[last]
-    h, _ = ops.add_layer_norm(x, branch, *parts.norm, parts.eps)
-    return _product(parts.head, h)
+    return ops.add_layer_norm(x, branch, *parts.norm, parts.eps)[0]
 
 
 def _embedded(parts: Parts, ids: Tensor, position: Tensor) -> Tensor:

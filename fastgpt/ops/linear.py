@@ -47,7 +47,7 @@ def linear(
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if kernels is None or not fits or not kernels.takes(weight, bias):
         if fits:  # else PyTorch says what does not
-            dispatch.check_invariance("linear", "its weight is an odd view")
+            dispatch.check_invariance("linear", "its weight is too deep, or an odd view")
         return F.linear(x, weight, bias)
     if dispatch.needs_grad(x, weight, bias):
         return _Linear.apply(kernels, x, weight, bias, owner)

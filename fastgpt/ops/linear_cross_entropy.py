@@ -79,7 +79,9 @@ def checked_linear_cross_entropy(
         kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
         takes = kernels is not None and kernels.takes(weight, None)
         if not takes:
-            dispatch.check_invariance("linear_cross_entropy", "its weight is an odd view")
+            dispatch.check_invariance(
+                "linear_cross_entropy", "its weight is too deep, or an odd view"
+            )
         run = dispatch.first(kernels.linear_cross_entropy, _by_chunks) if takes else _by_chunks
         if dispatch.needs_grad(rows, weight):
             loss = _LinearCrossEntropy.apply(run, rows, weight, labels, *rest, owner)

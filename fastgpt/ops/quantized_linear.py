@@ -51,7 +51,9 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dynamic: b
         y = x.new_empty(*x.shape[:-1], weight.values.shape[0])
         launch(x.contiguous(), _held(weight, dynamic), bias, y)
         return y
-    dispatch.check_invariance("quantized_linear", "its weight is widened for PyTorch's own")
+    dispatch.check_invariance(
+        "quantized_linear", "its weight is too deep, or is widened for PyTorch's own"
+    )
     if not dynamic:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)

@@ -134,6 +134,8 @@ def load_optimizer(
         state = copy.deepcopy(state)
         options = StateDictOptions(full_state_dict=group.sharded)
         set_optimizer_state_dict(model, optimizer, state, options=options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # it says nothing of the file
     except Exception as error:  # of any kind: a pickle decides what is called with what
         reason = " ".join(str(error).split())
         raise SettingsError(f"{checkpoint / OPTIMIZER} can't be loaded: {reason}") from None

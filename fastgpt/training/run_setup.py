@@ -63,15 +63,21 @@ def train(request: Request, group: Group) -> bool:
     report = Console(request.out) if group.rank == 0 else Report()
     lock = contextlib.ExitStack()
     try:
-        run = group.on_rank0(lambda: _prepared(request, group, report, lock))
+        run, saved = group.on_rank0(lambda: _prepared(request, group, report, lock))
         settings = Settings(**run["settings"])
-        last = None if run["resume"] is None else Path(run["resume"])
+        last = None if saved is None else Path(saved)
         tokens, context = _tokens(Path(run["tokens"])).ids(), run["config"]["context_length"]
         windows = Windows(tokens, context, settings.validation, settings.seed)
         model = _model(run, last, settings.seed)
         encoding = gpt2_encoding() if settings.sample is not None else None
         trainer = Trainer(model, windows, settings, request.out, group, report, encoding, last)
-        report.start(trainer.step, settings.steps, _headline(settings, model, windows, group))
+        headline = _headline(settings, model, windows, group)
+
+        def begin() -> None:  # once every file has turned out to be sound
+            report.start(trainer.step, settings.steps, headline)
+            checkpoint.write_run(request.out, run)
+
+        group.on_rank0(begin)
         finished = trainer.run()
         report.end(trainer.step, finished)
         return finished
@@ -82,8 +88,8 @@ def train(request: Request, group: Group) -> bool:
 
 def _prepared(
     args: Request, group: Group, report: Report, lock: contextlib.ExitStack
-) -> dict[str, Any]:
-    """What all processes need: the content of run.json, and the checkpoint to continue from."""
+) -> tuple[dict[str, Any], str | None]:
+    """What all processes need: run.json's content to be, and the checkpoint to continue from."""
     before = checkpoint.read_run(args.out)
     saved = checkpoint.checkpoints(args.out)
     last = saved[-1] if saved else None
@@ -123,8 +129,7 @@ def _prepared(
         settings["steps"] = math.ceil(windows.train_size * epochs / draft.batch)
     run["settings"] = dataclasses.asdict(Settings(**settings))
     lock.enter_context(checkpoint.claimed(args.out))
-    checkpoint.write_run(args.out, run)
-    return run | {"resume": None if last is None else str(last)}
+    return run, None if last is None else str(last)
 
 
 def _start(args: Request, before: dict[str, Any] | None) -> str | None:

@@ -247,6 +247,8 @@ def _loaded(path: Path) -> Any:
         ) from None
     except EOFError:
         raise WeightsError(f"{path} cannot be read: it is truncated") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # it says nothing of the file
     except Exception as error:  # of any kind: a pickle decides what is called with what
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{path} cannot be read: {reason}") from None

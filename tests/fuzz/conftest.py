@@ -9,10 +9,12 @@ import functools
 import os
 import random
 import time
+from unittest import mock
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, database, is_hypothesis_test, settings
+from hypothesis.internal.conjecture import engine
 
 from fuzz import tried
 
@@ -26,6 +28,7 @@ settings.register_profile(
     max_examples=50,
     database=database.DirectoryBasedExampleDatabase("build/fuzz"),
     phases=set(Phase) - {Phase.explain},
+    report_multiple_bugs=False,  # shrink the first at once
     **COMMON,
 )
 settings.load_profile("fuzz" if MINUTES else "fixed")
@@ -39,13 +42,14 @@ def pytest_pyfunc_call(pyfuncitem):
     fuzzed = [item for item in pyfuncitem.session.items if is_hypothesis_test(item.obj)]
     seeds = random.Random(f"{SEED} {pyfuncitem.nodeid}")
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    end = time.monotonic() + 60 * MINUTES / len(fuzzed)
+    seconds = 60 * MINUTES / len(fuzzed)
+    end = time.monotonic() + seconds
     whole, failed = test.hypothesis.inner_test, False
 
     @functools.wraps(whole)
     def until_the_end(*args, **kwargs):
         nonlocal failed
-        if time.monotonic() > end and not failed:  # a failure is shrunk in any case
+        if time.monotonic() > end and not failed:  # a failure is shrunk, for as long again at most
             return
         try:
             whole(*args, **kwargs)
@@ -56,8 +60,9 @@ def pytest_pyfunc_call(pyfuncitem):
             raise
 
     test.hypothesis.inner_test = until_the_end
-    while time.monotonic() < end:
-        hypothesis.seed(seeds.getrandbits(64))(test)(**arguments)
+    with mock.patch.object(engine, "MAX_SHRINKING_SECONDS", seconds):
+        while time.monotonic() < end:
+            hypothesis.seed(seeds.getrandbits(64))(test)(**arguments)
     return True
 
 

@@ -33,6 +33,8 @@ def load(path, cfg):
             said.append("")
         except (fastgpt.WeightsError, FileNotFoundError) as error:
             said.append(str(error))
+        except MemoryError:  # a damaged length may ask for more than there is
+            said.append("out of memory")
     if said[1] and "quantised" not in said[1]:
         assert all(torch.equal(t, kept[name]) for name, t in before.state_dict().items())
     return said

@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 def on_triton(dispatched, monkeypatch):
     """CPU tensors go to the interpreted kernels, and nothing was asked for by name."""
     monkeypatch.setattr(dispatch, "_BY_DEVICE", {"cpu": "triton"})
-    dispatch._say_once.cache_clear()
+    dispatch._say.cache_clear()
     with fastgpt.use_backend("auto"):
         yield
-    dispatch._say_once.cache_clear()
+    dispatch._say.cache_clear()
     dispatch._failed.clear()
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastgpt
 from fastgpt import dispatch, reference, triton
+from fastgpt.model import scoring
 from on_triton.support.gpu import fake_gpu
 
 BF16 = torch.bfloat16
@@ -237,13 +238,29 @@ def test_a_training_step_on_a_gpu_that_is_not_there(dispatched, monkeypatch, arc
     }
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_scores_on_a_gpu_that_is_not_there(dispatched, monkeypatch, arch):
+    monkeypatch.setattr(dispatch, "direct", lambda tensors: True)
+    monkeypatch.setattr(dispatch, "readable", lambda t: False)
+    for name in ("as_id_list", "check_ids"):  # a fake tensor has no numbers to look at
+        monkeypatch.setattr(scoring, name, lambda ids, rest: ids)
+    with fake_gpu(arch) as launches:
+        with _default_dtype(BF16):
+            model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"n_layers": 1}).eval()
+        scores = fastgpt.score(model, [list(range(n)) for n in (1024, 33, 700)])
+        assert [len(one) for one in scores] == [1023, 32, 699]
+    names = [launch.name for launch in launches]
+    assert names.count("causal_attention_fwd_kernel") == 1
+    assert names.count("cross_entropy_fwd_kernel") == 1
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of that capability, as far as torch tells."""
 
     def with_capability(*capability):
         triton.reason.cache_clear()
-        dispatch._say_once.cache_clear()
+        dispatch._say.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -253,7 +270,7 @@ def gpu(monkeypatch):
 
     yield with_capability
     triton.reason.cache_clear()
-    dispatch._say_once.cache_clear()
+    dispatch._say.cache_clear()
 
 
 def test_an_old_gpu_is_passed_over_with_one_warning(gpu, monkeypatch, recwarn):
