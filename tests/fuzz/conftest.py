@@ -34,6 +34,10 @@ settings.register_profile(
 settings.load_profile("fuzz" if MINUTES else "fixed")
 
 
+class TimeIsUp(BaseException):
+    """Ends Hypothesis's run, which takes an Exception for a failure."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     test = pyfuncitem.obj
@@ -50,7 +54,7 @@ def pytest_pyfunc_call(pyfuncitem):
     def until_the_end(*args, **kwargs):
         nonlocal failed
         if time.monotonic() > end and not failed:  # a failure is shrunk, for as long again at most
-            return
+            raise TimeIsUp
         try:
             whole(*args, **kwargs)
         except hypothesis.errors.UnsatisfiedAssumption:
@@ -60,9 +64,15 @@ def pytest_pyfunc_call(pyfuncitem):
             raise
 
     test.hypothesis.inner_test = until_the_end
-    with mock.patch.object(engine, "MAX_SHRINKING_SECONDS", seconds):
-        while time.monotonic() < end:
-            hypothesis.seed(seeds.getrandbits(64))(test)(**arguments)
+    try:
+        with mock.patch.object(engine, "MAX_SHRINKING_SECONDS", seconds):
+            while True:
+                hypothesis.seed(seeds.getrandbits(64))(test)
+                test._hypothesis_internal_use_settings = settings.default  # a seed drops the database
+                test(**arguments)
+    except (TimeIsUp, hypothesis.errors.FlakyStrategyDefinition):
+        if failed or time.monotonic() < end:  # an example that was left has not drawn all
+            raise
     return True
 
 
