@@ -1,10 +1,13 @@
 """What a run of `fastgpt train` says of its own files where something has damaged them."""
 
 import json
+import os
 import pickle
 import shutil
+import sys
 
 import pytest
+from forked import Server
 from runs import losses, needs_table, train_arguments, write_inputs
 
 from fastgpt import cli
@@ -91,6 +94,36 @@ def test_one_line_names_the_file(run, capsys, pattern, change, message):
     path.write_bytes(content)
     assert resume(run) == 0
     assert len(losses(run)) == 3
+
+
+@pytest.fixture(scope="module")
+def forked():
+    server = Server("fastgpt.cli", "fastgpt.training.run_setup", "fuzz.readers")
+    yield server
+    server.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has the pipes and devices of Linux")
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_what_has_no_end_is_not_read(run, forked, kind):
+    saved = [f"checkpoints/*/{name}" for name in ("state.json", "optimizer.pt", "config.json")]
+    saved += ["checkpoints/*/model.safetensors", "tokens/*.json", "tokens/*.bin"]
+    for pattern in ("run.json", "log.csv", *saved):
+        path = the_only(run, pattern)
+        aside = path.rename(run / "aside")
+        if kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        arguments = ["train", "--out", str(run), "--resume", "--steps", "3"]
+        outcome = forked.call("fuzz.readers", "command", arguments, seconds=30)
+        assert (outcome.code, outcome.value) == (0, 2), (pattern, outcome)
+        assert "Traceback" not in outcome.said, (pattern, outcome)
+        path.rmdir() if kind == "a folder" else path.unlink()
+        aside.rename(path)
+    assert resume(run) == 0
 
 
 def test_a_pickle_that_runs_something_does_not(run, capsys, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastgpt.atomic_files import only_writer, whole_file
+from fastgpt.atomic_files import only_writer, regular, whole_file
 from fastgpt.cli.usage import UsageError
 from fastgpt.training import format_input
 
@@ -99,7 +99,7 @@ def resumed(path: Path, settings: dict[str, Any], most: int) -> Iterator[tuple[T
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("a", encoding="utf-8", newline="\n"))
+            file = stack.enter_context(regular(path).open("a", encoding="utf-8", newline="\n"))
             stack.enter_context(only_writer(path, wait=False))
             written = path.read_bytes()
             beside = path.with_name(f"{path.name}.settings.json")
@@ -125,7 +125,7 @@ _ELSE = "choose a different --output"
 def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     """Raises UsageError unless the file's lines come from these settings."""
     try:
-        before = json.loads(beside.read_bytes())
+        before = json.loads(regular(beside).read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):

@@ -30,6 +30,7 @@ from fastgpt.atomic_files import (
     clear_unfinished,
     link_or_copy,
     only_writer,
+    regular,
     utf_8_path,
     whole_file,
     whole_folder,
@@ -112,7 +113,7 @@ def _publish(checkpoint: Path, out: Path) -> None:
 def load_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     try:
-        step = json.loads((checkpoint / STATE).read_text())["step"]
+        step = json.loads(regular(checkpoint / STATE).read_text())["step"]
         check_whole_number("its step", step, 0)
         return int(step)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -128,7 +129,7 @@ def load_optimizer(
         SettingsError: the file is missing, broken, or of another model.
     """
     try:
-        with utf_8_path(checkpoint / OPTIMIZER) as path:
+        with utf_8_path(regular(checkpoint / OPTIMIZER)) as path:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Copied, or the optimiser would keep the file mapped, which then can't be removed.
         state = copy.deepcopy(state)
@@ -147,7 +148,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        run: dict[str, Any] = json.loads(regular(path).read_text(encoding="utf-8"))
         check_config(run["config"])
         Settings(**run["settings"])
         if not isinstance(run["start"], (str, type(None))):

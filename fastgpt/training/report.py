@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from fastgpt.atomic_files import whole_file
+from fastgpt.atomic_files import regular, whole_file
 from fastgpt.training.settings import SettingsError
 
 LOG, PICTURE = "log.csv", "loss.png"
@@ -165,7 +165,7 @@ def read_log(path: Path, last: int | None = None) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
+        with regular(path).open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]
         for row in rows:
             if set(row) != set(Step._fields):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from fastgpt.atomic_files import only_writer, utf_8_path, whole_file
+from fastgpt.atomic_files import only_writer, regular, utf_8_path, whole_file
 from fastgpt.config import check_whole_number
 from fastgpt.tokenizer import END_OF_TEXT
 
@@ -118,7 +118,7 @@ def tokenise(
 def open_tokens(path: Path) -> TokenFile | None:
     """The token file at this path, or None if there is none, or it is unfinished or damaged."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(regular(path.with_suffix(".json")).read_text())
         for name in ("count", "largest"):
             check_whole_number(name, facts[name], 0)
         dtype = {2: torch.uint16, 4: torch.uint32}[facts["bytes_per_id"]]
@@ -126,7 +126,7 @@ def open_tokens(path: Path) -> TokenFile | None:
             return None
         made = TokenFile(path, facts["count"], facts["largest"], facts["digest"], dtype)
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
         return made if digest.hexdigest() == made.digest else None

@@ -68,7 +68,8 @@ def pytest_pyfunc_call(pyfuncitem):
         with mock.patch.object(engine, "MAX_SHRINKING_SECONDS", seconds):
             while True:
                 hypothesis.seed(seeds.getrandbits(64))(test)
-                test._hypothesis_internal_use_settings = settings.default  # a seed drops the database
+                # Whose database a seed has dropped.
+                test._hypothesis_internal_use_settings = settings.default
                 test(**arguments)
     except (TimeIsUp, hypothesis.errors.FlakyStrategyDefinition):
         if failed or time.monotonic() < end:  # an example that was left has not drawn all
