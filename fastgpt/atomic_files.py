@@ -85,8 +85,8 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def regular(path: Path) -> Path:
-    """The path. OSError if no file stands there but a pipe, a device or a folder: some never end."""
-    if path.exists() and not path.is_file():
+    """The path. OSError if a pipe or a device stands there, which may have no end to read to."""
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
 
