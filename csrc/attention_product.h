@@ -23,7 +23,7 @@ inline void attention_product_fixed(const float* a, int64_t lda, const float* b,
     Vec acc[ROWS][VECS];
     FASTGPT_UNROLL
     for (int i = 0; i < ROWS; ++i) FASTGPT_UNROLL
-    for (int j = 0; j < VECS; ++j) acc[i][j] = ADD ? column(c + i * ldc, j) : zero();
+    for (int j = 0; j < VECS; ++j) acc[i][j] = zero();
     for (int64_t p = 0; p < k; ++p) {
         Vec row[VECS];
         FASTGPT_UNROLL
@@ -39,6 +39,7 @@ inline void attention_product_fixed(const float* a, int64_t lda, const float* b,
     for (int i = 0; i < ROWS; ++i) FASTGPT_UNROLL
     for (int j = 0; j < VECS; ++j) {
         float* p = c + i * ldc + j * Vec::width;
+        if (ADD) acc[i][j] = acc[i][j] + column(p - j * Vec::width, j);  // last: shorter chains of sums are more exact
         PART&& j == VECS - 1 ? store(p, acc[i][j], last) : store(p, acc[i][j]);
     }
 }
