@@ -51,6 +51,17 @@ def test_gpt2_heads(path, T):
     assert_as_exact(causal_attention(q, k, v), _torch(q, k, v), exact)
 
 
+def test_rows_of_even_weights(path):
+    """Whose sums gather the rounding of each of a thousand keys."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        q, k, v = _qkv(1, 2, 64, 16, 1024)
+        k = k[:, :, :1].expand_as(k)
+        exact = _torch(q.double(), k.double(), v.double())
+        allowed = 2 * (_torch(q, k, v) - exact).norm()
+        assert (causal_attention(q, k, v) - exact).norm() <= allowed
+
+
 def test_layouts(path):
     q, k, v = _qkv(2, 3, 50, 16)
     y = causal_attention(q, k, v)
