@@ -107,6 +107,56 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error(name, own_los
             loss.backward()
 
 
+BIASES = [
+    "trf_blocks.0.att.W_key.bias",
+    "trf_blocks.0.att.out_proj.bias",
+    "trf_blocks.1.ff.layers.0.bias",
+    "trf_blocks.1.ff.layers.2.bias",
+    "final_norm.shift",
+]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_changed_between_forward_and_backward_is_none_of_its_business(name, hooked):
+    if hooked and name == "trf_blocks.1.ff.layers.0.bias":
+        pytest.skip("GELU alone keeps its input and the bias rather than their sum")
+    grads = []
+    for model in pair():
+        if hooked:  # so that no block runs as one operation
+            for block in model.trf_blocks:
+                block.att.register_forward_hook(lambda *_: None)
+        loss = weigh(model(some_ids()))
+        with torch.no_grad():
+            model.get_parameter(name).add_(2)
+        grads.append(grads_of(model, loss))
+    assert_same(*grads)
+
+
+def test_a_second_derivative_refuses_a_bias_changed_after_the_forward_pass():
+    model = pair()[0]
+    bias = model.trf_blocks[0].ff.layers[0].bias
+    loss = weigh(model(some_ids()))
+    with torch.no_grad():
+        bias.add_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, bias, create_graph=True)
+
+
+def test_a_frozen_weight_changed_before_backward_where_no_gradient_needs_it():
+    """The input of the head learns nothing, so its weight's values are not needed."""
+    grads = []
+    for model in pair():
+        model.requires_grad_(False)
+        model.out_head.weight.requires_grad_(True)
+        loss = weigh(model(some_ids()))
+        with torch.no_grad():
+            model.out_head.weight.mul_(2)
+        loss.backward()
+        grads.append({"head": model.out_head.weight.grad})
+    assert_same(*grads)
+
+
 def test_activations_kept_elsewhere():
     grads = []
     for model in pair():

@@ -179,7 +179,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x, weight, bias, eps):
         y, mean, rstd = _forward(kernels, x, weight, bias, eps, stats=True)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        # A bias's values are not needed: through .data it may change before backward.
+        ctx.save_for_backward(x, mean, rstd, weight, bias.data)
         ctx.kernels = kernels
         return y
 
@@ -200,7 +201,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd = _forward_add(
             kernels, x, branch, weight, bias, eps, dropout_p, seed, stats=True
         )
-        ctx.save_for_backward(total, mean, rstd, weight, bias)
+        ctx.save_for_backward(total, mean, rstd, weight, bias.data)
         ctx.kernels, ctx.branch, ctx.drop = kernels, branch.dtype, (dropout_p, seed)
         return y, total
 
