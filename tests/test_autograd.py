@@ -192,6 +192,36 @@ def test_double_backward():
     assert_same(*seconds, rtol=1e-3, atol=1e-3)
 
 
+def tied(model):
+    model.out_head.weight = model.tok_emb.weight
+
+
+def tied_inside_a_block(model):
+    att = model.trf_blocks[0].att
+    att.W_value.weight = att.W_query.weight
+
+
+def the_same_block_twice(model):
+    model.trf_blocks[1] = model.trf_blocks[0]
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("tie", [tied, tied_inside_a_block, the_same_block_twice])
+def test_double_backward_of_parameters_in_two_places(tie, own_loss):
+    results = []
+    for model in pair():
+        tie(model)
+        params, ids = list(model.parameters()), some_ids()
+        if own_loss and isinstance(model, fastgpt.GPTModel):
+            loss = model.loss(ids, ids)
+        else:
+            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), params)])
+    assert_same(*results, atol=1e-4)
+
+
+
 def tangents(model):
     torch.manual_seed(4)
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}

@@ -104,10 +104,13 @@ class _TransformerBlock(torch.autograd.Function):
 
 
 def _differentiable_gradients(dy, x, p, n_heads, eps, wanted):
-    """By taking the block apart again in PyTorch's operations."""
-    inputs = [t for t, want in zip((x, *p.flat()), wanted, strict=True) if want]
+    """By taking the block apart again in PyTorch's operations. Views of the tensors, so that one
+    which stands in two places, or which x came from, has each place's own gradient.
+    """
     with torch.enable_grad():
-        y = _torch(x, p, n_heads, eps)
+        x, *flat = (None if t is None else t.view_as(t) for t in (x, *p.flat()))
+        y = _torch(x, Block.of(flat), n_heads, eps)
+        inputs = [t for t, want in zip((x, *flat), wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
