@@ -205,6 +205,16 @@ def the_same_block_twice(model):
     model.trf_blocks[1] = model.trf_blocks[0]
 
 
+def test_double_backward_in_bfloat16():
+    seconds = []
+    for model in (pair(n_layers=1)[0].to(dtype) for dtype in (torch.bfloat16, torch.float32)):
+        x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+        x = x.to(model.final_norm.scale.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(weigh(model.final_norm(x)), x, create_graph=True)
+        seconds.append(torch.autograd.grad(dx.square().sum(), x)[0].float())
+    torch.testing.assert_close(*seconds, rtol=0.05, atol=0.05 * seconds[1].abs().max().item())
+
+
 @pytest.mark.parametrize("own_loss", [False, True])
 @pytest.mark.parametrize("tie", [tied, tied_inside_a_block, the_same_block_twice])
 def test_double_backward_of_parameters_in_two_places(tie, own_loss):
@@ -219,7 +229,6 @@ def test_double_backward_of_parameters_in_two_places(tie, own_loss):
         grads = torch.autograd.grad(loss, params, create_graph=True)
         results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), params)])
     assert_same(*results, atol=1e-4)
-
 
 
 def tangents(model):

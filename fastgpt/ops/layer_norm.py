@@ -145,9 +145,13 @@ def _forward_add(kernels, x, branch, weight, bias, eps, dropout_p, seed, stats):
 def _formulas(dy, saved, wanted):
     """The gradients of x, weight and bias by an operation that is differentiable itself."""
     x, mean, rstd, weight, bias = saved
-    return torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean, rstd, weight, bias, list(wanted)
+    wide = [t.to(mean.dtype) for t in (dy, x, weight, bias)]  # the statistics are float32
+    found = torch.ops.aten.native_layer_norm_backward(
+        *wide[:2], x.shape[-1:], mean, rstd, *wide[2:], list(wanted)
     )
+    return [
+        g if g is None else g.to(t.dtype) for g, t in zip(found, (x, weight, bias), strict=True)
+    ]
 
 
 def _backward(kernels, dy, saved, wanted, dtotal=None, branch=None, dropout_p=0.0, seed=0):
