@@ -209,7 +209,7 @@ def longer_feed_forward(patient, which):
 OPTIONS = {"padding_idx": 1, "max_norm": 1.0, "scale_grad_by_freq": True}
 
 
-@step(which=WHICH, name=Each(OPTIONS))
+@step(which=Each([0, 1]), name=Each(OPTIONS))
 def embedding_option(patient, which, name):
     setattr(picked(patient.model, which, is_a("Embedding")), name, OPTIONS[name])
 

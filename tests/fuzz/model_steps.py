@@ -257,10 +257,12 @@ WAYS = {
 }
 
 
-@step(which=WHICH, way=Each(WAYS))
+@step(which=st.none() | WHICH, way=Each(WAYS))
 def change_weight(patient, which, way):
-    _, _, p = any_parameter(patient.model, which)
-    WAYS[way](p, like(p))
+    """One, or all."""
+    model = patient.model
+    for p in model.parameters() if which is None else [any_parameter(model, which)[2]]:
+        WAYS[way](p, like(p))
 
 
 @step(which=WHICH)

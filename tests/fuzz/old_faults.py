@@ -290,7 +290,7 @@ def search(rounds=1000, seconds=math.inf, plans=()):
 
 def main():
     torch.set_warn_always(True)
-    names = sys.argv[1:] or ["none", *FAULTS]
+    names = sys.argv[1:] or FAULTS
     for name in names:
         with pytest.MonkeyPatch.context() as patch:
             FAULTS.get(name, lambda _: None)(patch)

@@ -186,9 +186,9 @@ def training(patient, seed, T, n, clip, momentum):
         return {"losses": torch.stack(losses), "after": model(ids)}
 
 
-@use(which=WHICH, T=T, own=st.booleans())
+@use(which=st.just(-1) | WHICH, T=T, own=st.booleans())
 def change_before_backward(patient, which, T, own):
-    """The gradients, unless the changed parameter's values go into one."""
+    """The gradients, unless the changed parameter's values go into one. The last one is the head's."""
     model, ids = patient.model, ids_of(patient, 1, T, 0)
     owner, leaf, p = any_parameter(model, which)
     if kept_to_save_memory(model, owner, leaf):
