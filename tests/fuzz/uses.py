@@ -188,7 +188,7 @@ def training(patient, seed, T, n, clip, momentum):
 
 @use(which=st.just(-1) | WHICH, T=T, own=st.booleans())
 def change_before_backward(patient, which, T, own):
-    """The gradients, unless the changed parameter's values go into one. The last one is the head's."""
+    """The gradients, unless the changed parameter's values go into one; -1 is the head's weight."""
     model, ids = patient.model, ids_of(patient, 1, T, 0)
     owner, leaf, p = any_parameter(model, which)
     if kept_to_save_memory(model, owner, leaf):
