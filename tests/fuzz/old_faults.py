@@ -209,8 +209,8 @@ def the_bias_of_the_head_in_the_loss(patch):
 
 
 @fault
-def default_dtype(patch):
-    """Of buffers that C++ writes float32 into."""
+def dtype_of_a_result(patch):
+    """Of what C++ writes: torch's default, whatever the model's is."""
     patch.setattr(forward, "_FLOAT32", {"device": "cpu"})
     empty = torch.empty
 
