@@ -107,6 +107,56 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error(name, own_los
             loss.backward()
 
 
+BIASES = [
+    "trf_blocks.0.att.W_key.bias",
+    "trf_blocks.0.att.out_proj.bias",
+    "trf_blocks.1.ff.layers.0.bias",
+    "trf_blocks.1.ff.layers.2.bias",
+    "final_norm.shift",
+]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_changed_between_forward_and_backward_is_none_of_its_business(name, hooked):
+    if hooked and name == "trf_blocks.1.ff.layers.0.bias":
+        pytest.skip("GELU alone keeps its input and the bias rather than their sum")
+    grads = []
+    for model in pair():
+        if hooked:  # so that no block runs as one operation
+            for block in model.trf_blocks:
+                block.att.register_forward_hook(lambda *_: None)
+        loss = weigh(model(some_ids()))
+        with torch.no_grad():
+            model.get_parameter(name).add_(2)
+        grads.append(grads_of(model, loss))
+    assert_same(*grads)
+
+
+def test_a_second_derivative_refuses_a_bias_changed_after_the_forward_pass():
+    model = pair()[0]
+    bias = model.trf_blocks[0].ff.layers[0].bias
+    loss = weigh(model(some_ids()))
+    with torch.no_grad():
+        bias.add_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, bias, create_graph=True)
+
+
+def test_a_frozen_weight_changed_before_backward_where_no_gradient_needs_it():
+    """The input of the head learns nothing, so its weight's values are not needed."""
+    grads = []
+    for model in pair():
+        model.requires_grad_(False)
+        model.out_head.weight.requires_grad_(True)
+        loss = weigh(model(some_ids()))
+        with torch.no_grad():
+            model.out_head.weight.mul_(2)
+        loss.backward()
+        grads.append({"head": model.out_head.weight.grad})
+    assert_same(*grads)
+
+
 def test_activations_kept_elsewhere():
     grads = []
     for model in pair():
@@ -140,6 +190,45 @@ def test_double_backward():
             dict(zip(params, torch.autograd.grad(norm, list(params.values())), strict=True))
         )
     assert_same(*seconds, rtol=1e-3, atol=1e-3)
+
+
+def tied(model):
+    model.out_head.weight = model.tok_emb.weight
+
+
+def tied_inside_a_block(model):
+    att = model.trf_blocks[0].att
+    att.W_value.weight = att.W_query.weight
+
+
+def the_same_block_twice(model):
+    model.trf_blocks[1] = model.trf_blocks[0]
+
+
+def test_double_backward_in_bfloat16():
+    seconds = []
+    for model in (pair(n_layers=1)[0].to(dtype) for dtype in (torch.bfloat16, torch.float32)):
+        x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+        x = x.to(model.final_norm.scale.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(weigh(model.final_norm(x)), x, create_graph=True)
+        seconds.append(torch.autograd.grad(dx.square().sum(), x)[0].float())
+    torch.testing.assert_close(*seconds, rtol=0.05, atol=0.05 * seconds[1].abs().max().item())
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("tie", [tied, tied_inside_a_block, the_same_block_twice])
+def test_double_backward_of_parameters_in_two_places(tie, own_loss):
+    results = []
+    for model in pair():
+        tie(model)
+        params, ids = list(model.parameters()), some_ids()
+        if own_loss and isinstance(model, fastgpt.GPTModel):
+            loss = model.loss(ids, ids)
+        else:
+            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), params)])
+    assert_same(*results, atol=1e-4)
 
 
 def tangents(model):

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from helpers import assert_as_exact
-from pairs import some_ids
+from pairs import pair, some_ids
 from quantized_models import quantized
 from test_generation import _models
 from torch import nn
@@ -180,3 +180,14 @@ def test_nothing_to_score():
     ours, _ = _models()
     assert fastgpt.score(ours, []) == []
     assert [len(one) for one in fastgpt.score(ours, [[1], [2]])] == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
+def test_scores_and_losses_are_float32_whatever_the_head_is():
+    """Logits of a head with a bias are held, in the model's dtype."""
+    model, ids = pair()[0].to(torch.bfloat16), some_ids()
+    model.out_head = torch.nn.Linear(48, 61, dtype=torch.bfloat16)
+    for path in ("cpu", "reference"):
+        with fastgpt.use_backend(path):
+            assert model.loss(ids, ids).dtype == torch.float32
+            assert fastgpt.score(model, ids)[0].dtype == torch.float32

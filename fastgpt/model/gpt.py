@@ -187,7 +187,7 @@ class GPTModel(nn.Module):
             reduction: "mean" over the targets that count, "sum" or "none".
 
         Returns:
-            A scalar, or [B, T] for "none".
+            A scalar, or [B, T] for "none"; float64 for logits in that, else float32.
 
         Raises:
             TypeError: the ids or the targets are not integers.
@@ -214,6 +214,7 @@ class GPTModel(nn.Module):
             return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits, labels = logits.flatten(0, 1), targets.flatten().long()
         loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss

@@ -145,9 +145,13 @@ def _forward_add(kernels, x, branch, weight, bias, eps, dropout_p, seed, stats):
 def _formulas(dy, saved, wanted):
     """The gradients of x, weight and bias by an operation that is differentiable itself."""
     x, mean, rstd, weight, bias = saved
-    return torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean, rstd, weight, bias, list(wanted)
+    wide = [t.to(mean.dtype) for t in (dy, x, weight, bias)]  # the statistics are float32
+    found = torch.ops.aten.native_layer_norm_backward(
+        *wide[:2], x.shape[-1:], mean, rstd, *wide[2:], list(wanted)
     )
+    return [
+        g if g is None else g.to(t.dtype) for g, t in zip(found, (x, weight, bias), strict=True)
+    ]
 
 
 def _backward(kernels, dy, saved, wanted, dtotal=None, branch=None, dropout_p=0.0, seed=0):
@@ -179,7 +183,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x, weight, bias, eps):
         y, mean, rstd = _forward(kernels, x, weight, bias, eps, stats=True)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        # A bias's values are not needed: through .data it may change before backward.
+        ctx.save_for_backward(x, mean, rstd, weight, bias.data)
         ctx.kernels = kernels
         return y
 
@@ -200,7 +205,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd = _forward_add(
             kernels, x, branch, weight, bias, eps, dropout_p, seed, stats=True
         )
-        ctx.save_for_backward(total, mean, rstd, weight, bias)
+        ctx.save_for_backward(total, mean, rstd, weight, bias.data)
         ctx.kernels, ctx.branch, ctx.drop = kernels, branch.dtype, (dropout_p, seed)
         return y, total
 

@@ -105,7 +105,9 @@ def _forward(kernels, x, weight, bias, owner, **how):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x, weight, bias, owner):
-        ctx.save_for_backward(x, weight)
+        # What no gradient needs the values of may change before backward, which .data lets it.
+        _, for_x, for_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else x.data, weight if for_x else weight.data)
         ctx.kernels, ctx.owner = kernels, owner
         return _forward(kernels, x, weight, bias, owner)
 

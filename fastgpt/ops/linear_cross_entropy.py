@@ -168,6 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:3]
         if not dispatch.first_order(None, dloss):
             with torch.enable_grad():
+                x, weight = x.view_as(x), weight.view_as(weight)  # x may come from the weight
                 loss = _differentiable(x, weight, targets, *ctx.rest)
                 inputs = [t for t, want in zip((x, weight), wanted, strict=True) if want]
                 found = iter(torch.autograd.grad(loss, inputs, dloss, create_graph=True))

@@ -14,6 +14,7 @@ from fastgpt.cpu.transformer_block import Dropouts, transformer_block_backward
 from fastgpt.cpu.transformer_block import transformer_block as cpu_forward
 from fastgpt.ops.causal_attention import weights as attention_weights
 from fastgpt.ops.dropout_seed import draw_seeds, refuse_double_backward
+from fastgpt.torch_state import version
 
 
 def transformer_block(
@@ -64,6 +65,9 @@ def transformer_block(
     return _TransformerBlock.apply(x, how, fields, *parameters.flat())
 
 
+_BIASES = (3, 5, 7, 9, 13, 15)  # of the linear layers, in a flat Block
+
+
 class _TransformerBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, how, fields, *flat):
@@ -71,13 +75,17 @@ class _TransformerBlock(torch.autograd.Function):
         inside = x.contiguous()
         y = torch.empty_like(inside)
         kept = cpu_forward(inside, Block.of(flat), n_heads, y, drops, eps, narrow, owner, fields)
-        ctx.save_for_backward(x, *flat, kept)
+        # The first derivative does not need the values of these, which may change before it.
+        ctx.biases = [(flat[i], None if flat[i] is None else version(flat[i])) for i in _BIASES]
+        ctx.save_for_backward(x, *(None if i in _BIASES else p for i, p in enumerate(flat)), kept)
         ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, *flat, kept = ctx.saved_tensors
+        for i, (bias, _) in zip(_BIASES, ctx.biases, strict=True):
+            flat[i] = bias
         n_heads, drops, eps, narrow, owner = ctx.how
         p, want_x, rest = Block.of(flat), ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         if dispatch.first_order(None, dy):
@@ -86,15 +94,23 @@ class _TransformerBlock(torch.autograd.Function):
             found = (dx, *grads.flat())
         else:
             refuse_double_backward(max(drops.attention_p, drops.shortcut_p))
+            if any(bias is not None and version(bias) != then for bias, then in ctx.biases):
+                raise RuntimeError(
+                    "a second derivative needs the biases of the forward pass, and one of them has "
+                    "been modified by an inplace operation"
+                )
             found = _differentiable_gradients(dy, x, p, n_heads, eps, (want_x, *rest))
         return found[0], None, None, *found[1:]
 
 
 def _differentiable_gradients(dy, x, p, n_heads, eps, wanted):
-    """By taking the block apart again in PyTorch's operations."""
-    inputs = [t for t, want in zip((x, *p.flat()), wanted, strict=True) if want]
+    """By taking the block apart again in PyTorch's operations. Views of the tensors, so that one
+    which stands in two places, or which x came from, has each place's own gradient.
+    """
     with torch.enable_grad():
-        y = _torch(x, p, n_heads, eps)
+        x, *flat = (None if t is None else t.view_as(t) for t in (x, *p.flat()))
+        y = _torch(x, Block.of(flat), n_heads, eps)
+        inputs = [t for t, want in zip((x, *flat), wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if want else None for want in wanted]
 

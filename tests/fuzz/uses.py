@@ -14,7 +14,8 @@ import fastgpt
 from fastgpt import reference
 from fastgpt.model.generation import new_cache
 
-from .surgery import any_parameter, in_place, like
+from .model_steps import in_place
+from .surgery import any_parameter, is_feed_forward, like
 
 
 class Unsuitable(Exception):
@@ -27,7 +28,7 @@ class Use(NamedTuple):
 
 
 USES = {}
-B, T, SEED, WHICH = st.integers(1, 3), st.integers(1, 9), st.integers(0, 3), st.integers(0, 40)
+B, T, SEED, WHICH = st.integers(1, 3), st.integers(1, 6), st.integers(0, 3), st.integers(0, 40)
 MODES = ["grad", "no_grad", "inference", "autocast", "autocast_no_grad"]
 
 
@@ -123,6 +124,19 @@ def backward(patient, B, T, seed, autocast, again, twice):
     return found
 
 
+def own_loss(model, ids, targets, **rule):
+    """By ``loss`` of ours."""
+    f = type(model).loss if hasattr(model, "loss") else cross_entropy
+    return f(model, ids, targets, **rule)
+
+
+def cross_entropy(model, ids, targets, **rule):
+    """In float32 at least, as ``loss`` of ours."""
+    logits = model(ids).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets.flatten(), **rule)
+
+
 @use(
     B=B,
     T=T,
@@ -131,19 +145,18 @@ def backward(patient, B, T, seed, autocast, again, twice):
     reduction=st.sampled_from(["mean", "sum", "none"]),
     ignored=st.sampled_from([-100, 1]),
     grad=st.booleans(),
+    twice=st.booleans(),
 )
-def loss(patient, B, T, seed, autocast, reduction, ignored, grad):
+def loss(patient, B, T, seed, autocast, reduction, ignored, grad, twice):
     model, ids = patient.model, ids_of(patient, B, T, seed)
     targets = ids_of(patient, B, T, seed + 1)
     targets[:, 0] = ignored
     rule = {"ignore_index": ignored, "reduction": reduction}
     with mode_of("autocast" if autocast else "grad", model), torch.set_grad_enabled(grad):
-        if hasattr(model, "loss"):
-            value = model.loss(ids, targets, **rule)
-        else:
-            value = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), **rule)
-    value = value.flatten()
+        value = own_loss(model, ids, targets, **rule).flatten()
     if grad and T > 1:  # the mean of no target is NaN
+        if twice:
+            weigh(value).backward(retain_graph=True)
         weigh(value).backward()
     found = {"loss": value.detach(), **gradients(model)}
     model.zero_grad()
@@ -173,20 +186,28 @@ def training(patient, seed, T, n, clip, momentum):
         return {"losses": torch.stack(losses), "after": model(ids)}
 
 
-@use(which=WHICH, T=T, own=st.booleans())
+@use(which=st.just(-1) | WHICH, T=T, own=st.booleans())
 def change_before_backward(patient, which, T, own):
+    """The gradients, unless the changed parameter's values go into one; -1 is the head's weight."""
     model, ids = patient.model, ids_of(patient, 1, T, 0)
-    _, _, p = any_parameter(model, which)
-    if own and hasattr(model, "loss"):
-        value = model.loss(ids, ids)
-    else:
-        value = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+    owner, leaf, p = any_parameter(model, which)
+    if kept_to_save_memory(model, owner, leaf):
+        raise Unsuitable
+    value = own_loss(model, ids, ids) if own else cross_entropy(model, ids, ids)
     in_place(p, p * 0.9)
     try:
         value.backward()
         return {"loss": value.detach(), **gradients(model)}
     finally:
         model.zero_grad()
+
+
+def kept_to_save_memory(model, owner, leaf):
+    """Whether ours may need a parameter's values where the book's keeps a sum that has them: in the
+    norms, as PyTorch's own does, and in front of GELU.
+    """
+    ups = [m.layers[0] for m in model.modules() if is_feed_forward(m)]
+    return leaf == "shift" or (leaf == "bias" and owner in ups)
 
 
 @use(T=T, seed=SEED, reentrant=st.booleans())
@@ -208,6 +229,9 @@ def embedded(patient, T, seed):
 
 
 def functional(model, params, ids):
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if len(names) > len(list(model.modules())):  # PyTorch leaves its own tensors in such a module
+        raise Unsuitable
     return torch.func.functional_call(model, params, (ids,))
 
 
@@ -226,7 +250,8 @@ def functional_grad(patient, T, seed, per_sample):
         return weigh(functional(patient.model, params, ids if ids.dim() > 1 else ids[None]))
 
     f, ids = torch.func.grad(value), ids_of(patient, 2, T, seed)
-    return torch.func.vmap(f, (None, 0))(params, ids) if per_sample else f(params, ids)
+    found = torch.func.vmap(f, (None, 0))(params, ids) if per_sample else f(params, ids)
+    return {f"grad {n}": g for n, g in found.items()}
 
 
 @use(T=T, seed=SEED)
@@ -237,15 +262,15 @@ def forward_mode(patient, T, seed):
     return dict(zip(["output", "tangent"], torch.func.jvp(f, (params,), (tangents,)), strict=True))
 
 
-@use(T=T, seed=SEED)
-def double_backward(patient, T, seed):
-    model = patient.model
+@use(T=T, seed=SEED, own=st.booleans())
+def double_backward(patient, T, seed, own):
+    model, ids = patient.model, ids_of(patient, 1, T, seed)
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    value = weigh(model(ids_of(patient, 1, T, seed)))
+    value = own_loss(model, ids, ids) if own else weigh(model(ids))
     first = torch.autograd.grad(value, list(learning.values()), create_graph=True)
     norm = sum(g.square().sum() for g in first)
     second = torch.autograd.grad(norm, list(learning.values()), allow_unused=True)
-    return {n: g for n, g in zip(learning, second, strict=True) if g is not None}
+    return {f"grad {n}": g for n, g in zip(learning, second, strict=True) if g is not None}
 
 
 @use(T=T, seed=SEED, grad=st.booleans(), traced=st.integers(0, 19))
@@ -291,7 +316,12 @@ def sampled(patient, T, seed, new, context, **how):
     ids = ids_of(patient, 1, T, seed)
     ours = isinstance(patient.model, fastgpt.GPTModel)
     f = fastgpt.generate if ours else reference.generate
-    rows = f(patient.model, ids, new, context, **how)
+    try:
+        rows = f(patient.model, ids, new, context, **how)
+    except RuntimeError as error:
+        if "k out of range" in str(error):  # of fewer classes, which ours takes all
+            raise Unsuitable from error
+        raise
     return {"tokens": rows} if how["temperature"] else Tokens(rows.tolist(), T, context)
 
 
@@ -344,6 +374,8 @@ def scored(model, text, context, stride):
 def cached(patient, B, pieces, seed, own):
     """Tokens fed in pieces, against all at once."""
     model = patient.model
+    if sum(pieces) > model.pos_emb.weight.shape[0]:  # which the first pieces are not
+        raise Unsuitable
     ids = ids_of(patient, B, sum(pieces), seed)
     if not isinstance(model, fastgpt.GPTModel):
         return {"output": model(ids).detach()}
