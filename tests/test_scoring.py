@@ -187,7 +187,7 @@ def test_scores_and_losses_are_float32_whatever_the_head_is():
     """Logits of a head with a bias are held, in the model's dtype."""
     model, ids = pair()[0].to(torch.bfloat16), some_ids()
     model.out_head = torch.nn.Linear(48, 61, dtype=torch.bfloat16)
-    for path in ("cpu", "reference"):
+    for path in ("auto", "reference"):
         with fastgpt.use_backend(path):
             assert model.loss(ids, ids).dtype == torch.float32
             assert fastgpt.score(model, ids)[0].dtype == torch.float32
