@@ -23,6 +23,7 @@ from benchmarks import (
 from fastgpt.bench.formatting import UNTRUSTED, Row, comparison, doubts
 from fastgpt.bench.machine import machine_line
 from fastgpt.bench.measure import timed
+from fastgpt.tokenizer import EncodingError
 
 OPERATIONS = {
     "embedding": bench_embedding.CASES,
@@ -69,7 +70,11 @@ def measured(operation: str) -> Iterator[Row]:
     for name, build in OPERATIONS[operation].items():
         print(name, file=sys.stderr, flush=True)
         torch.manual_seed(123)
-        case = build()
+        try:
+            case = build()
+        except EncodingError as error:
+            print(f"  left out: {error}", file=sys.stderr, flush=True)
+            continue
         case.check()
         figures, reasons = timed(case)
         for peer, reason in reasons.items():
