@@ -52,7 +52,7 @@ def guards(monkeypatch):
 
 def kept(seed, p, *shape):
     """What a dropout multiplies by, and a function that has it drawn once more."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return philox.keep(draw_seeds(p)[0], shape, p) if p > 0 else torch.ones(shape).double()
 
 
@@ -67,7 +67,7 @@ def takes(x, weight, bias=None):
 
 def seeded(seed, f):
     def run(*tensors):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return f(*tensors)
 
     return run
@@ -147,7 +147,7 @@ def test_embedding(guards, B, T, D, V, past, dtype, seed, layouts, mask, n, p, i
     guards.clear()
     draw, C = numbers(seed), past + T + V % 3
     tensors = [draw(V, D).to(dtype), draw(C, D).to(dtype)]
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     idx = guards.place(torch.randint(V, (B, T)).to(ids), layouts[-1]._replace(expanded=-1))
     keep = kept(seed, p, B, T, D) if B * T else torch.ones(B, T, D).double()
 
@@ -185,7 +185,7 @@ def test_linear_cross_entropy(guards, N, D, V, dtype, seed, layouts, mask, n, re
     guards.clear()
     draw = numbers(seed)
     tensors = [draw(N, D).to(dtype), draw(V, D).to(dtype)]
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     targets = torch.randint(V, (N,))
     targets[torch.rand(N) < 0.2] = ignored
     if ignored >= V:
