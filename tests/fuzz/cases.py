@@ -39,6 +39,7 @@ _SIBLINGS_IN_NORM = 50  # which leaves less to luck
 _LARGEST = 1 << 16  # numbers in a case
 _SMALL = 1 << 12  # numbers up to which a case runs on every instruction set
 _LUCK = 8  # times the allowed error, past which no luck explains it ..
+_OF_FLOAT64 = 1e-14  # where 1 + tanh(x) is nothing but its rounding, of numbers around 1
 _FEW = 3  # .. once so many siblings were measured: PyTorch's error may be nought by chance
 _OF_LAYOUTS = 64  # times PyTorch's measure, of which its own may be off on another layout
 
@@ -180,7 +181,7 @@ class Rule:
         measure, largest = (
             math.hypot(*(each[name] for name in names)) for each in (self.measure, self.largest)
         )
-        return self.times * (TIMES * measure + torch.finfo(dtype).eps * largest)
+        return self.times * (TIMES * measure + torch.finfo(dtype).eps * largest) + _OF_FLOAT64
 
     def _error(self, got, exact):
         """Where the exact result is finite."""
