@@ -186,6 +186,8 @@ def test_whole_pass(
     head, vocab, _ = sizes
     if kind in KINDS:
         head = (3, kind[1]) if kind[1] == 32 else (3, 64)
+    elif kind != "float32" and head[0] * head[1] < 16:
+        head = (4, 5)  # of a few numbers a norm is little more than their signs
     ours, book = models(guards, seed, (head, vocab, T + 1), layers, biased, tied, kind, by_column)
     torch.default_generator.manual_seed(seed)
     idx = torch.randint(vocab, (B, T))
