@@ -37,7 +37,7 @@ inline float cross_entropy_row(float* logits, int64_t n, int64_t target, int64_t
         for_each_vec(n, [&](int64_t j, int64_t c) { store_part(logits + j, load_part(logits + j, c) * factor, c); });
         logits[target] -= upstream;
     }
-    return top + logf(sums) - at_target;
+    return top - at_target + logf(sums);  // exact where the target's is near the greatest
 }
 
 constexpr int64_t kLossChunk = 512;  // rows whose logits exist at a time

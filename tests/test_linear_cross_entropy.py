@@ -37,6 +37,17 @@ def test_loss_and_gradients(path, reduction, rows, width, vocab):
     check_operation(ours, theirs, [torch.randn(rows, width), torch.randn(vocab, width)], upstream)
 
 
+def test_losses_of_confident_rows(path):
+    """Are small beside the logits that they are differences of."""
+    logits = 3 * torch.randn(64, 50) + 20
+    logits[:, 7] = 40
+    targets, eye = torch.full((64,), 7), torch.eye(50)
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    theirs = (F.cross_entropy(logits, targets, reduction="none") - exact).abs().max()
+    ours = (linear_cross_entropy(logits, eye, targets, reduction="none") - exact).abs().max()
+    assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * exact.max()
+
+
 def test_more_rows_than_a_chunk(path):
     """1100 rows are three chunks; large and tiny logits."""
     targets = _targets(1100, 50)

@@ -130,6 +130,7 @@ def _by_chunks(
         logits = (x[part] @ weight.mT).to(loss.dtype)
         counts = targets[part] != ignore_index
         labels = targets[part].where(counts, 0)[:, None]
+        logits -= logits.amax(1, keepdim=True)  # the loss may be small beside what it differs by
         lse = logits.logsumexp(1)
         loss[part] = (lse - logits.gather(1, labels)[:, 0]).where(counts, 0)
         if upstream is None:

@@ -175,6 +175,8 @@ class Rule:
             moved = [self._moved(t) for t in self.tensors]
             more = self._errors(*self._both(moved, self.upstream))
             self.measure = {key: max(e, more[key]) for key, e in self.measure.items()}
+        if not math.isfinite(allowed):  # PyTorch's own has passed its dtype's largest number
+            return
         assert error <= allowed, f"{label}: error {error:.3e}, allowed {allowed:.3e}"
 
     def _allowed(self, names, dtype):
@@ -228,8 +230,9 @@ def check(
     upstream = [guards.place(u, layout) for u, layout in zip(upstream, rest, strict=False)]
     dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
     fused = given[0].dtype is torch.float32 if kernels is None else kernels(*given)
+    times = 1 if fused else _OF_LAYOUTS
     with thread_count(1):
-        rule = Rule(theirs, dense, upstream, 1 if fused else _OF_LAYOUTS, in_norm)
+        rule = Rule(theirs, dense, upstream, times, in_norm)
     every = [True] * len(given)
     some = [bool(mask >> i & 1) for i in range(len(given))]
     for isa in isas_for(size, mask):
@@ -243,9 +246,17 @@ def check(
                     tried.count(f"calls of {name}")
                     tried.count("backward passes", int(any(wanted)))
                     guards.check(f"{label}, {n} threads")
+                rule.times = times * _chains(isa)
                 rule.check(found[0], label)
                 if fused:
                     same_bits(*found, f"{label}, {threads} threads")
+
+
+def _chains(isa):
+    """How much more the rounding of a sum may be than with PyTorch's vectors of 16: its chains are
+    as many times longer as the vectors are shorter, and errors grow as the root of that.
+    """
+    return {"baseline": 4, "neon": 4, "avx2": 2}.get(isa, 1) ** 0.5
 
 
 def isas_for(size, choice):
