@@ -89,6 +89,12 @@ def test_scale(path):
     torch.testing.assert_close(zero, means, atol=1e-6, rtol=1e-5)
 
 
+def test_a_scale_of_nought_weighs_all_alike(path):
+    q, k, v = _qkv(1, 2, 40, 16)
+    means = v.cumsum(2) / torch.arange(1, 41)[:, None]
+    torch.testing.assert_close(causal_attention(q, k, v, scale=0.0), means, atol=1e-6, rtol=1e-5)
+
+
 def test_a_later_token_changes_no_earlier_bit(path):
     q, k, v = _qkv(1, 2, 200, 24)
     y = causal_attention(q, k, v)

@@ -88,3 +88,5 @@ class TestOperation:
             ops.quantized_linear(torch.randn(2, 64), stored, dynamic=True)
         with pytest.raises(RuntimeError, match="shapes"):
             ops.quantized_linear(torch.randn(2, 32), stored)
+        with pytest.raises(TypeError, match="the weight's scale must be a tensor, got float"):
+            ops.quantized_linear(torch.randn(2, 64), stored._replace(scale=2.0))

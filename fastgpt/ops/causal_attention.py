@@ -68,8 +68,9 @@ def _torch(
 ) -> Tensor:
     """By PyTorch's operation; theirs: as ``vendor.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
-    # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own.
-    if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda):
+    # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own, and
+    # multiplies the infinity of the causal one by a scale of 0.
+    if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda) or scale == 0:
         return dropout(weights(q, k, scale), dropout_p) @ v
     if T == 1:  # one query sees every key
         mask: dict[str, Any] = {}

@@ -35,11 +35,14 @@ def quantized_linear(
         [..., n_out], in x's dtype, or autocast's.
 
     Raises:
-        TypeError: dynamic, and the weight is not an ``Int8Weight``.
+        TypeError: dynamic, and the weight is not an ``Int8Weight``; a part of it is no tensor.
         RuntimeError: the shapes do not fit each other, as PyTorch says it.
     """
     if dynamic and not isinstance(weight, Int8Weight):
         raise TypeError(f"dynamic takes an Int8Weight, got {type(weight).__name__}")
+    for name, part in zip(type(weight)._fields, weight, strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"the weight's {name} must be a tensor, got {type(part).__name__}")
     if dispatch.needs_grad(x, bias) or dispatch.transformed():
         return _QuantizedLinear.apply(x, bias, dynamic, *weight)
     return _product(x, weight, bias, dynamic)
