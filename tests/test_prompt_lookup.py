@@ -206,6 +206,7 @@ def test_guesses_that_fail_cost_two_per_cent(monkeypatch, each):
     assert clock.run(PromptLookup([0]), tokens, 5000) <= 5000 * 1.021 + 2
 
 
+# At half a pass a guess, a credit of one pass bounds the gain by 3 tokens in 2, after a start.
 @pytest.mark.parametrize(("each", "gain"), [(0.03, 5), (0.1, 4), (0.5, 1.45)])
 def test_a_text_that_goes_round_gains(monkeypatch, each, gain):
     tokens = [i % 11 for i in range(2000)]

@@ -109,21 +109,13 @@ def _hook(model):
     model.trf_blocks[0].att.register_forward_hook(lambda *_: None)
 
 
-def _lora(model):
-    class Wrapped(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x)
-
+def _wrapped(model):
     att = model.trf_blocks[0].att
-    att.W_query = Wrapped(att.W_query)
+    att.W_query = nn.Sequential(att.W_query)
 
 
 @pytest.mark.usefixtures("dispatched")
-@pytest.mark.parametrize("change", [_hook, _lora])
+@pytest.mark.parametrize("change", [_hook, _wrapped])
 def test_modified_models_go_text_by_text(packs, change):
     ours, book = pair(n_layers=1)
     change(ours)
