@@ -16,6 +16,10 @@ MORE_TESTS := tests/test_packed_pass.py tests/test_quantized_linear.py tests/tes
               tests/test_dropout.py tests/test_cache.py tests/test_scoring.py tests/fuzz/test_operations.py \
               tests/fuzz/test_passes.py
 
+# The extension as a Mac gets it, but for its processor: threads of our own, and a BLAS for products of many rows.
+AS_ON_A_MAC := build/as-on-a-mac
+MAC_TESTS := $(OP_TESTS) $(MORE_TESTS) tests/test_threads.py tests/test_batch_generation.py tests/fuzz/test_threads.py
+
 # A root folder of arm64 packages, and the package built for it. arm-short runs what takes seconds there.
 ARM := build/arm
 ARM_PYTHON := $(ARM)/root/usr/bin/python
@@ -25,10 +29,10 @@ arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_em
     tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
     tests/test_forward.py::test_threads_give_the_same_bits
 
-.PHONY: help setup venv demo test fuzz faults bench scaling figures sanitize sanitize-threads arm arm-short lint format \
-        dist clean
+.PHONY: help setup venv demo test fuzz faults bench scaling figures sanitize sanitize-threads as-on-a-mac arm \
+        arm-short lint format dist clean
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup venv: $(VENV)/.extension  ## the virtual environment, the dependencies and the extension
 
@@ -96,7 +100,13 @@ sanitize sanitize-threads: setup  ## the operations' tests under sanitizers; san
 	LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-	    $(BIN)/python tests/sanitized.py $(SANITIZED)/lib $(SANITIZERS) $(TESTS)
+	    $(BIN)/python tests/another_build.py $(SANITIZED)/lib $(SANITIZERS) $(TESTS)
+
+as-on-a-mac: setup  ## the operations' tests with our own threads, and OpenBLAS in Accelerate's place
+	@rm -rf $(AS_ON_A_MAC)
+	FASTGPT_OPENMP=0 FASTGPT_BLAS=OpenBLAS $(BIN)/python setup.py -q build \
+	    --build-base $(AS_ON_A_MAC) --build-lib $(AS_ON_A_MAC)/lib
+	$(BIN)/python tests/another_build.py $(AS_ON_A_MAC)/lib own-threads,OpenBLAS $(MAC_TESTS)
 
 $(ARM)/.installed: tests/arm/install tests/arm/python tests/arm/requirements.txt | $(VENV)/.installed
 	tests/arm/install $(ARM)/root $(PIP)

@@ -36,14 +36,32 @@ if WINDOWS:  # clang-cl, whose -Wall is every warning that it has; setuptools as
     compile_args, link_args = ["-Wextra", "/clang:-ffp-contract=off"], []
     compile_args += ["/openmp"] if X86 else []
 else:
-    compile_args, link_args = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off"], []
-    # Apple's compiler has no OpenMP: one thread there. ThreadSanitizer doesn't see OpenMP's waits.
-    if sys.platform != "darwin" and SANITIZE != "thread":
-        compile_args, link_args = [*compile_args, "-fopenmp"], ["-fopenmp"]
+    compile_args, link_args = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off"], ["-pthread"]
+    if sys.platform != "darwin":
+        link_args.append("-ldl")
 if SANITIZE:  # "address,undefined" or "thread"
     flags = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     compile_args += ["-g", "-O1", *flags]
     link_args += flags
+
+
+# Makes products of many rows. OpenBLAS shows on Linux that the code for Accelerate is right.
+BLAS = os.environ.get("FASTGPT_BLAS") or ("Accelerate" if sys.platform == "darwin" else "none")
+macros = [("FASTGPT_X86", "1")] if X86 else []
+if SANITIZE == "thread" or os.environ.get("FASTGPT_OPENMP") == "0":
+    macros.append(("FASTGPT_OWN_THREADS", "1"))  # ThreadSanitizer doesn't see how OpenMP's wait
+if BLAS == "Accelerate":
+    macros += [("FASTGPT_BLAS", '"Accelerate"'), ("FASTGPT_SGEMM", "cblas_sgemm")]
+    link_args += ["-framework", "Accelerate"]
+elif BLAS == "OpenBLAS":
+    import scipy_openblas32
+
+    macros += [("FASTGPT_BLAS", '"OpenBLAS"'), ("FASTGPT_SGEMM", "scipy_cblas_sgemm")]
+    macros.append(("FASTGPT_OPENBLAS", "1"))
+    folder = scipy_openblas32.get_lib_dir()
+    link_args += [f"-L{folder}", f"-Wl,-rpath,{folder}", f"-l{scipy_openblas32.get_library()}"]
+elif BLAS != "none":
+    raise SystemExit(f"FASTGPT_BLAS={BLAS}: it is Accelerate, OpenBLAS or none")
 
 
 class build_ext(pybind11_build_ext):
@@ -70,7 +88,7 @@ class build_ext(pybind11_build_ext):
             return self.compiler.compile(
                 ["csrc/kernels.cpp"],
                 output_dir=os.path.join(self.build_temp, isa),
-                macros=[("FASTGPT_ISA", isa)],
+                macros=[("FASTGPT_ISA", isa), *ext.define_macros],
                 extra_postargs=[*ext.extra_compile_args, *ISAS[isa]],
             )
 
@@ -82,9 +100,9 @@ class build_ext(pybind11_build_ext):
 
 extension = Pybind11Extension(
     "fastgpt._C",
-    ["csrc/bindings.cpp"],
+    ["csrc/bindings.cpp", "csrc/threads.cpp"],
     depends=["csrc/kernels.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
-    define_macros=[("FASTGPT_X86", "1")] if X86 else [],
+    define_macros=macros,
     extra_compile_args=compile_args,
     extra_link_args=link_args,
     cxx_std=17,

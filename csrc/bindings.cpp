@@ -27,6 +27,10 @@
 #include <cpuid.h>
 #endif
 
+#ifdef FASTGPT_OPENBLAS
+extern "C" void scipy_openblas_set_num_threads(int);
+#endif
+
 namespace py = pybind11;
 
 namespace fastgpt {
@@ -126,7 +130,8 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("instruction set " + name + " cannot run here");
 }
 
-// GNU OpenMP's worker threads do not survive a fork, and a parallel region in the child would wait for them for ever.
+// OpenMP's threads do not survive a fork, nor do our own, and a parallel region in the child would wait for them for
+// ever.
 std::atomic<bool> forked{false};
 
 std::atomic<int> most_threads{1 << 30};
@@ -286,6 +291,9 @@ void read_float32(uintptr_t block, int64_t size, int64_t piece, uintptr_t ends, 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     using namespace fastgpt;
     active = runnable().back();
+#ifdef FASTGPT_OPENBLAS
+    scipy_openblas_set_num_threads(1);  // ours share the blocks
+#endif
 #ifndef _WIN32
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
@@ -303,9 +311,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Calls use no more threads, and no more than the processors that the process may run on.");
     m.def("usable_threads", &usable, "How many of so many threads a call uses.");
 #ifdef _OPENMP
-    m.attr("openmp") = true;
+    m.def("has_openmp", [] { return true; });
 #else
-    m.attr("openmp") = false;
+    m.def("has_openmp", &has_openmp, "Whether threads are those of an OpenMP runtime, which torch has loaded.");
+#endif
+#ifdef FASTGPT_BLAS
+    m.attr("blas") = FASTGPT_BLAS;
+#else
+    m.attr("blas") = py::none();
 #endif
     m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });

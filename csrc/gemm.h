@@ -2,10 +2,10 @@
 // weight.
 //
 // Three ways to do it, chosen by the number of rows and by how W lies: dots (gemm_dots.h), stream (gemm_stream.h) and
-// tiles (gemm_tiles.h). W may be narrower than float32 (numbers.h): it is widened in registers where rows are few, and
-// while it is packed where they are many. Processors with dot products of narrow numbers (arithmetic.h) multiply
-// bfloat16 pairs where a weight is no wider than that, or where the caller allows it, and int8 where activations are
-// taken to it too.
+// tiles (gemm_tiles.h), which a BLAS replaces in builds that have one (gemm_blas.h). W may be narrower than float32
+// (numbers.h): it is widened in registers where rows are few, and while it is packed where they are many. Processors
+// with dot products of narrow numbers (arithmetic.h) multiply bfloat16 pairs where a weight is no wider than that, or
+// where the caller allows it, and int8 where activations are taken to it too.
 //
 // The same serves backward: the gradient of x is a product with W read the other way round, that of W a product of two
 // activations of which the first is read the other way round too, which only tiles can do.
@@ -14,6 +14,7 @@
 // so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
 #pragma once
 
+#include "gemm_blas.h"
 #include "gemm_dots.h"
 #include "gemm_stream.h"
 #include "gemm_tiles.h"
@@ -38,6 +39,8 @@ inline Way way_for(const Product& p) {
     if (p.w.col == 1) return p.m <= most_dots(p.w.format) && p.m * unit_row(p.k) <= kPreparedX ? kDots : kTiles;
     return p.m <= kMaxStreamM ? kStream : kTiles;
 }
+
+inline bool in_blas_blocks(const Product& p) { return way_for(p) == kTiles && by_blas(p); }
 
 // How many rows are taken together where all rows are to be alike.
 inline int64_t rows_alike(const Product& p) {
@@ -115,6 +118,7 @@ constexpr int64_t kStreamPiece = 512;   // columns likewise: shorter rows of W a
 // As many as a thread should have pieces, up to four, so that uneven threads finish together; as long as what each
 // piece does anew (packing W, rearranging x) makes the whole at most 3 % slower.
 inline Parts parts_of(const Product& p, int64_t threads) {
+    if (in_blas_blocks(p)) return {up(p.m, kBlasM), up(p.n, kBlasN)};
     if (threads == 1) return {1, 1};
     const Way way = way_for(p);
     // Of few rows the time is that of reading W: a number of one byte counts as a quarter of a row in float32.
@@ -166,10 +170,12 @@ inline Product part_of(Product p, int64_t m0, int64_t m, int64_t n0, int64_t n) 
 // prepared for the product's last piece is still there.
 [[maybe_unused]] static void run_product(const Product& whole, const Parts& parts, int64_t piece, float* workspace,
                                          bool again) {
+    const int64_t pm = piece / parts.n, pn = piece % parts.n;
+    if (in_blas_blocks(whole)) return run_blas_block(whole, pm, pn, ProductScratch(workspace));
     const Way way = way_for(whole);
-    const int64_t panels = up(whole.n, kPanel), pn = piece % parts.n;
+    const int64_t panels = up(whole.n, kPanel);
     const int64_t n0 = panels * pn / parts.n * kPanel, n1 = min(panels * (pn + 1) / parts.n * kPanel, whole.n);
-    const int64_t tiles_m = up(whole.m, kTileRows), pm = piece / parts.n;
+    const int64_t tiles_m = up(whole.m, kTileRows);
     const int64_t m0 = tiles_m * pm / parts.m * kTileRows, m1 = min(tiles_m * (pm + 1) / parts.m * kTileRows, whole.m);
     if (n0 >= n1 || m0 >= m1) return;
     const Product p = part_of(whole, m0, m1 - m0, n0, n1 - n0);

@@ -9,6 +9,12 @@ namespace fastgpt {
 // windows.h has macros for `min`, `max` and `small`.
 void yield_processor();
 
+// f(of, part, parts) on the calling thread and on up to parts - 1 others; in threads.cpp, as is whether they are
+// OpenMP's.
+bool has_openmp();
+typedef void (*PartOfRegion)(void* of, int64_t part, int64_t parts);
+void run_parts(int64_t parts, PartOfRegion f, void* of);
+
 struct AttentionShape {
     int64_t batch, heads, queries, keys, head_dim;
     // Elements between neighbours along batch, head and token; along head_dim neighbours are adjacent.

@@ -1,24 +1,14 @@
-// OpenMP, as the kernels use it. The thread count is the caller's (torch's), never OpenMP's own default; built
-// without OpenMP, everything runs on the calling thread.
+// Threads, as the kernels use them: those of threads.cpp, on Windows OpenMP's. Their number is the caller's (torch's),
+// never OpenMP's own default.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
 #include "kernels.h"
+#include "pause.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#define FASTGPT_PAUSE() _mm_pause()
-#elif defined(__aarch64__)
-#define FASTGPT_PAUSE() asm volatile("isb sy")  // a pause of the length of x86's; `yield` is none on most cores
-#else
-#define FASTGPT_PAUSE() static_cast<void>(0)
-#endif
-#ifdef __SANITIZE_THREAD__
-#include <thread>
-#include <vector>
-#elif defined(_OPENMP)  // declared here because omp.h may be that of another compiler
+#ifdef _OPENMP  // declared here because omp.h may be that of another compiler
 extern "C" int omp_get_thread_num(), omp_get_num_threads();
 #endif
 
@@ -28,32 +18,18 @@ namespace FASTGPT_ISA {
 constexpr int64_t kMaxThreads = 256;
 constexpr int kLooks = 2000;  // at a counter before a waiting thread leaves its core to others
 
-// f(part, parts) on each of at most `threads` threads at once; the runtime may grant fewer (nested regions, limits).
-// ThreadSanitizer cannot see how OpenMP's threads begin and end a region: it gets fresh ones, which begin together.
+// f(part, parts) on at most `threads` threads at once. OpenMP may grant fewer (nested regions, limits), and of our own
+// one that has not begun when the calling thread is done leaves its part out: parts share work, none has its own.
 template <class F>
-inline void parallel_region([[maybe_unused]] int64_t threads, F f) {
-#ifdef __SANITIZE_THREAD__
-    if (threads > 1) {
-        const int64_t parts = threads < kMaxThreads ? threads : kMaxThreads;
-        std::atomic<int64_t> begun{0};
-        const auto run = [&](int64_t part) {
-            for (++begun; begun < parts;) yield_processor();
-            f(part, parts);
-        };
-        std::vector<std::thread> others;
-        for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
-        run(0);
-        for (std::thread& other : others) other.join();
-        return;
-    }
-#elif defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads))
-        f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
-        return;
-    }
+inline void parallel_region(int64_t threads, F f) {
+    if (threads < 2) return f(int64_t{0}, int64_t{1});
+    const int64_t most = threads < kMaxThreads ? threads : kMaxThreads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(static_cast<int>(most))
+    f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
+#else
+    run_parts(most, [](void* of, int64_t part, int64_t parts) { (*static_cast<F*>(of))(part, parts); }, &f);
 #endif
-    f(int64_t{0}, int64_t{1});
 }
 
 // What the threads of a region have still to do. A job is a number of pieces; each thread has a queue with a share of

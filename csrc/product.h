@@ -53,7 +53,14 @@ constexpr int64_t kProductScratch = kBlockFloats + kTileRows * kPanel + kDotChun
 constexpr int64_t kPreparedRows = kPreparedM + 2 * kTileRows;  // whole tiles may take a few more
 constexpr int64_t kPreparedX = kPreparedRows * kBlockK;
 constexpr int64_t kRearrangedScratch = kPreparedX + kPreparedRows * (kBlockCols + 2);
-constexpr int64_t product_scratch(bool rearranges) { return kProductScratch + (rearranges ? kRearrangedScratch : 0); }
+#ifdef FASTGPT_SGEMM  // a BLAS's sums lie there too
+constexpr bool kBlas = true;
+#else
+constexpr bool kBlas = false;
+#endif
+constexpr int64_t product_scratch(bool rearranges) {
+    return kProductScratch + (rearranges || kBlas ? kRearrangedScratch : 0);
+}
 
 // A thread's scratch, parted.
 struct ProductScratch {

@@ -99,6 +99,7 @@ def _backend(name: str) -> Backend:
     elif name == "cpu":
         reason = _KERNELS[name].reason(None)
         isa = f"{cpu.isa()} (of {', '.join(cpu.isas())})" if reason is None else "not loaded"
+        isa += f", products of many rows by {cpu.blas()}" if reason is None and cpu.blas() else ""
         detail = (
             f"CPU tensors in float32, whole models and blocks also in bfloat16 and float16, "
             f"instruction set {isa}; other dtypes run on reference"

@@ -98,7 +98,8 @@ def compiled(compiler, *arguments):
 
 def kernels(setup, build):
     """setup.py's flags for the kernels of one build; pybind11 has added the C++ standard."""
-    return [*setup["compile_args"], *setup["ISAS"][build], f"-DFASTGPT_ISA={build}"]
+    macros = [f"-D{name}={value}" for name, value in setup["macros"]]
+    return [*setup["compile_args"], *setup["ISAS"][build], *macros, f"-DFASTGPT_ISA={build}"]
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -153,6 +154,11 @@ def test_the_bindings_compile_with_mingw(tmp_path):
     for folder in (include, pybind11.get_include()):
         flags += ["-isystem", folder]
     compiled(MINGW, *flags, "csrc/bindings.cpp")
+
+
+def test_threads_of_our_own_compile_with_mingw():
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    compiled(MINGW, *flags, "csrc/threads.cpp")
 
 
 def test_the_kernels_compile_for_macos(headers, tmp_path):

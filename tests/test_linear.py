@@ -54,6 +54,31 @@ def test_many_rows_are_summed_in_parts(path):
     check_operation(linear, F.linear, [x, w], [torch.randn(1700, 50)])
 
 
+@pytest.mark.parametrize("rows", [33, 300])
+@pytest.mark.parametrize("layout", [torch.clone, column_major])
+@pytest.mark.parametrize(("n_in", "n_out"), [(256, 192), (300, 800)])
+def test_products_that_a_blas_would_take(path, layout, rows, n_in, n_out):
+    tensors = [torch.randn(rows, n_in), layout(torch.randn(n_out, n_in)), torch.randn(n_out)]
+    for f, g in ((linear, F.linear), (linear_gelu, _gelu_of_linear)):
+        check_operation(f, g, tensors, [torch.randn(rows, n_out)])
+
+
+def _gelu_of_linear(*tensors):
+    return F.gelu(F.linear(*tensors), approximate="tanh")
+
+
+@pytest.mark.parametrize("isa", fastgpt.cpu.isas())
+@pytest.mark.parametrize("layout", [torch.clone, column_major])
+@pytest.mark.parametrize("rows", [65, 100, 257, 301])
+@torch.no_grad()
+def test_a_row_has_the_same_bits_among_any_number_of_rows(isa, layout, rows):
+    x, weight = torch.randn(600, 300), layout(torch.randn(800, 300))
+    with fastgpt.use_backend("cpu"), fastgpt.cpu.use_isa(isa):
+        y = linear(x, weight)
+        assert torch.equal(linear(x[:rows], weight), y[:rows])
+        assert torch.equal(linear(x[-rows:], weight), y[-rows:])
+
+
 @pytest.mark.parametrize("isa", fastgpt.cpu.isas())
 @pytest.mark.parametrize("rows", [3, 24, 129, 3000])
 def test_the_biass_gradient_is_rounded_once(isa, rows):

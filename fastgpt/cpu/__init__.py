@@ -3,7 +3,7 @@
 
 ``isas()`` lists the instruction sets that this machine can run, ``isa()`` names the active one (the
 last of them, or the one in ``FASTGPT_CPU_ISA``), ``use_isa(name)`` makes another active for a
-while.
+while, ``blas()`` names the BLAS of the build.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Before the extension, which links to libgomp.so.1: torch may be the only one to have it.
+# Whose OpenMP runtime the extension looks for.
 import torch  # noqa: F401
 
 from fastgpt.cpu import processors
 
 
 def _why_not_loaded(error: ImportError) -> str:
-    """Why there is no extension, and what to install."""
+    """Why there is no extension."""
     if isinstance(error, ModuleNotFoundError):
         return f"the C++ extension is missing: {error} (was there a C++ compiler at install?)"
-    reason = f"the C++ extension cannot be loaded: {error}"
-    if "libgomp" not in str(error):
-        return reason
-    return f"{reason}; install the system's libgomp (apt install libgomp1, or dnf install libgomp)"
+    return f"the C++ extension cannot be loaded: {error}"
 
 
 missing: str | None = None  # why there is no extension
@@ -45,7 +42,7 @@ if _C is not None and (allowed := processors.quota()):
 def _slower() -> str | None:
     """Why PyTorch's own form is or may be the faster one on this machine."""
     if sys.platform == "darwin":
-        return "it has not been timed on a Mac yet, where PyTorch has Accelerate and all cores"
+        return "it has not been timed on a Mac yet"
     if sys.platform == "win32":
         return "it has not been timed on Windows yet"
     if _C is not None and _C.isa() == "baseline":
@@ -85,6 +82,11 @@ def isas() -> list[str]:
 def isa() -> str | None:
     """The active instruction set; None without the extension."""
     return _C.isa() if missing_reason() is None else None
+
+
+def blas() -> str | None:
+    """The BLAS that makes products of many rows; None where the kernels do, or can't run."""
+    return _C.blas if missing_reason() is None else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,156 @@
+// The threads of the OpenMP runtime that torch has loaded, whatever its file is called, so that a process has one pool
+// of them; where there is none, threads of our own. On Windows the compiler calls torch's runtime.
+#ifndef _OPENMP
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "kernels.h"
+#include "pause.h"
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
+namespace fastgpt {
+namespace {
+
+constexpr int kLooks = 20000;  // for the next call, a fraction of a millisecond, before a helper sleeps
+
+template <class F>
+void find(F& f, [[maybe_unused]] const char* name) {
+#if defined(_WIN32) || defined(FASTGPT_OWN_THREADS)
+    f = nullptr;
+#else
+    f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+#endif
+}
+
+// GNU's entry points, which LLVM's runtime has too: what GCC makes of a parallel region calls the first.
+struct OpenMP {
+    void (*parallel)(void (*f)(void*), void* of, unsigned threads, unsigned flags);
+    int (*thread_num)(), (*num_threads)();
+
+    OpenMP() {
+        find(parallel, "GOMP_parallel");
+        find(thread_num, "omp_get_thread_num");
+        find(num_threads, "omp_get_num_threads");
+    }
+};
+
+const OpenMP& openmp() {
+    static const OpenMP found;
+    return found;
+}
+
+// What a calling thread and its helpers share.
+struct Crew {
+    std::mutex mutex;
+    std::condition_variable called, left;
+    std::atomic<uint64_t> calls{0};   // so far
+    std::atomic<int64_t> at_work{0};  // helpers
+    // Under the mutex: the call, the part that the next helper takes of it, and whether the calling thread has ended.
+    PartOfRegion f = nullptr;
+    void* of = nullptr;
+    int64_t parts = 0, next = 0;
+    bool over = false;
+};
+
+void help(const std::shared_ptr<Crew>& crew) {
+    uint64_t seen = 0;
+    for (;;) {
+        for (int looks = 0; looks < kLooks && crew->calls == seen; ++looks) FASTGPT_PAUSE();
+        std::unique_lock<std::mutex> lock(crew->mutex);
+        crew->called.wait(lock, [&] { return crew->calls != seen || crew->over; });
+        if (crew->over) return;
+        seen = crew->calls;
+        if (crew->next >= crew->parts) continue;
+        const int64_t part = crew->next++;
+        ++crew->at_work;
+        lock.unlock();
+        crew->f(crew->of, part, crew->parts);  // they stay as they are while anybody is at work
+        lock.lock();
+        if (--crew->at_work == 0) crew->left.notify_one();
+    }
+}
+
+int64_t process() {
+#ifdef _WIN32
+    return 0;
+#else
+    return getpid();
+#endif
+}
+
+// The calling thread's own, which sleep between its calls and end with it.
+class Helpers {
+  public:
+    Helpers() = default;
+    Helpers(const Helpers&) = delete;
+    Helpers& operator=(const Helpers&) = delete;
+
+    ~Helpers() {
+        if (process_ != process()) return;  // a fork leaves them behind, the mutex perhaps with one of them
+        const std::lock_guard<std::mutex> lock(crew->mutex);
+        crew->over = true;
+        crew->called.notify_all();
+    }
+
+    void be(int64_t number) {
+        try {
+            for (; number_ < number; ++number_) std::thread(help, crew).detach();
+        } catch (const std::system_error&) {  // no more threads are to be had: fewer do the work
+        }
+    }
+
+    const std::shared_ptr<Crew> crew = std::make_shared<Crew>();
+
+  private:
+    const int64_t process_ = process();
+    int64_t number_ = 0;
+};
+
+void run_on_our_own(int64_t parts, PartOfRegion f, void* of) {
+    thread_local Helpers helpers;
+    helpers.be(parts - 1);
+    Crew& crew = *helpers.crew;
+    {
+        const std::lock_guard<std::mutex> lock(crew.mutex);
+        crew.f = f, crew.of = of, crew.parts = parts, crew.next = 1;
+        ++crew.calls;
+    }
+    crew.called.notify_all();
+    f(of, 0, parts);
+    std::unique_lock<std::mutex> lock(crew.mutex);
+    crew.next = parts;  // a helper that has not begun is no longer needed
+    lock.unlock();
+    for (int looks = 0; looks < kLooks && crew.at_work > 0; ++looks) FASTGPT_PAUSE();
+    lock.lock();
+    crew.left.wait(lock, [&] { return crew.at_work == 0; });
+}
+
+}  // namespace
+
+bool has_openmp() { return openmp().parallel && openmp().thread_num && openmp().num_threads; }
+
+void run_parts(int64_t parts, PartOfRegion f, void* of) {
+    if (!has_openmp()) return run_on_our_own(parts, f, of);
+    struct Region {
+        PartOfRegion f;
+        void* of;
+    } region{f, of};
+    openmp().parallel(
+        [](void* r) {
+            const Region& region = *static_cast<Region*>(r);
+            region.f(region.of, openmp().thread_num(), openmp().num_threads());
+        },
+        &region, static_cast<unsigned>(parts), 0);
+}
+
+}  // namespace fastgpt
+#endif
