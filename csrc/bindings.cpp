@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pace.h"
 
 #ifndef _WIN32
 #include <pthread.h>
@@ -57,6 +58,15 @@ extern const Kernels kernels;
 #endif
 
 void yield_processor() { std::this_thread::yield(); }
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double& seconds_waited() {
+    thread_local double seconds = 0;
+    return seconds;
+}
 
 namespace {
 
@@ -249,6 +259,8 @@ void block_step_backward(const Fields& step, const Fields& block, uintptr_t dy, 
     kernels().block_step_backward(s, b, at(dy), at(dx), g, usable(threads));
 }
 
+constexpr int64_t kPacedRows = 32;
+
 void forward(const Fields& fields, const Fields& blocks, float eps, int threads) {
     const Forward f = record<Forward>(fields);
     if (blocks.size() * sizeof(int64_t) != sizeof(Block) * static_cast<size_t>(f.n_blocks))
@@ -257,7 +269,17 @@ void forward(const Fields& fields, const Fields& blocks, float eps, int threads)
     if (!records.empty())
         std::memcpy(static_cast<void*>(records.data()), blocks.data(), sizeof(Block) * records.size());
     py::gil_scoped_release unlocked;
-    kernels().forward(f, records.data(), eps, usable(threads));
+    const int most = usable(threads);
+    const int64_t rows = f.batch * f.tokens;
+    if (most < 2 || rows > kPacedRows || records.empty()) return kernels().forward(f, records.data(), eps, most);
+    // Of steps of one model's generation by this thread.
+    thread_local std::array<Pace, kPacedRows + 1> paces;
+    thread_local const void* model = nullptr;
+    if (model != records[0].query.weight.at) paces = {}, model = records[0].query.weight.at;
+    Pace& pace = paces[static_cast<size_t>(rows)];
+    const double begin = seconds_now(), waited = seconds_waited();
+    kernels().forward(f, records.data(), eps, pace.threads(most));
+    pace.took(seconds_now() - begin, seconds_waited() - waited);
 }
 
 // A fresh block costs a page fault for each page that is first written to, so a large one asks for large pages. Only a
@@ -269,10 +291,6 @@ void ask_for_large_pages(uintptr_t block, size_t bytes) {
 #else
     static_cast<void>(block), static_cast<void>(bytes);
 #endif
-}
-
-double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 int64_t multiply_adds_float32(uintptr_t ends, int64_t pieces, int threads) {

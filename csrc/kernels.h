@@ -8,6 +8,10 @@ namespace fastgpt {
 // Lets another thread have the core; in bindings.cpp, because no system header may be included with the kernels:
 // windows.h has macros for `min`, `max` and `small`.
 void yield_processor();
+double seconds_now();
+
+// What the threads of this thread's calls have waited for each other so far, in seconds, beyond a short while each.
+double& seconds_waited();
 
 // f(of, part, parts) on the calling thread and on up to parts - 1 others; in threads.cpp, as is whether they are
 // OpenMP's.

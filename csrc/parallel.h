@@ -64,16 +64,17 @@ class Work {
 
     // Until so many pieces are done. It spins for a little and then yields: OpenMP's own barrier spins on, and on a
     // machine with other work (or fewer cores than threads) that takes several times as long.
-    void wait(int64_t pieces) const {
-        for (int looks = 0; !done(pieces);) {
-            if (looks == kLooks) {
-                yield_processor();
-                continue;
-            }
-            ++looks;
+    void wait(int64_t pieces) {
+        for (int looks = 0; looks < kLooks; ++looks) {
+            if (done(pieces)) return;
             FASTGPT_PAUSE();
         }
+        const double begin = seconds_now();
+        while (!done(pieces)) yield_processor();
+        nanoseconds_waited_.fetch_add(static_cast<int64_t>((seconds_now() - begin) * 1e9), std::memory_order_relaxed);
     }
+
+    double seconds_waited() const { return 1e-9 * static_cast<double>(nanoseconds_waited_.load()); }
 
   private:
     static constexpr int kBits = 20;  // of a piece's number; a job's number has the rest
@@ -82,6 +83,7 @@ class Work {
         std::atomic<uint64_t> state;  // job, next piece, end
     };
     alignas(64) std::atomic<int64_t> done_{0};  // pieces of all jobs so far
+    alignas(64) std::atomic<int64_t> nanoseconds_waited_{0};
     Queue queues_[kMaxThreads];
 };
 
@@ -152,6 +154,7 @@ inline void in_team(int64_t threads, float* scratch, int64_t floats, F f) {
         Team team(part, parts, work, scratch + part * floats);
         f(team);
     });
+    seconds_waited() += work.seconds_waited();
 }
 
 // f(begin, end) over [0, n) in pieces, on no more threads than there are grains.

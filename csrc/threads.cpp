@@ -22,12 +22,20 @@ namespace {
 
 constexpr int kLooks = 20000;  // for the next call, a fraction of a millisecond, before a helper sleeps
 
+// Where the loader finds it for torch's operations: among what all libraries see, then in what torch's was linked to.
 template <class F>
 void find(F& f, [[maybe_unused]] const char* name) {
-#if defined(_WIN32) || defined(FASTGPT_OWN_THREADS)
     f = nullptr;
+#if !defined(_WIN32) && !defined(FASTGPT_OWN_THREADS)
+#ifdef __APPLE__
+    const char* const torch = "@rpath/libtorch_cpu.dylib";
 #else
-    f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+    const char* const torch = "libtorch_cpu.so";
+#endif
+    void* found = dlsym(RTLD_DEFAULT, name);
+    static void* const loaded = dlopen(torch, RTLD_LAZY | RTLD_NOLOAD);
+    if (!found && loaded) found = dlsym(loaded, name);
+    f = reinterpret_cast<F>(found);
 #endif
 }
 

@@ -9,6 +9,7 @@
 #include "parallel.h"
 
 void fastgpt::yield_processor() { std::this_thread::yield(); }
+double fastgpt::seconds_now() { return 0; }
 
 using namespace fastgpt::plain;
 

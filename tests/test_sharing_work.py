@@ -135,6 +135,24 @@ def test_no_race(tmp_path):
         assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_small_calls_take_one_thread_where_several_wait_and_are_slower(tmp_path):
+    here, program = Path(__file__).parent, tmp_path / "pace"
+    command = ["g++", "-std=c++17", f"-I{here.parent / 'csrc'}", here / "pace.cpp", "-o", program]
+    subprocess.run(command, check=True)
+
+    def threads(several, one, waited):
+        given = [program, *map(str, (several, one, waited)), "400"]
+        said = subprocess.run(given, capture_output=True, text=True, check=True).stdout.split()
+        return said.count("4"), said.count("1")
+
+    assert threads(5, 8, 0.05) == (400, 0)
+    several, one = threads(5, 8, 0.5)  # it tries, and finds several faster
+    assert 0 < one < 0.07 * several
+    several, one = threads(9, 8, 0.5)
+    assert 0 < several < 0.07 * one
+
+
 def test_gelu_of_one_long_row():
     """A long row is shared out by stretches of it."""
     x = torch.randn(1, 300_000)

@@ -1,0 +1,43 @@
+// How many threads a small call takes, by how long it took before.
+//
+// Where another program has a core, the thread there stops in the middle of a piece for some milliseconds, and the
+// others wait for it at the next barrier. A call of that length may be faster on one thread, whose bits are the same.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+// Of calls that do the same work. It tries one thread where threads have waited for a good part of several calls, and
+// stays with what was faster for a while.
+class Pace {
+  public:
+    // What the next call should take, of `threads`.
+    int threads(int threads) const { return state_ == kTryingOne || state_ == kOne ? 1 : threads; }
+
+    // Seconds that a call took, and that its threads waited, all together.
+    void took(double seconds, double waited) {
+        seconds_ += seconds, waited_ += waited, ++calls_;
+        if (state_ == kSeveral && calls_ == kTrial) {
+            several_ = seconds_ / kTrial;
+            go_on(waited_ > kMuch * seconds_ ? kTryingOne : kSeveral);
+        } else if (state_ == kTryingOne && calls_ == kTrial) {
+            go_on(seconds_ / kTrial < several_ ? kOne : kSeveralForSure);
+        } else if (calls_ == kStay) {
+            go_on(kSeveral);
+        }
+    }
+
+  private:
+    enum State { kSeveral, kTryingOne, kOne, kSeveralForSure };
+    static constexpr int kTrial = 6, kStay = 100;  // calls
+    static constexpr double kMuch = 0.15;
+
+    void go_on(State state) { state_ = state, seconds_ = waited_ = 0, calls_ = 0; }
+
+    State state_ = kSeveral;
+    int calls_ = 0;
+    double seconds_ = 0, waited_ = 0, several_ = 0;
+};
+
+}  // namespace fastgpt
