@@ -110,7 +110,8 @@ class Rule:
     """The error rule for one case: twice PyTorch's error and one rounding.
 
     Of few numbers PyTorch's largest error is a matter of luck. So where ours is larger, PyTorch's
-    is also measured on the same numbers moved by some roundings, which are as well conditioned.
+    is also measured on the same numbers moved by some roundings, which are as well conditioned;
+    an element that stands for many moves as one.
     times: how much more than that is allowed. in_norm: whether the gradients are one, and an error
     the norm of all its differences.
     """
@@ -120,7 +121,7 @@ class Rule:
         self.size = torch.Tensor.norm if in_norm else _greatest
         self.theirs, self.tensors, self.upstream = theirs, tensors, upstream
         self.wanted = [] if upstream is None else [True] * len(tensors)
-        self.exact, self.like = self._both(tensors, upstream)
+        self.exact, self.like = self._both([_dense(t) for t in tensors], upstream)
         self.measure = self._errors(self.exact, self.like)
         self.generator = torch.Generator().manual_seed(0)
         size = sum(t.numel() for t in tensors)
@@ -137,7 +138,9 @@ class Rule:
         return {name: self._error(like[name], exact[name]) for name in exact}
 
     def _moved(self, t):
-        noise = torch.randn(t.shape, generator=self.generator, dtype=torch.float64)
+        shape = [1 if stride == 0 else n for n, stride in zip(t.shape, t.stride(), strict=True)]
+        noise = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        t = _dense(t)
         return (t * (1 + 16 * torch.finfo(t.dtype).eps * noise)).to(t.dtype)
 
     def check(self, found, label):
@@ -195,6 +198,10 @@ class Rule:
         return self.size((got.double() - exact).where(exact.isfinite(), 0)).item()
 
 
+def _dense(t):
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _wide(tensors):
     return None if tensors is None else [t.double() for t in tensors]
 
@@ -228,11 +235,10 @@ def check(
     given = [guards.place(t, layout) for t, layout in zip(tensors, layouts, strict=False)]
     rest = layouts[len(given) :]
     upstream = [guards.place(u, layout) for u, layout in zip(upstream, rest, strict=False)]
-    dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
     fused = given[0].dtype is torch.float32 if kernels is None else kernels(*given)
     times = 1 if fused else _OF_LAYOUTS
     with thread_count(1):
-        rule = Rule(theirs, dense, upstream, times, in_norm)
+        rule = Rule(theirs, given, upstream, times, in_norm)
     every = [True] * len(given)
     some = [bool(mask >> i & 1) for i in range(len(given))]
     for isa in isas_for(size, mask):
