@@ -5,6 +5,7 @@ cannot be built the package installs without it, and fastgpt.backends() says so.
 """
 
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -16,9 +17,15 @@ from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
 from setuptools.errors import CompileError
 
-WINDOWS = sysconfig.get_platform().startswith("win-")
-X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
-ARM64 = sysconfig.get_platform().endswith(("aarch64", "arm64"))
+PLATFORM = sysconfig.get_platform()
+WINDOWS = PLATFORM.startswith("win-")
+if (
+    PLATFORM.endswith("universal2") and "ARCHFLAGS" not in os.environ
+):  # of this Mac's processor alone
+    PLATFORM = platform.machine()
+    os.environ["ARCHFLAGS"] = f"-arch {PLATFORM}"
+X86 = PLATFORM.endswith(("x86_64", "amd64"))
+ARM64 = PLATFORM.endswith(("aarch64", "arm64"))
 SANITIZE = os.environ.get("FASTGPT_SANITIZE")
 
 ISAS = {"neon" if ARM64 else "baseline": []}

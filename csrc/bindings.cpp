@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -274,12 +275,14 @@ void forward(const Fields& fields, const Fields& blocks, float eps, int threads)
     if (most < 2 || rows > kPacedRows || records.empty()) return kernels().forward(f, records.data(), eps, most);
     // Of steps of one model's generation by this thread.
     thread_local std::array<Pace, kPacedRows + 1> paces;
-    thread_local const void* model = nullptr;
-    if (model != records[0].query.weight.at) paces = {}, model = records[0].query.weight.at;
+    thread_local std::tuple<const void*, const Kernels*, int> of{};
+    const Kernels& active_kernels = kernels();
+    const std::tuple<const void*, const Kernels*, int> now{records[0].query.weight.at, &active_kernels, most};
+    if (of != now) paces = {}, of = now;
     Pace& pace = paces[static_cast<size_t>(rows)];
     const double begin = seconds_now(), waited = seconds_waited();
-    kernels().forward(f, records.data(), eps, pace.threads(most));
-    pace.took(seconds_now() - begin, seconds_waited() - waited);
+    active_kernels.forward(f, records.data(), eps, pace.threads(most));
+    pace.took(seconds_now() - begin, (seconds_waited() - waited) / (most - 1));
 }
 
 // A fresh block costs a page fault for each page that is first written to, so a large one asks for large pages. Only a

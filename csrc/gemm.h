@@ -10,8 +10,8 @@
 // The same serves backward: the gradient of x is a product with W read the other way round, that of W a product of two
 // activations of which the first is read the other way round too, which only tiles can do.
 //
-// The order of the sums depends on m, k and the layouts, never on what other rows hold, on the threads or on the tails,
-// so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
+// The order of the sums depends on m, n, k and the layouts, never on what other rows hold, on the threads or on the
+// tails, so results repeat bit for bit. Nothing is read or written past the end of a row. k is at least 1.
 #pragma once
 
 #include "gemm_blas.h"

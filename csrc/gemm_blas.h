@@ -1,10 +1,13 @@
 // Products of many rows by a BLAS, where the build has one: on a Mac Accelerate, which alone reaches Apple's matrix
 // unit. What follows the sums is done by us while they are in the cache.
 //
-// They come in blocks of one size, whatever the threads and the other rows; the last rows are filled up to a whole
-// block of kBlasRows. So a row's bits do not depend on how many others there are, as far as the BLAS sums up each row
-// of a product in one way.
+// They come in blocks of up to kBlasM rows and kBlasN columns, whatever the threads; the last rows are filled up to a
+// multiple of kBlasRows. A row's bits must not depend on how many others there are, or where among them it stands. That
+// holds if the BLAS sums up each row of such a block in one way, which is tried once; if it does not, as OpenBLAS's
+// kernels for AVX2, products stay ours.
 #pragma once
+
+#include <cstdlib>
 
 #include "product.h"
 
@@ -25,13 +28,51 @@ constexpr int64_t kMostInt = 0x7fffffff;
 
 enum Cblas { kRowMajor = 101, kNoTrans = 111, kTrans = 112 };
 
+inline void sgemm(bool turned, bool column_major, int64_t m, int64_t n, int64_t k, const float* x, int64_t x_row,
+                  const float* w, int64_t w_row, float* y) {
+    const auto i = [](int64_t size) { return static_cast<int>(size); };
+    FASTGPT_SGEMM(kRowMajor, turned ? kTrans : kNoTrans, column_major ? kNoTrans : kTrans, i(m), i(n), i(k), 1.0f, x,
+                  i(x_row), w, i(w_row), 0.0f, y, i(kBlasN));
+}
+
+// Whether rows have the same bits in blocks of other heights and at other places.
+inline bool sums_rows_alike() {
+    constexpr int64_t k = kLeastK + 7, n = kLeastN + 1, rows = 2 * kBlasM;
+    float* const x = static_cast<float*>(std::malloc(sizeof(float) * ((rows + n) * k + 2 * kBlasM * kBlasN)));
+    if (!x) return false;
+    float *const w = x + rows * k, *const whole = w + n * k, *const part = whole + kBlasM * kBlasN;
+    uint32_t bits = 1;
+    for (int64_t i = 0; i < (rows + n) * k; ++i) {
+        bits = bits * 1664525u + 1013904223u;
+        x[i] = static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-31f;
+    }
+    bool alike = true;
+    for (int column_major = 0; column_major < 2; ++column_major) {
+        const int64_t w_row = column_major ? n : k;
+        sgemm(false, column_major, kBlasM, n, k, x, k, w, w_row, whole);
+        for (int64_t m = kBlasRows; m <= kBlasM; m += kBlasRows) {
+            const int64_t places[] = {0, 5, kBlasM - m};
+            for (int64_t first : places) {
+                sgemm(false, column_major, m, n, k, x + first * k, k, w, w_row, part);
+                for (int64_t r = 0; r < m && first + r < kBlasM; ++r)
+                    for (int64_t c = 0; c < n; ++c)
+                        alike = alike && part[r * kBlasN + c] == whole[(first + r) * kBlasN + c];
+            }
+        }
+    }
+    std::free(x);
+    return alike;
+}
+
 inline bool by_blas(const Product& p) {
 #ifdef FASTGPT_NARROW_DOTS
     if (p.narrow_sums) return false;
 #endif
     if (p.w.format != kFloat32 || p.w.alike || p.n < kLeastN || p.k < kLeastK) return false;
     const int64_t strides = max(max(p.x.row, p.x.col), max(p.w.row, p.w.col));
-    return strides <= kMostInt && (p.x.col != 1 || p.k <= kBlasDepth);
+    if (strides > kMostInt || (p.x.col == 1 && p.k > kBlasDepth)) return false;
+    static const bool alike = sums_rows_alike();
+    return alike;
 }
 
 inline void blas_block(const Product& p, const float* x, int64_t x_row, int64_t n0, int64_t m, int64_t n, float* y) {
@@ -39,9 +80,7 @@ inline void blas_block(const Product& p, const float* x, int64_t x_row, int64_t 
     // A single row's stride may be anything; a BLAS asks for one that spans it.
     const int64_t of_x = turned ? max(p.x.col, m) : max(x_row, p.k),
                   of_w = column_major ? max(p.w.col, n) : max(p.w.row, p.k);
-    const auto i = [](int64_t size) { return static_cast<int>(size); };
-    FASTGPT_SGEMM(kRowMajor, turned ? kTrans : kNoTrans, column_major ? kNoTrans : kTrans, i(m), i(n), i(p.k), 1.0f, x,
-                  i(of_x), static_cast<const float*>(p.w.at) + n0 * p.w.row, i(of_w), 0.0f, y, i(kBlasN));
+    sgemm(turned, column_major, m, n, p.k, x, of_x, static_cast<const float*>(p.w.at) + n0 * p.w.row, of_w, y);
 }
 
 // One of the blocks that up(p.m, kBlasM) x up(p.n, kBlasN) are.

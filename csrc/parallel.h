@@ -1,5 +1,5 @@
-// Threads, as the kernels use them: those of threads.cpp, on Windows OpenMP's. Their number is the caller's (torch's),
-// never OpenMP's own default.
+// Threads, as the kernels use them: those of threads.cpp, on Windows on x86 OpenMP's. Their number is the caller's
+// (torch's), never OpenMP's own default.
 #pragma once
 
 #include <atomic>

@@ -1,7 +1,8 @@
 // The threads of the OpenMP runtime that torch has loaded, whatever its file is called, so that a process has one pool
-// of them; where there is none, threads of our own. On Windows the compiler calls torch's runtime.
+// of them; where there is none, threads of our own. On Windows on x86 the compiler calls torch's runtime.
 #ifndef _OPENMP
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -22,38 +23,38 @@ namespace {
 
 constexpr int kLooks = 20000;  // for the next call, a fraction of a millisecond, before a helper sleeps
 
-// Where the loader finds it for torch's operations: among what all libraries see, then in what torch's was linked to.
-template <class F>
-void find(F& f, [[maybe_unused]] const char* name) {
-    f = nullptr;
-#if !defined(_WIN32) && !defined(FASTGPT_OWN_THREADS)
-#ifdef __APPLE__
-    const char* const torch = "@rpath/libtorch_cpu.dylib";
+// GNU's entry point, which LLVM's runtime has too: GCC makes a call of it of a parallel region.
+typedef void (*GompParallel)(void (*f)(void*), void* of, unsigned threads, unsigned flags);
+
+// As the loader finds it for torch's operations: on a Mac in what they were linked to, else among what all libraries
+// see first.
+GompParallel find_openmp() {
+#if defined(_WIN32) || defined(FASTGPT_OWN_THREADS)
+    return nullptr;
 #else
-    const char* const torch = "libtorch_cpu.so";
-#endif
+    const char* const name = "GOMP_parallel";
+#ifdef __APPLE__
+    void* const torch = dlopen("@rpath/libtorch_cpu.dylib", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = torch ? dlsym(torch, name) : nullptr;
+    if (!found) found = dlsym(RTLD_DEFAULT, name);
+#else
     void* found = dlsym(RTLD_DEFAULT, name);
-    static void* const loaded = dlopen(torch, RTLD_LAZY | RTLD_NOLOAD);
-    if (!found && loaded) found = dlsym(loaded, name);
-    f = reinterpret_cast<F>(found);
+    void* const torch = found ? nullptr : dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (torch) found = dlsym(torch, name);
+#endif
+    return reinterpret_cast<GompParallel>(found);
 #endif
 }
 
-// GNU's entry points, which LLVM's runtime has too: what GCC makes of a parallel region calls the first.
-struct OpenMP {
-    void (*parallel)(void (*f)(void*), void* of, unsigned threads, unsigned flags);
-    int (*thread_num)(), (*num_threads)();
-
-    OpenMP() {
-        find(parallel, "GOMP_parallel");
-        find(thread_num, "omp_get_thread_num");
-        find(num_threads, "omp_get_num_threads");
-    }
-};
-
-const OpenMP& openmp() {
-    static const OpenMP found;
+GompParallel openmp() {
+    static const GompParallel found = find_openmp();
     return found;
+}
+
+// condition_variable::wait would ask for a newer libstdc++ than many an environment has.
+template <class Condition>
+void wait_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, Condition condition) {
+    while (!condition()) changed.wait_until(lock, std::chrono::system_clock::now() + std::chrono::hours(1));
 }
 
 // What a calling thread and its helpers share.
@@ -74,7 +75,7 @@ void help(const std::shared_ptr<Crew>& crew) {
     for (;;) {
         for (int looks = 0; looks < kLooks && crew->calls == seen; ++looks) FASTGPT_PAUSE();
         std::unique_lock<std::mutex> lock(crew->mutex);
-        crew->called.wait(lock, [&] { return crew->calls != seen || crew->over; });
+        wait_until(crew->called, lock, [&] { return crew->calls != seen || crew->over; });
         if (crew->over) return;
         seen = crew->calls;
         if (crew->next >= crew->parts) continue;
@@ -139,23 +140,25 @@ void run_on_our_own(int64_t parts, PartOfRegion f, void* of) {
     lock.unlock();
     for (int looks = 0; looks < kLooks && crew.at_work > 0; ++looks) FASTGPT_PAUSE();
     lock.lock();
-    crew.left.wait(lock, [&] { return crew.at_work == 0; });
+    wait_until(crew.left, lock, [&] { return crew.at_work == 0; });
 }
 
 }  // namespace
 
-bool has_openmp() { return openmp().parallel && openmp().thread_num && openmp().num_threads; }
+bool has_openmp() { return openmp() != nullptr; }
 
 void run_parts(int64_t parts, PartOfRegion f, void* of) {
     if (!has_openmp()) return run_on_our_own(parts, f, of);
     struct Region {
         PartOfRegion f;
         void* of;
-    } region{f, of};
-    openmp().parallel(
+        int64_t parts;
+        std::atomic<int64_t> next{0};
+    } region{f, of, parts};
+    openmp()(
         [](void* r) {
-            const Region& region = *static_cast<Region*>(r);
-            region.f(region.of, openmp().thread_num(), openmp().num_threads());
+            Region& region = *static_cast<Region*>(r);
+            region.f(region.of, region.next++, region.parts);
         },
         &region, static_cast<unsigned>(parts), 0);
 }

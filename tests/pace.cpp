@@ -1,5 +1,5 @@
 // How many threads csrc/pace.h gives each of some calls whose lengths are known: `pace SEVERAL ONE WAITED CALLS`, the
-// seconds of a call on four threads and on one, the share of them that its threads wait, and how many calls. Prints the
+// seconds of a call on four threads and on one, the share of them that a thread waits, and how many calls. Prints the
 // threads of each. Compiled and run by test_sharing_work.py.
 #include "pace.h"
 

@@ -1,6 +1,8 @@
 """The C++ sources under clang and MinGW. For Windows and macOS they are compiled, not run."""
 
 import contextlib
+import os
+import platform
 import re
 import runpy
 import shutil
@@ -74,6 +76,7 @@ def setup_on(platform, system):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sysconfig, "get_platform", lambda: platform)
         patch.setattr(sys, "platform", system)
+        patch.setattr(os, "environ", {**os.environ})
         if system == "win32":
             patch.setattr("pybind11.setup_helpers.WIN", True)
             patch.setattr("pybind11.setup_helpers.STD_TMPL", "/std:c++{}")
@@ -165,6 +168,14 @@ def test_the_kernels_compile_for_macos(headers, tmp_path):
     flags = ["--target=arm64-apple-macos11", "-nostdlibinc", "-nostdinc++", "-ffreestanding"]
     flags += ["-isystem", headers, "-Werror", *kernels(MACOS, "neon"), "-O0"]
     compiled(CLANG, *flags, "-c", "csrc/kernels.cpp", "-o", tmp_path / "kernels.o")
+
+
+@pytest.mark.parametrize(("machine", "isas"), [("arm64", ["neon"]), ("x86_64", [*BUILDS])])
+def test_a_python_for_both_macs_gets_the_build_of_this_one(machine, isas, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    setup = setup_on("macosx-10.13-universal2", "darwin")
+    assert [*setup["ISAS"]] == isas
+    assert setup["PLATFORM"] == machine
 
 
 class Compiler:

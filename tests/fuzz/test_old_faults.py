@@ -15,5 +15,5 @@ from .old_faults import FAULTS, search
 )
 def test_a_fault_that_is_put_back_is_found(name, monkeypatch):
     FAULTS[name](monkeypatch)
-    _, failure = search(rounds=8, plans=["outputs_and_gradients"])
+    _, failure = search(rounds=60, plans=["outputs_and_gradients"])
     assert isinstance(failure, AssertionError)
