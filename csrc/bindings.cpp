@@ -33,6 +33,10 @@
 extern "C" void scipy_openblas_set_num_threads(int);
 #endif
 
+#ifndef FASTGPT_BLAS
+#define FASTGPT_BLAS ""
+#endif
+
 namespace py = pybind11;
 
 namespace fastgpt {
@@ -336,11 +340,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
     m.def("has_openmp", &has_openmp, "Whether threads are those of an OpenMP runtime, which torch has loaded.");
 #endif
-#ifdef FASTGPT_BLAS
-    m.attr("blas") = FASTGPT_BLAS;
-#else
-    m.attr("blas") = py::none();
-#endif
+    m.def(
+        "blas", []() -> const char* { return kernels().takes_blas() ? FASTGPT_BLAS : nullptr; },
+        "Name of the BLAS that makes products of many rows, or None.");
     m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("norm_partials", [](int64_t rows, int64_t cols) { return kernels().norm_partials(rows, cols); });
     m.def("few_rows", [](bool column_major) { return kernels().few_rows(column_major); });

@@ -64,15 +64,18 @@ inline bool sums_rows_alike() {
     return alike;
 }
 
+inline bool takes_blas() {
+    static const bool alike = sums_rows_alike();
+    return alike;
+}
+
 inline bool by_blas(const Product& p) {
 #ifdef FASTGPT_NARROW_DOTS
     if (p.narrow_sums) return false;
 #endif
     if (p.w.format != kFloat32 || p.w.alike || p.n < kLeastN || p.k < kLeastK) return false;
     const int64_t strides = max(max(p.x.row, p.x.col), max(p.w.row, p.w.col));
-    if (strides > kMostInt || (p.x.col == 1 && p.k > kBlasDepth)) return false;
-    static const bool alike = sums_rows_alike();
-    return alike;
+    return strides <= kMostInt && (p.x.col != 1 || p.k <= kBlasDepth) && takes_blas();
 }
 
 inline void blas_block(const Product& p, const float* x, int64_t x_row, int64_t n0, int64_t m, int64_t n, float* y) {
@@ -104,6 +107,7 @@ inline void run_blas_block(const Product& p, int64_t block_m, int64_t block_n, c
 }
 #else
 constexpr int64_t kBlasM = 1, kBlasN = 1;
+inline bool takes_blas() { return false; }
 inline bool by_blas(const Product&) { return false; }
 inline void run_blas_block(const Product&, int64_t, int64_t, const ProductScratch&) {}
 #endif

@@ -147,8 +147,8 @@ struct PieceEnd {
 
 // Every kernel: its result, name and parameters. Attention, forward and backward, returns false where its workspace
 // cannot be allocated, and writes nothing then; few_rows is how many rows a product takes before it sums up in another
-// order; deepest_alike is the most inputs of a row-major weight that `alike` holds for; product_scratch counts the
-// floats of one thread.
+// order; takes_blas is whether there is a BLAS that sums up rows alike; deepest_alike is the most inputs of a row-major
+// weight that `alike` holds for; product_scratch counts the floats of one thread.
 #define FASTGPT_KERNELS(KERNEL)                                                                                        \
     KERNEL(void, layer_norm,                                                                                           \
            (const float* x, const float* branch, const float* weight, const float* bias, float* total, float* y,       \
@@ -173,6 +173,7 @@ struct PieceEnd {
     KERNEL(                                                                                                            \
         void, embedding_backward,                                                                                      \
         (const Embedding& e, const float* dy, float* dtok, int64_t vocab, float* dpos, int64_t context, int threads))  \
+    KERNEL(bool, takes_blas, ())                                                                                       \
     KERNEL(int64_t, few_rows, (bool column_major))                                                                     \
     KERNEL(int64_t, deepest_alike, ())                                                                                 \
     KERNEL(int64_t, product_scratch, (bool backward))                                                                  \

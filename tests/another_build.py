@@ -21,7 +21,7 @@ from fastgpt import _C  # noqa: E402
 extension = Path(_C.__file__)
 assert extension.is_relative_to(package_dir), f"{extension} is not from {package_dir}"
 has = {name: runtime in extension.read_bytes() for name, runtime in RUNTIMES.items()}
-has |= {"own-threads": not _C.has_openmp(), str(_C.blas): True}
+has |= {"own-threads": not _C.has_openmp(), str(_C.blas()): True}
 for trait in sys.argv[2].split(","):
     assert has.get(trait), f"{extension} has no {trait}"
 print(f"another build: {extension}", flush=True)

@@ -85,8 +85,10 @@ def isa() -> str | None:
 
 
 def blas() -> str | None:
-    """The BLAS that makes products of many rows; None where the kernels do, or can't run."""
-    return _C.blas if missing_reason() is None else None
+    """The BLAS that makes products of many rows; None where the kernels make them, which they do if
+    there is none or it does not sum up rows alike.
+    """
+    return _C.blas() if missing_reason() is None else None
 
 
 @contextlib.contextmanager
