@@ -3,6 +3,7 @@ draws, warnings and errors are alike. PyTorch's own error against float64 is the
 """
 
 import math
+import traceback
 import warnings
 from typing import Any, NamedTuple
 from unittest import mock
@@ -44,6 +45,8 @@ def outcome(patient, f, *args):
             raise
         except Exception as error:
             result = error
+            # Else a checkpoint's hooks on saved tensors stay, in older torch, with the frame.
+            traceback.clear_frames(error.__traceback__)
     warned = {(w.category, str(w.message)[:40]) for w in caught}
     return Outcome(result, list(patient.notes), warned, torch.get_rng_state())
 
