@@ -19,9 +19,8 @@ from setuptools.errors import CompileError
 
 PLATFORM = sysconfig.get_platform()
 WINDOWS = PLATFORM.startswith("win-")
-if (
-    PLATFORM.endswith("universal2") and "ARCHFLAGS" not in os.environ
-):  # of this Mac's processor alone
+# With a Python for both kinds of Mac, the build of this one.
+if PLATFORM.endswith("universal2") and "ARCHFLAGS" not in os.environ:
     PLATFORM = platform.machine()
     os.environ["ARCHFLAGS"] = f"-arch {PLATFORM}"
 X86 = PLATFORM.endswith(("x86_64", "amd64"))

@@ -3,7 +3,7 @@
 
 ``isas()`` lists the instruction sets that this machine can run, ``isa()`` names the active one (the
 last of them, or the one in ``FASTGPT_CPU_ISA``), ``use_isa(name)`` makes another active for a
-while, ``blas()`` names the BLAS of the build.
+while, ``blas()`` names the BLAS in use.
 """
 
 from __future__ import annotations
