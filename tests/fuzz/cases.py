@@ -110,8 +110,8 @@ class Rule:
     """The error rule for one case: twice PyTorch's error and one rounding.
 
     Of few numbers PyTorch's largest error is a matter of luck. So where ours is larger, PyTorch's
-    is also measured on the same numbers moved by some roundings, which are as well conditioned;
-    an element that stands for many moves as one.
+    is also measured on the same numbers, and gradients of outputs, moved by some roundings, which
+    are as well conditioned; an element that stands for many moves as one.
     times: how much more than that is allowed. in_norm: whether the gradients are one, and an error
     the norm of all its differences.
     """
@@ -137,11 +137,16 @@ class Rule:
     def _errors(self, exact, like):
         return {name: self._error(like[name], exact[name]) for name in exact}
 
-    def _moved(self, t):
+    def _sibling(self):
+        """Tensors and upstream, moved by some roundings of the tensors' least exact dtype."""
+        step = 16 * max(torch.finfo(t.dtype).eps for t in self.tensors)
+        tensors = [self._moved(t, step) for t in self.tensors]
+        return tensors, self.upstream and [self._moved(u, step) for u in self.upstream]
+
+    def _moved(self, t, step):
         shape = [1 if stride == 0 else n for n, stride in zip(t.shape, t.stride(), strict=True)]
         noise = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        t = _dense(t)
-        return (t * (1 + 16 * torch.finfo(t.dtype).eps * noise)).to(t.dtype)
+        return (_dense(t) * (1 + step * noise)).to(t.dtype)
 
     def check(self, found, label):
         for name, ours in found:
@@ -175,8 +180,7 @@ class Rule:
             if error >= _LUCK * allowed and beside >= _FEW:
                 break
             beside, self.left = beside + 1, self.left - 1
-            moved = [self._moved(t) for t in self.tensors]
-            more = self._errors(*self._both(moved, self.upstream))
+            more = self._errors(*self._both(*self._sibling()))
             self.measure = {key: max(e, more[key]) for key, e in self.measure.items()}
         if not math.isfinite(allowed):  # PyTorch's own has passed its dtype's largest number
             return
