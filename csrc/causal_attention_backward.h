@@ -44,7 +44,7 @@ inline void softmax_backward_row(float* score, float* dweight, int64_t n, float 
         const Vec seen = load(score + j), dp = load(dweight + j);
         if (c < Vec::width) store(score + j, zero()), store(dweight + j, zero());
         if (c <= 0) continue;
-        store_part(score + j, exp(fma(seen, s, top)) * norm, c);
+        store_part(score + j, exp(seen * s + top) * norm, c);  // rounded as forward does, not once
         store_part(dweight + j, keep ? dp * load(keep + j) : dp, c);
         if (alone) sums = fma(load(score + j), load(dweight + j), sums);
     }

@@ -110,6 +110,15 @@ def test_large_scores_do_not_overflow(path):
     assert_as_exact(causal_attention(q, k, v), _torch(q, k, v), exact)
 
 
+def test_the_only_key_of_large_scores_passes_on_no_gradient(path):
+    """But for the rounding of dout v^T: backward must make the very weights of forward, here 1."""
+    q, k, v = (t.requires_grad_() for t in (30 * torch.randn(64, 2, 1, 24) for _ in range(3)))
+    dout = torch.randn(64, 2, 1, 24)
+    dq, dk = torch.autograd.grad(causal_attention(q, k, v), (q, k), dout)
+    rounding = 16 * torch.finfo(torch.float32).eps * (dout * v).abs().sum(-1, keepdim=True) / 24**0.5
+    assert ((dq.abs() <= rounding * k.abs()) & (dk.abs() <= rounding * q.abs())).all()
+
+
 def test_not_a_number_reaches_the_rows_that_see_it(path):
     q, k, v = _qkv(1, 1, 100, 16)
     k[0, 0, 70, 3] = torch.nan
