@@ -105,19 +105,19 @@ FASTGPT_INLINE void store(Float16* p, Vec a) {
 
 #else
 
-FASTGPT_INLINE float widened(Float16 h) {
-    const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fffu;
+typedef uint16_t HalfLanes __attribute__((vector_size(8)));
+FASTGPT_INLINE WordLanes four_words(const void* p) {
+    HalfLanes halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return __builtin_convertvector(halves, WordLanes);
+}
+FASTGPT_INLINE Vec load(const BFloat16* p) { return {(Lanes)(four_words(p) << 16)}; }
+FASTGPT_INLINE Vec load(const Float16* p) {
+    const WordLanes bits = four_words(p), rest = bits & 0x7fff, magnitude = rest << 13;
     // Times 2^112 moves the exponent's bias from 15 to 127, subnormals included.
-    const uint32_t magnitude = rest << 13;
-    float f;
-    std::memcpy(&f, &magnitude, sizeof f);
-    f *= 5.192296858534828e33f;
-    uint32_t bits;
-    std::memcpy(&bits, &f, sizeof bits);
-    bits = rest >= 0x7c00u ? magnitude | 0x7f800000u : bits;
-    bits |= sign;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
+    const WordLanes finite = (WordLanes)((Lanes)magnitude * 5.192296858534828e33f);
+    const WordLanes beyond = (WordLanes)(rest >= 0x7c00);  // infinities and NaNs
+    return {(Lanes)(((magnitude | 0x7f800000) & beyond) | (finite & ~beyond) | (bits & 0x8000) << 16)};
 }
 FASTGPT_INLINE Float16 rounded_half(float f) {
     uint32_t bits;
@@ -139,22 +139,35 @@ FASTGPT_INLINE Float16 rounded_half(float f) {
     }
     return {static_cast<uint16_t>(sign | half)};
 }
-FASTGPT_INLINE Vec load(const BFloat16* p) {
-    return lanes([&](int i) { return widened(p[i]); });
+FASTGPT_INLINE void store(Float16* p, Vec a) {
+    for (int i = 0; i < Vec::width; ++i) p[i] = rounded_half(a.v[i]);
 }
-FASTGPT_INLINE Vec load(const Float16* p) {
-    return lanes([&](int i) { return widened(p[i]); });
+
+#ifdef __SSE2__
+
+// Four bytes, each the highest of its lane. Compilers make scalars of the same by conversion of a vector.
+FASTGPT_INLINE __m128i high_bytes(const void* p) {
+    int bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const __m128i none = _mm_setzero_si128();
+    return _mm_unpacklo_epi16(none, _mm_unpacklo_epi8(none, _mm_cvtsi32_si128(bytes)));
 }
+FASTGPT_INLINE Vec load(const int8_t* p) { return {_mm_cvtepi32_ps(_mm_srai_epi32(high_bytes(p), 24))}; }
+FASTGPT_INLINE Vec load_half_bytes(const uint8_t* p, int shift) {
+    const __m128i half = _mm_srl_epi32(high_bytes(p), _mm_cvtsi32_si128(24 + shift));
+    return {_mm_cvtepi32_ps(_mm_and_si128(half, _mm_set1_epi32(15)))};
+}
+
+#else
+
 FASTGPT_INLINE Vec load(const int8_t* p) {
     return lanes([&](int i) { return static_cast<float>(p[i]); });
 }
 FASTGPT_INLINE Vec load_half_bytes(const uint8_t* p, int shift) {
     return lanes([&](int i) { return static_cast<float>((p[i] >> shift) & 15); });
 }
-FASTGPT_INLINE void store(Float16* p, Vec a) {
-    for (int i = 0; i < Vec::width; ++i) p[i] = rounded_half(a.v[i]);
-}
 
+#endif
 #endif
 
 template <class T>

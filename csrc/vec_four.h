@@ -1,8 +1,10 @@
 // Four lanes: NEON, and elsewhere what the compilers' vector extension makes of them, SSE2 on x86.
 #pragma once
 
-#ifdef __aarch64__
+#if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace fastgpt {
