@@ -63,6 +63,7 @@ def token_bwd_kernel(
     dtok_ptr,  # [vocabulary, width]
     partial_ptr,  # [tiles, 2, width] float32: of the runs from the left and to the right
     n_rows,
+    vocabulary,
     width,
     dropout_p,
     seed,
@@ -94,8 +95,9 @@ def token_bwd_kernel(
         from_left = (token == head) & (head == left)
         to_right = (place == last) & (following == token)
         whole = (from_left | to_right) == 0
+        inside = (token >= 0) & (token < vocabulary)
         into = dtok_ptr + token.to(tl.int64) * width + cols
-        tl.store(into, acc, mask=cols < tl.where(ends & whole, width, 0))
+        tl.store(into, acc, mask=cols < tl.where(ends & whole & inside, width, 0))
         tl.store(partial_ptr, acc, mask=cols < tl.where(ends & from_left, width, 0))
         tail = to_right & (from_left == 0)
         tl.store(partial_ptr + width, acc, mask=cols < tl.where(tail, width, 0))
@@ -108,6 +110,7 @@ def crossing_bwd_kernel(
     sorted_ptr,  # [n_rows] ids in order
     dtok_ptr,  # [vocabulary, width]
     n_rows,
+    vocabulary,
     width,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,6 +125,7 @@ def crossing_bwd_kernel(
     left = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
     following = tl.load(sorted_ptr + first + ROWS)
     crosses = ((head != token) | (left != token)) & (following == token)
+    crosses &= (token >= 0) & (token < vocabulary)
     inside = cols < tl.where(crosses, width, 0)
     # The tiles behind this one that begin with its id.
     tiles, more = tl.num_programs(0) + 1, 0
@@ -219,8 +223,8 @@ def embedding_backward(
 ) -> None:
     """Writes the whole of dtok and dpos, zero where no token or position was used.
 
-    dy: [B, T, D] contiguous; idx: [B, T] contiguous, ids within the table; dtok: [V, D], dpos:
-    [context, D] contiguous, or None if not wanted.
+    dy: [B, T, D] contiguous; idx: [B, T] contiguous, an id outside the table counts for nothing;
+    dtok: [V, D], dpos: [context, D] contiguous, or None if not wanted.
     """
     dropout = dropout_p > 0
     width, T = dy.shape[-1], idx.shape[-1]
@@ -242,6 +246,7 @@ def embedding_backward(
             dtok,
             partial,
             len(ids),
+            len(dtok),
             width,
             dropout_p,
             seed,
@@ -249,7 +254,9 @@ def embedding_backward(
             **launch,
         )
         if tiles > 1:
-            crossing_bwd_kernel[(tiles - 1, across)](partial, ids, dtok, len(ids), width, **launch)
+            crossing_bwd_kernel[(tiles - 1, across)](
+                partial, ids, dtok, len(ids), len(dtok), width, **launch
+            )
     if dpos is not None:
         launch = launch_table.launch("position_bwd", dy)
         grid = (triton.cdiv(T, launch["ROWS"]), triton.cdiv(width, launch["BLOCK"]))

@@ -90,6 +90,17 @@ def test_outside_the_tables_nothing_is_read(padded):
     assert y[0, 1:].isnan().all()  # the last by its position
 
 
+@pytest.mark.parametrize("tile", [1, 4])
+def test_outside_the_tables_nothing_is_written(padded, launched_with, tile):
+    launched_with("token_bwd", ROWS=tile, BLOCK=32)
+    idx = torch.tensor([[3, 17, -1, 10**9, 2, 17, 17, 17, -1, -1, 10**9, 3]])
+    dtok, dy = padded.empty(17, 8), torch.ones(1, 12, 8)
+    embedding_backward(dy, idx, dtok, None, 0)
+    right = torch.zeros(17, 8)
+    right[2], right[3] = 1, 2
+    assert torch.equal(dtok, right)
+
+
 def test_not_a_number_stays_with_its_token(padded):
     idx, dy = torch.tensor([[1, 2, 1, 2]]), torch.ones(1, 4, 8)
     dy[0, 2] = torch.nan
