@@ -117,6 +117,13 @@ def check_ids(idx: torch.Tensor, vocab_size: int) -> None:
     if idx.numel() == 0:
         return
     low, high = torch.stack(torch.aminmax(idx)).tolist()
+    check_range("token id", low, high, vocab_size)
+
+
+def check_range(name: str, low: int, high: int, vocab_size: int) -> None:
+    """Raises IndexError, which names it, if the least or the greatest id is outside the
+    vocabulary.
+    """
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
-        raise IndexError(f"token id {outside} is outside the vocabulary of {vocab_size}")
+        raise IndexError(f"{name} {outside} is outside the vocabulary of {vocab_size}")

@@ -41,6 +41,7 @@ from fastgpt.model.quantization import (
     linear_of,
     quantized_copy,
 )
+from fastgpt.ops.id_check import raise_wrong_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -161,7 +162,8 @@ class GPTModel(nn.Module):
                 included, are more than the context length; in_idx has more than ``kv_window_size``
                 with use_cache; or there is a cache and no causal mask, or no layer. The cache is
                 as it was.
-            IndexError: an id is outside the vocabulary.
+            IndexError: an id is outside the vocabulary; of a training step on our GPU kernels the
+                next step raises it, and the logits are NaN.
         """
         if cache is None and use_cache:
             if self._own_cache is None:
@@ -193,7 +195,8 @@ class GPTModel(nn.Module):
             TypeError: the ids or the targets are not integers.
             ValueError: idx is not [B, T], targets have another shape, the tokens are more than the
                 context length, or the reduction is none of these.
-            IndexError: an id or a target is outside the vocabulary.
+            IndexError: an id or a target is outside the vocabulary; of a training step on our GPU
+                kernels the next step raises it, and the loss is NaN.
         """
         idx = self.checked(idx, 0)
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
@@ -214,6 +217,7 @@ class GPTModel(nn.Module):
             return ops.checked_linear_cross_entropy(h, head.weight, targets, *rest, owner=self)
         logits = self(idx)
         ops.check_targets(targets, logits.shape[-1], ignore_index)
+        raise_wrong_ids(targets)  # PyTorch's loss would end the process's use of the GPU
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits, labels = logits.flatten(0, 1), targets.flatten().long()
         loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from fastgpt import dispatch
 from fastgpt.config import check_ids
 from fastgpt.ops.dropout import dropout
 from fastgpt.ops.dropout_seed import draw_seed
+from fastgpt.ops.id_check import check_on_gpu, raise_wrong_ids
 from fastgpt.ops.mask_again import mask_again
 
 
@@ -34,7 +37,8 @@ def embedding(
         ValueError: the shapes do not fit each other, past is negative, or dropout_p is not a
             probability.
         TypeError: the ids are neither int32 nor int64.
-        IndexError: an id is outside the vocabulary.
+        IndexError: an id is outside the vocabulary; of a training step on our GPU kernels the next
+            step raises it, and the row of y is NaN.
         BackendError: a backend asked for by name cannot take these tensors.
     """
     if idx.dtype not in (torch.int32, torch.int64):
@@ -50,10 +54,10 @@ def embedding(
     if torch.compiler.is_compiling():
         return _torch(idx, tok, pos, past, dropout_p)
     kernels = dispatch.kernels("embedding", tok, pos)
-    # On a GPU the look-up itself would end the process's use of it.
     if idx.is_cuda and dispatch.readable(idx):
-        check_ids(idx, tok.shape[0])
+        check_on_gpu(idx, tok.shape[0])
     if kernels is None or idx.device != tok.device:
+        raise_wrong_ids(idx)  # PyTorch's look-up would end the process's use of the GPU
         try:
             return _torch(idx, tok, pos, past, dropout_p)
         except (IndexError, RuntimeError):  # the latter of an empty vocabulary
@@ -85,6 +89,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, kernels, idx, tok, pos, past, dropout_p, seed):
         ctx.save_for_backward(idx)
         ctx.kernels, ctx.shapes, ctx.step = kernels, (tok.shape, pos.shape), (past, dropout_p, seed)
+        ctx.thread = threading.current_thread()  # backward runs in one of PyTorch's
         return _forward(kernels, idx, tok, pos, past, dropout_p, seed)
 
     @staticmethod
@@ -92,7 +97,9 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         (idx,) = ctx.saved_tensors
         wanted, past = ctx.needs_input_grad[2:4], ctx.step[0]
-        if dispatch.first_order(ctx.kernels, dy):
+        first_order = dispatch.first_order(ctx.kernels, dy)
+        raise_wrong_ids(idx, ctx.thread, wait=not first_order)
+        if first_order:
             grads = [
                 dy.new_empty(shape) if want else None
                 for shape, want in zip(ctx.shapes, wanted, strict=True)

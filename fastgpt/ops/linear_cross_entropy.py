@@ -5,12 +5,16 @@ arXiv 2410.10989).
 
 from __future__ import annotations
 
+import threading
+from math import nan
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import dispatch
 from fastgpt.cpu.records import gradient_like
+from fastgpt.ops.id_check import check_on_gpu, raise_wrong_ids
 
 _CHUNK = 512  # rows whose logits PyTorch's own form holds at a time
 
@@ -42,7 +46,8 @@ def linear_cross_entropy(
         ValueError: the shapes do not fit each other, the targets are on another device, or the
             reduction is none of these.
         TypeError: the targets are not integers.
-        IndexError: a target is outside the vocabulary.
+        IndexError: a target is outside the vocabulary; of a training step on our GPU kernels the
+            next step raises it, and the loss is NaN.
         BackendError: a backend asked for by name cannot take these tensors.
     """
     if targets.device != x.device:
@@ -71,6 +76,7 @@ def checked_linear_cross_entropy(
     rest = (ignore_index, reduction)
     if torch.compiler.is_compiling() or not dispatch.direct((rows, weight)):
         dispatch.check_invariance("linear_cross_entropy", "it is watched or transformed")
+        raise_wrong_ids(targets)  # PyTorch's loss would end the process's use of the GPU
         loss = _differentiable(rows, weight, labels, *rest)
     else:
         if dispatch.autocasts(x):
@@ -94,13 +100,17 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """
     Raises:
         TypeError: the targets are not integers.
-        IndexError: one that counts is outside the vocabulary; the message names it.
+        IndexError: one that counts is outside the vocabulary; the message names it. On a GPU, with
+            gradients on, ``raise_wrong_ids`` raises it, or the next check.
     """
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
         raise TypeError(f"targets must be integers, got {targets.dtype}")
     if targets.numel() == 0 or not dispatch.readable(targets):
         return
     targets = targets.long()  # torch compares no uint16, uint32 or uint64
+    if targets.is_cuda:
+        check_on_gpu(targets, vocab_size, "target", ignore_index)
+        return
     outside = (targets < 0) | (targets >= vocab_size)
     outside &= targets != ignore_index
     if outside.any():
@@ -128,14 +138,16 @@ def _by_chunks(
     for at in range(0, x.shape[0], _CHUNK):
         part = slice(at, at + _CHUNK)
         logits = (x[part] @ weight.mT).to(loss.dtype)
-        counts = targets[part] != ignore_index
-        labels = targets[part].where(counts, 0)[:, None]
+        labels = targets[part]
+        # A target outside the vocabulary gives NaN: on a GPU it is raised a step later.
+        inside, counts = (labels >= 0) & (labels < weight.shape[0]), labels != ignore_index
+        labels = labels.where(inside, 0)[:, None]
         logits -= logits.amax(1, keepdim=True)  # the loss may be small beside what it differs by
         lse = logits.logsumexp(1)
-        loss[part] = (lse - logits.gather(1, labels)[:, 0]).where(counts, 0)
+        loss[part] = (lse - logits.gather(1, labels)[:, 0]).where(inside, nan).where(counts, 0)
         if upstream is None:
             continue
-        scale = upstream[part].where(counts, 0)[:, None]
+        scale = upstream[part].where(inside, nan).where(counts, 0)[:, None]
         dlogits = logits.sub_(lse[:, None]).exp_().mul_(scale)
         dlogits = dlogits.where(counts[:, None], 0).scatter_add_(1, labels, -scale)
         if dx is not None:
@@ -155,6 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, weight, targets, ignore_index, reduction, owner):
         ctx.run, ctx.owner = run, owner
+        ctx.thread = threading.current_thread()  # backward runs in one of PyTorch's
         ctx.rest = (ignore_index, reduction)
         ctx.save_for_backward(x, weight, targets)
         ctx.grads = None
@@ -167,7 +180,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Looked at even where the gradients are made: it refuses what has changed in between.
         x, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
-        if not dispatch.first_order(None, dloss):
+        first_order = dispatch.first_order(None, dloss)
+        raise_wrong_ids(targets, ctx.thread, wait=not first_order)
+        if not first_order:
             with torch.enable_grad():
                 x, weight = x.view_as(x), weight.view_as(weight)  # x may come from the weight
                 loss = _differentiable(x, weight, targets, *ctx.rest)
@@ -181,7 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             # Handed over, so that autograd keeps them without a copy; a second pass makes new ones.
             grads, ctx.grads = ctx.grads, None
-            if dloss.device.type != "cpu" or dloss.item() != 1:
+            if not dloss.is_cpu or dloss.item() != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(dloss)
