@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt import dispatch
+from fastgpt import dispatch, torch_state
 from fastgpt.ops.dropout import dropout
 from fastgpt.ops.dropout_seed import check_probability, draw_seed
 from fastgpt.ops.mask_again import mask_again
@@ -79,15 +78,20 @@ def _torch(
     else:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = {"attn_mask": seen}
-    with _without_cudnn() if theirs == "flash" else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
+    # By name: PyTorch's switches, with which it would choose that itself, are those of all threads.
+    if theirs == "flash" and _flash_takes(q, k, v):
+        return torch_state.flash_attention(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
 
 
-def _without_cudnn() -> contextlib.AbstractContextManager[None]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+def _flash_takes(q: Tensor, *rest: Tensor) -> bool:
+    """Whether it runs here, nobody has switched it off, and it takes these as they are."""
+    return (
+        torch.backends.cuda.is_flash_attention_available()
+        and torch.backends.cuda.flash_sdp_enabled()
+        and q.shape[3] % 8 == 0
+        and q.numel() > 0
+        and all(t.stride(3) == 1 for t in (q, *rest))
     )
 
 

@@ -20,8 +20,8 @@ from fastgpt.triton.launch_table import ANY
 class Choice(NamedTuple):
     """What runs, and why."""
 
-    # "own"; of attention "sdpa", PyTorch's operation as it chooses itself, or "flash", the same
-    # without cuDNN; of products "vendor", cuBLAS or hipBLASLt through torch.
+    # "own"; of attention "sdpa", PyTorch's operation as it chooses itself, or "flash", its kernel
+    # of that name where it can; of products "vendor", cuBLAS or hipBLASLt through torch.
     implementation: str
     measured: bool
     source: str

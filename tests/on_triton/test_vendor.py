@@ -1,8 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgpt import dispatch, ops
 from fastgpt.triton import vendor
+from on_triton.support.gpu import fake_gpu
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
@@ -51,3 +55,47 @@ def test_a_measured_row_names_its_results():
             assert row.source
             if row.measured:
                 assert (ROOT / row.source.split(":")[0]).is_file(), row.source
+
+
+class _Attention(TorchDispatchMode):
+    """Takes note of PyTorch's kernels for attention, and of whether cuDNN's is on meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.name():
+            self.seen.append(func.name())
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "available", "on", "flash"),
+    [
+        (1000, 64, True, True, True),
+        (1, 64, True, True, True),
+        (1000, 60, True, True, False),
+        (1000, 64, False, True, False),
+        (1000, 64, True, False, False),
+        (1024, 64, True, True, False),  # cuDNN's, as PyTorch chooses
+    ],
+)
+def test_flash_needs_no_switch_of_all_threads(dispatched, monkeypatch, T, D, available, on, flash):
+    """One thread's would be on while another's ends, and stay as neither found it."""
+    cuda = torch.backends.cuda
+    monkeypatch.setattr(dispatch, "direct", lambda tensors: True)
+    monkeypatch.setattr(cuda, "is_flash_attention_available", lambda: available)
+    monkeypatch.setattr(cuda, "flash_sdp_enabled", lambda: on)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    with fake_gpu("sm_90"), _Attention() as kernels:
+        block = torch.empty(2, T, 3, 4, D, dtype=torch.bfloat16, requires_grad=True)
+        q, k, v = (t.transpose(1, 2) for t in block.unbind(2))
+        y = ops.causal_attention(q, k, v)
+        y.sum().backward()
+        assert y.shape == (2, 4, T, D)
+        assert y.transpose(1, 2).is_contiguous()
+        assert block.grad.shape == block.shape
+    name = "aten::_scaled_dot_product_flash_attention" + ("" if flash else "_for_cpu")
+    assert kernels.seen == [name, f"{name}_backward"]
