@@ -16,6 +16,7 @@ import time
 import matplotlib
 import pytest
 import torch
+from gpu_queue import queue_of
 from runs import (
     CONFIG,
     Run,
@@ -436,6 +437,39 @@ def test_gradients_that_are_no_numbers_are_not_saved(inputs, capsys, monkeypatch
     )
     assert [path.name for path in checkpoint.checkpoints(out)] == ["step-00000002"]
     assert all(p.isfinite().all() for p in load_model(out).parameters())
+
+
+@pytest.mark.parametrize("spoilt_at", [1, 5, None])
+def test_steps_that_are_read_late_are_the_same(inputs, capsys, monkeypatch, spoilt_at):
+    """As on a GPU: the numbers of a step are read when the next one is queued."""
+    gradients, one_step = trainer.Trainer._gradients, trainer.Trainer._one_step
+    found, counts = [], []
+
+    def spoilt(self):
+        loss = gradients(self)
+        if self.step + 1 == spoilt_at:
+            next(self.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    def counted(self):
+        rows, stops = one_step(self)
+        counts.append(len(rows))
+        return rows, stops
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", spoilt)
+    monkeypatch.setattr(trainer.Trainer, "_one_step", counted)
+    for out in (inputs / "at once", inputs / "late"):
+        counts.clear()
+        more = ("--steps", "7", "--checkpoint-every", "4", "--eval-every", "7")
+        code = cli.main(train_arguments(inputs, out, *more))
+        said = capsys.readouterr().err.partition("norm is inf")[2]
+        saved = [path.name for path in checkpoint.checkpoints(out)]
+        found.append((code, losses(out), said, saved))
+        queue_of(monkeypatch)
+    assert repr(found[0]) == repr(found[1])
+    assert found[0][0] == (spoilt_at is not None)
+    # Before the checkpoint of step 4 and after the last step nothing is left to read.
+    assert counts == {1: [0], 5: [0, 1, 1, 2, 0], None: [0, 1, 1, 2, 0, 1, 2]}[spoilt_at]
 
 
 def test_the_model_learns_and_loads_again(inputs, encoding):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.config import check_range
+from fastgpt.ops.later import Later
 
 
 class _Check(NamedTuple):
@@ -21,8 +22,7 @@ class _Check(NamedTuple):
     device: torch.device
     name: str
     vocab_size: int
-    extremes: Tensor  # the least and the greatest id, [2], pinned
-    copied: torch.cuda.Event
+    extremes: Later  # the least and the greatest id
 
 
 _checks: list[_Check] = []  # that nobody has read yet: of a thread one a name and device
@@ -50,12 +50,10 @@ def check_on_gpu(
         return
     if ignore_index is not None:
         ids = ids.masked_fill(ids == ignore_index, 0)
-    extremes = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(ids.device))
-    thread = threading.current_thread()
+    extremes = Later(torch.stack(torch.aminmax(ids)))
+    check = _Check(threading.current_thread(), ids.device, name, vocab_size, extremes)
     with _lock:
-        _checks.append(_Check(thread, ids.device, name, vocab_size, extremes, copied))
+        _checks.append(check)
     if not torch.is_grad_enabled():
         raise_wrong_ids(ids)
 
@@ -79,13 +77,12 @@ def _raise_read(device, thread, waits):
 
     def due(check):
         its = check.thread is thread or not check.thread.is_alive()
-        return its and check.device == device and (waits(check) or check.copied.query())
+        return its and check.device == device and (waits(check) or check.extremes.there())
 
     with _lock:
         read = [check for check in _checks if due(check)]
-        taken = set(map(id, read))
-        _checks[:] = [check for check in _checks if id(check) not in taken]
+        for check in read:
+            _checks.remove(check)
     for check in read:
-        check.copied.synchronize()
-        low, high = check.extremes.tolist()
+        low, high = check.extremes.read()
         check_range(check.name, low, high, check.vocab_size)

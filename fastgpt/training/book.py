@@ -20,6 +20,7 @@ from fastgpt.model.fusable import is_unmodified
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
 from fastgpt.tokenizer import END_OF_TEXT, decoded, gpt2_encoding
+from fastgpt.training.data import to_device
 from fastgpt.training.settings import check_trainable
 
 Device = torch.device | str
@@ -129,7 +130,7 @@ def calc_loss_batch(
     input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device
 ) -> Tensor:
     """Mean cross-entropy of a batch [B, T] and its targets [B, T], with its gradient graph."""
-    inputs, targets = input_batch.to(device), target_batch.to(device)
+    inputs, targets = to_device(input_batch, device), to_device(target_batch, device)
     if isinstance(model, GPTModel) and is_unmodified(model, GPTModel):
         return model.loss(inputs, targets)
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

@@ -20,6 +20,13 @@ def derived_seed(*numbers: int) -> int:
     return random.Random(repr(numbers)).getrandbits(63)
 
 
+def to_device(batch: Tensor, device: torch.device | str) -> Tensor:
+    """The batch on that device; a copy from the CPU to a GPU is not waited for."""
+    if torch.device(device).type != "cuda":
+        return batch.to(device)
+    return (batch.pin_memory() if batch.is_cpu else batch).to(device, non_blocking=True)
+
+
 class Windows:
     """A text's consecutive windows of context tokens; the last ones are for validation.
 

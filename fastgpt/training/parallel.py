@@ -95,14 +95,18 @@ class Group:
             sharded: Any = model
             sharded.reshard()
 
-    def sum(self, *numbers: Tensor | float) -> list[float]:
-        """Each number summed over the processes."""
-        total = torch.stack(
-            [torch.as_tensor(n, dtype=torch.float32, device=self.device).detach() for n in numbers]
-        )
+    def sum(self, *numbers: Tensor | float) -> Tensor:
+        """Each number summed over the processes, [n] float32 on the group's device."""
+        total = torch.empty(len(numbers), device=self.device)
+        for place, number in zip(total, numbers, strict=True):
+            # A number is filled in: as a tensor of the host's it would be waited for.
+            if isinstance(number, Tensor):
+                place.copy_(number.detach())
+            else:
+                place.fill_(number)
         if self.size > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        return total
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Runs work on rank 0 and returns its result, which must fit into JSON, on all ranks.

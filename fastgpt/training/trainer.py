@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastgpt.model.generation import generate_text_simple
 from fastgpt.model.gpt import GPTModel
+from fastgpt.ops.id_check import raise_wrong_ids
+from fastgpt.ops.later import Later
 from fastgpt.tokenizer import END_OF_TEXT, decoded
 from fastgpt.training import checkpoint
-from fastgpt.training.data import Windows, derived_seed
+from fastgpt.training.data import Windows, derived_seed, to_device
 from fastgpt.training.parallel import Group, gathered
 from fastgpt.training.report import Report, Step
 from fastgpt.training.settings import Settings
@@ -28,6 +30,29 @@ from fastgpt.training.speed import flops_per_token, memory_used, peak
 
 class Diverged(RuntimeError):
     """The loss or the gradients became NaN or infinite."""
+
+
+class _Unread(NamedTuple):
+    """A step whose numbers nobody has read."""
+
+    step: int  # counted from 1
+    lr: float
+    sums: Tensor  # on the device
+    numbers: Later  # the loss, how many processes were told to stop, and the gradients' norm
+
+    def check(self) -> tuple[float, float, float]:
+        """Reads them, once the device has come to them.
+
+        Raises:
+            Diverged: the loss or the norm is NaN or infinite.
+            IndexError: because an id is outside the vocabulary.
+        """
+        loss, stops, norm = self.numbers.read()
+        raise_wrong_ids(self.sums, wait=False)
+        for name, value in (("loss", loss), ("gradients' norm", norm)):
+            if not math.isfinite(value):
+                raise Diverged(f"the {name} is {value} at step {self.step}: try a smaller --lr")
+        return loss, stops, norm
 
 
 class Trainer:
@@ -83,6 +108,8 @@ class Trainer:
             self.optimizer, lambda step: lr_factor(settings, step), last_epoch=self.step - 1
         )
         self._stop = threading.Event()
+        self._unread: _Unread | None = None
+        self._since = 0.0  # when the last step's numbers were read
 
     def run(self) -> bool:
         """Trains until the last step or a signal; returns whether the last step was reached.
@@ -94,14 +121,15 @@ class Trainer:
             Diverged: the loss or the gradients became NaN or infinite; the last checkpoint stays.
             PeersLost: another process of the run was lost (raised by ``join``).
         """
-        self.peak = self.group.sum(peak(self.group.device, self.autocast))[0]
+        self.peak = float(self.group.sum(peak(self.group.device, self.autocast)))
         devices = [self.group.device] if self.group.device.type == "cuda" else []
         with _signals(self._stop), torch.random.fork_rng(devices):
             self.model.train()
             stopped = False
             while self.step < self.settings.steps and not stopped:
-                row, stopped = self._one_step()
-                self.report.step(row, self.settings.steps)
+                rows, stopped = self._one_step()
+                for row in rows:
+                    self.report.step(row, self.settings.steps)
                 if self.step % self.settings.checkpoint_every == 0 or stopped:
                     self._save()
             if self._saved != self.step:
@@ -122,38 +150,59 @@ class Trainer:
                 total += self.model.loss(idx, targets) * len(mine)
         group.reshard(self.model)
         self.model.train()
-        return group.sum(total)[0] / len(numbers)
+        return float(group.sum(total)) / len(numbers)
 
-    def _one_step(self) -> tuple[Step, bool]:
-        start = time.perf_counter()
+    def _one_step(self) -> tuple[list[Step], bool]:
+        """Trains one step; returns the rows of those whose numbers are read by now, and whether to
+        stop. A GPU's are read once it has the next step to do, unless something waits for them.
+
+        Raises:
+            Diverged: as ``run``, where no checkpoint holds what followed.
+            IndexError: an id of the text is outside the vocabulary.
+        """
+        if self._unread is None:
+            self._since = time.perf_counter()
         loss = self._gradients()
-        value, stops = self.group.sum(loss / self.group.size, float(self._stop.is_set()))
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {self.step + 1}: try a smaller --lr")
+        sums = self.group.sum(loss / self.group.size, float(self._stop.is_set()))
         limit = self.settings.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        grad_norm = float(gathered(norm))
-        if not math.isfinite(grad_norm):  # otherwise NaN weights would be checkpointed
-            raise Diverged(
-                f"the gradients' norm is {grad_norm} at step {self.step + 1}: try a smaller --lr"
-            )
+        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        numbers = Later(torch.cat((sums, norm.detach()[None])))
         lr = float(self.schedule.get_last_lr()[0])
+        due, last = self._unread, _Unread(self.step + 1, lr, sums, numbers)
+        if not loss.is_cuda:
+            last.check()  # before the weights become NaN
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
-        seconds = time.perf_counter() - start
+        rows, stops, self._unread = [], False, last
+        evaluates = self.step % self.settings.eval_every == 0 or self.step == self.settings.steps
+        saves = self.step % self.settings.checkpoint_every == 0
+        if due is not None:
+            rows.append(self._row(due, False))
+            stops = due.check()[1] > 0
+        if not loss.is_cuda or evaluates or saves or stops:
+            self._unread = None
+            rows.append(self._row(last, evaluates))
+            stops = stops or last.check()[1] > 0
+        return rows, stops
+
+    def _row(self, read: _Unread, evaluates: bool) -> Step:
+        """The step's row; evaluates the model first if asked to."""
+        loss, _, norm = read.check()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         validation = None
-        if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
+        if evaluates:
             validation = self.evaluate()
             self._sample()
         tokens = self.settings.batch * self.windows.context
-        row = Step(
-            step=self.step,
-            tokens=self.step * tokens,
-            loss=value,
-            lr=lr,
-            grad_norm=grad_norm,
+        return Step(
+            step=read.step,
+            tokens=read.step * tokens,
+            loss=loss,
+            lr=read.lr,
+            grad_norm=norm,
             tokens_per_second=tokens / seconds,
             share_of_peak=None
             if math.isnan(self.peak)
@@ -161,7 +210,6 @@ class Trainer:
             memory_bytes=memory_used(self.group.device),
             validation_loss=validation,
         )
-        return row, stops > 0
 
     def _gradients(self) -> Tensor:
         """Accumulates the gradients of this process's windows; returns their mean loss."""
@@ -181,10 +229,7 @@ class Trainer:
         return total
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.group.device.type != "cuda":
-            return batch[0].to(self.group.device), batch[1].to(self.group.device)
-        idx, targets = (t.pin_memory().to(self.group.device, non_blocking=True) for t in batch)
-        return idx, targets
+        return to_device(batch[0], self.group.device), to_device(batch[1], self.group.device)
 
     def _sample(self) -> None:
         text = self.settings.sample

@@ -1,15 +1,21 @@
 """Ids and targets that a GPU finds wrong: no training step waits for it, and the next raises it."""
 
+import contextlib
 import threading
 import types
 import weakref
 
 import pytest
 import torch
+from gpu_queue import queue_of
 
 import fastgpt
 from fastgpt import dispatch, ops
 from fastgpt.ops import dropout_seed, id_check
+from fastgpt.training import trainer
+from fastgpt.training.parallel import Group
+from fastgpt.training.report import Report
+from fastgpt.training.settings import Settings
 from on_triton.support.gpu import fake_gpu
 from on_triton.support.unread import unread
 
@@ -27,40 +33,10 @@ BAD = IDS + 50  # to 65
 LATE = "token id 65 is outside the vocabulary of 61"
 
 
-class Queue:
-    """The GPU's: what is recorded in it is done once it has come there, or once somebody waits."""
-
-    def __init__(self):
-        self.runs, self.step = False, 0
-        self.recorded = 0  # events
-        self.waits = []  # for events of how many steps ago
-
-
-class Event:
-    def __init__(self, queue):
-        self._queue, self._step, self._done = queue, queue.step, False
-
-    def record(self, stream):
-        self._queue.recorded += 1
-
-    def query(self):
-        return self._done or self._queue.runs
-
-    def synchronize(self):
-        if not self.query():
-            self._queue.waits.append(self._queue.step - self._step)
-        self._done = True
-
-
 @pytest.fixture
 def queue(dispatched, monkeypatch):
-    """Tensors pass for a GPU's, whose kernels are interpreted; it has yet to run what it gets."""
-    queue = Queue()
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
-    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda t: False))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(queue))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    """Tensors pass for a GPU's, whose kernels are interpreted."""
+    queue = queue_of(monkeypatch)
     yield queue
     id_check._checks.clear()
 
@@ -188,7 +164,8 @@ def test_of_a_step_two_numbers_are_kept(queue):
     assert gone() is None
     for _ in range(3):
         id_check.check_on_gpu(IDS, 61)
-    assert [check.extremes.numel() for check in id_check._checks] == [2]
+    (check,) = id_check._checks
+    assert check.extremes.read() == [0, 15]
 
 
 def test_each_thread_has_its_own_errors(queue):
@@ -233,14 +210,21 @@ def _in_thread(work):
     thread.join()
 
 
-def _steps(queue, monkeypatch, look=lambda loss: None):
-    """The second training step of a model on a fake GPU, which looks at its loss."""
+@contextlib.contextmanager
+def _model_on_fake_gpu(monkeypatch):
+    """Yields a model and the kernels that it launches."""
     monkeypatch.setattr(dispatch, "direct", lambda tensors: True)
     monkeypatch.setattr(dropout_seed, "draw_seeds", lambda *p: (7,) * len(p))  # by the host
     with fake_gpu("sm_90") as launches:
         torch.set_default_dtype(torch.bfloat16)
         model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"n_layers": 1})
         torch.set_default_dtype(torch.float32)
+        yield model, launches
+
+
+def _steps(queue, monkeypatch, look=lambda loss: None):
+    """The second training step of a model on a fake GPU, which looks at its loss."""
+    with _model_on_fake_gpu(monkeypatch) as (model, launches):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.zeros(8, 1024, dtype=torch.int64)
 
@@ -282,3 +266,25 @@ LOOKS = {
 def test_a_step_that_waits_is_found(queue, monkeypatch, look):
     look, message = LOOKS[look]
     assert _steps(queue, monkeypatch, look)[0].waits == [message]
+
+
+def test_a_step_of_the_trainer_waits_for_nothing_of_its_own(queue, monkeypatch, tmp_path):
+    with _model_on_fake_gpu(monkeypatch) as (model, _):
+        ids = torch.zeros(8, 1024, dtype=torch.int64)
+        monkeypatch.setattr(model, "to", lambda device: model)  # fake parameters cannot be swapped
+        windows = types.SimpleNamespace(context=1024, train=lambda first, count: (ids, ids))
+        settings = Settings(steps=9, batch=8, eval_every=9, checkpoint_every=9, lr=1e-3)
+        group = Group(0, 1, torch.device("cpu"), False)
+        run = trainer.Trainer(model, windows, settings, tmp_path, group, Report())
+        run.peak = 1.0
+
+        def step():
+            queue.step += 1
+            return run._one_step()
+
+        unread(step)
+        queue.waits.clear()
+        found = unread(step)
+    assert found.waits == []
+    assert found.copies == ["to"] * 3  # the extremes, and what the log tells
+    assert queue.waits == [1] * 3
