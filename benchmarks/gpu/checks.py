@@ -186,15 +186,50 @@ def _rows(bench: Bench, cfg: dict[str, Any]) -> Row:
 
 
 def _bad_ids(bench: Bench, cfg: dict[str, Any]) -> Row:
-    """An id outside the vocabulary is an IndexError, and the device works on after it."""
+    """An id outside the vocabulary is an IndexError, at once or in the next training step, and the
+    device works on after it.
+    """
     _, ours = _pair(cfg, bench)
     bad = torch.full((1, 4), cfg["vocab_size"], device=bench.device)
+
+    def step(ids: Tensor) -> None:
+        ours.loss(ids, ids).backward()
+
+    def two_steps() -> None:
+        step(bad)
+        step(bad - 1)
+
+    for grads, work in ((False, lambda: ours(bad)), (True, two_steps)):
+        try:
+            with torch.set_grad_enabled(grads):
+                work()
+            return {"ok": False, "failed": f"no IndexError, with gradients: {grads}"}
+        except IndexError:
+            synchronize(bench.device)
+    return {"ok": bool(ours(bad - 1).isfinite().all())}
+
+
+def _no_waits(bench: Bench, cfg: dict[str, Any], shape: tuple[int, int]) -> Row:
+    """A training step after the first waits for nothing that PyTorch knows to be waited for."""
+    _, ours = _pair(cfg, bench)
+    optimizer = torch.optim.AdamW(ours.parameters(), fused=True)
+    ids = torch.randint(cfg["vocab_size"], shape, device=bench.device)
+
+    def step() -> None:
+        ours.loss(ids, ids).backward()
+        nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    if bench.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        ours(bad)
-    except IndexError:
-        synchronize(bench.device)
-        return {"ok": bool(ours(bad - 1).isfinite().all())}
-    return {"ok": False, "failed": "no IndexError"}
+        step()
+    finally:
+        if bench.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return {"ok": True}
 
 
 def models(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
@@ -206,6 +241,7 @@ def models(bench: Bench, cfg: dict[str, Any]) -> Iterator[Row]:
     ]
     pieces += [
         ("model, same bits twice", "bfloat16", lambda: _same_bits(bench, cfg, shape)),
+        ("model, no waits", "float32", lambda: _no_waits(bench, cfg, shape)),
         ("model, greedy tokens", "float32", lambda: _greedy(bench, cfg)),
         ("model, packed prompts and rows", "float32", lambda: _rows(bench, cfg)),
     ]
