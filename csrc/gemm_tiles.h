@@ -8,12 +8,19 @@
 namespace fastgpt {
 namespace FASTGPT_ISA {
 
+// What a tile reads into the cache meanwhile: from `at` on the line at every `step` bytes, one for each step of k, with
+// a jump of so many bytes after each `run` of them.
+struct Ahead {
+    const char* at;
+    int64_t run, jump, step;
+};
+
 // sums[i * kPanel + j] = x_i . panel column j for MR rows of x and VECS registers of columns, over k units, in chains
-// of kChain. PACKED: x is [k, kTileRows], else rows x_row apart. Meanwhile one line from `ahead` on is read into the
-// cache for each step of k, with a jump of so many bytes after each `run` of them.
+// of kChain. PACKED: x is [k, kTileRows], else rows x_row apart.
 template <class A, int MR, int VECS, bool PACKED>
-static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const char* ahead, int64_t run,
-                 int64_t jump, float* sums) {
+static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const Ahead& next, float* sums) {
+    const char* ahead = next.at;
+    const int64_t run = next.run, jump = next.jump, step = kFetchAll ? next.step : 64;
     const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
     FASTGPT_UNROLL
     for (int g = 0; g < (MR + 2) / 3; g++) xp[g] = x + 3 * g * x_row;
@@ -27,8 +34,11 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
             int64_t piece = min(steps, left);
             steps -= piece, left -= piece;
             for (; piece > 0; piece--) {
-                FASTGPT_PREFETCH(ahead);
-                ahead += 64;
+                if (kFetchAll)
+                    FASTGPT_PREFETCH_FAR(ahead);
+                else
+                    FASTGPT_PREFETCH(ahead);
+                ahead += step;
                 Vec w[VECS];
                 FASTGPT_UNROLL
                 for (int v = 0; v < VECS; v++) w[v] = load(panel + v * Vec::width);
@@ -61,7 +71,7 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
     }
 }
 
-typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const char*, int64_t, int64_t, float*);
+typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const Ahead&, float*);
 template <class A, int VECS, bool PACKED>
 static const TileKernel tiles_by_rows[] = {tile<A, 1, VECS, PACKED>,
                                            tile<A, 2, VECS, PACKED>,
@@ -135,6 +145,15 @@ static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k,
         }
 }
 
+// What follows a tile's sums reads and writes them there: on its way while they are made.
+FASTGPT_INLINE void fetch_results(const Product& p, int64_t m, int64_t rows, int64_t n) {
+    for (int64_t i = m; i < m + rows; i++) {
+        FASTGPT_PREFETCH_TO_WRITE(static_cast<float*>(p.y) + i * p.y_row + n);
+        if (p.residual) FASTGPT_PREFETCH(p.residual + i * p.residual_row + n);
+        if (p.pre) FASTGPT_PREFETCH(p.pre + i * p.y_row + n);
+    }
+}
+
 // How a tile finds its rows of x.
 enum class Rows { kInPlace, kTurned, kPrepared };
 
@@ -185,11 +204,19 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
                                      : prepared ? scratch.x + (m - m0) * unit_row(depth)
                                                 : row_of_x(m) + k0;
                     const int64_t x_row = prepared ? unit_row(depth) : p.x.row;
-                    const bool fetch = runs > 0;
-                    tile_for<A, turned>(rows, cols)(u, x, x_row, panel,
-                                                    fetch ? ahead : reinterpret_cast<const char*>(panel),
-                                                    fetch ? run : u, fetch ? ahead_row - run * 64 : 0, scratch.sums);
-                    if (fetch) ahead += u / run * ahead_row, runs -= u / run;
+                    Ahead meanwhile{reinterpret_cast<const char*>(panel), u, 0, 64};
+                    if (runs > 0) {
+                        meanwhile = {ahead, run, ahead_row - run * 64, 64};
+                        ahead += u / run * ahead_row, runs -= u / run;
+                    } else if (kFetchAll && R == Rows::kInPlace) {  // the next rows of x, some with each panel
+                        const int64_t share = up(kTileRows, up(n1 - n0, kPanel));
+                        const int64_t first = m + kTileRows + (n - n0) / kPanel * share, steps = up(k, share);
+                        if (first + share <= m1)
+                            meanwhile = {reinterpret_cast<const char*>(row_of_x(first) + k0), steps,
+                                         4 * (p.x.row - steps * share), 4 * share};
+                    }
+                    if (kFetchAll && p.y_format == kFloat32) fetch_results(p, m, rows, n);
+                    tile_for<A, turned>(rows, cols)(u, x, x_row, panel, meanwhile, scratch.sums);
                     for (int64_t i = 0; i < rows; i++) {
                         float* partial = p.y_format == kFloat32 ? static_cast<float*>(p.y) + (m + i) * p.y_row + n
                                                                 : scratch.partial + (m - m0 + i) * kBlockCols + n - n0;

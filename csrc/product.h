@@ -38,6 +38,7 @@ constexpr bool kWide = Vec::registers == 32;
 constexpr int kVecs = kWide ? 3 : 2;  // a tile is kTileRows x kVecs registers of sums
 constexpr int kTileRows = kWide ? 8 : 6;
 constexpr int kPanel = kVecs * Vec::width;              // columns of y a tile covers
+constexpr bool kFetchAll = !kWide;                      // x and y ahead of their use too; with AVX-512 not tried
 constexpr int64_t kBlockK = 768;                        // depth of a packed block, in units
 constexpr int64_t kBlockCols = 48;                      // .. and its width where it is as deep as that, a few panels:
 constexpr int64_t kBlockFloats = kBlockCols * kBlockK;  // 144 KB, so that the next one fits beside it in L2

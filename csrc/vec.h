@@ -17,7 +17,8 @@
 #define FASTGPT_ALWAYS_INLINE inline __attribute__((always_inline))
 #define FASTGPT_PREFETCH(address) __builtin_prefetch(address)
 #define FASTGPT_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 1)  // into the second cache
-#define FASTGPT_KEEP(variable) asm("" : "+r"(variable))                  // the compiler may not recompute it
+#define FASTGPT_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+#define FASTGPT_KEEP(variable) asm("" : "+r"(variable))  // the compiler may not recompute it
 #ifdef __AVX512F__
 #define FASTGPT_KEEP_VEC(vec) asm("" : "+v"(vec.v))
 #else
