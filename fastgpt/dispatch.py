@@ -431,7 +431,9 @@ def traceable(*tensors: Tensor) -> bool:
     if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
         return False
     if first.device.type == "cuda":
-        return triton.missing is None and first.dtype in _ON_GPU
+        if triton.missing is not None or first.dtype not in _ON_GPU:
+            return False
+        return triton.too_old_gpu(first.device.index) is None
     if cpu.missing is not None or (cpu.passed_over and asked != "cpu"):
         return False
     return first.device.type == "cpu" and first.dtype == torch.float32

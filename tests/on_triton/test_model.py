@@ -293,6 +293,20 @@ def test_an_old_gpu_is_passed_over_with_one_warning(gpu, monkeypatch, recwarn):
     assert "triton backend" in str(recwarn[0].message)
 
 
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True)])
+def test_the_graphs_of_an_old_gpu_have_nothing_opaque(gpu, capability, taken):
+    gpu(*capability)
+    with FakeTensorMode():
+        assert dispatch.traceable(torch.empty(3, dtype=BF16, device="cuda")) is taken
+
+
+def test_the_compiler_may_ask_for_a_gpus_age():
+    def ask(x):
+        return x + (triton.too_old_gpu(0) is None)
+
+    assert torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
+
+
 def test_a_new_gpu_is_taken(gpu):
     gpu(9, 0)
     assert fastgpt.backends()["triton"].available
