@@ -31,7 +31,7 @@ arm-short: ARM_TESTS = tests/test_layer_norm.py tests/test_gelu.py tests/test_em
     tests/test_transformer_block.py tests/test_causal_attention.py::test_head_dims tests/test_forward.py::test_rows \
     tests/test_forward.py::test_threads_give_the_same_bits
 
-.PHONY: help setup venv demo test fuzz faults bench scaling figures sanitize sanitize-threads as-on-a-mac arm \
+.PHONY: help setup venv demo test fuzz faults archs bench scaling figures sanitize sanitize-threads as-on-a-mac arm \
         arm-short lint format dist clean
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+)[a-z -]*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -67,6 +67,10 @@ fuzz: setup  ## new random examples of the tests in tests/fuzz, for MINUTES in a
 
 faults: setup  ## kills and failing disks at every call of every command that changes the disk: an hour
 	FAULTS=all $(BIN)/python -m pytest -s tests/test_faults.py
+
+# What was compiled is kept in build/triton-cache, by source, settings and triton's version.
+archs: setup  ## every Triton kernel in every setting for every architecture, compiled: an hour the first time
+	ARCHS=all $(BIN)/python -m pytest tests/on_triton/test_compiled.py
 
 # The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
 # some ten minutes; where that fails, the benchmarks run without it.

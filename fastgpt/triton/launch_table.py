@@ -49,13 +49,14 @@ def precision(x: Tensor) -> str:
 
 
 # The architectures that share rows, by the shared memory a program gets: 163 KiB on sm_80, 227 on
-# sm_90 and sm_100, 99 on sm_86, 64 on gfx942.
+# sm_90 and sm_100, 99 on sm_86, 64 on gfx942 and gfx1100.
 _CLASSES = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
     "sm_120": "sm_86",
     "sm_121": "sm_86",
     "sm_103": "sm_100",
+    "gfx90a": "gfx942",
     "gfx950": "gfx942",
 }
 
@@ -75,8 +76,9 @@ def _row(num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
 
 
 # Kernel, then (architecture, dtype, size): the dtype is "half" for two bytes and "float" for four,
-# the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all;
-# the row that names most, from the left, is taken.
+# the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all, an
+# architecture without a row too; the row that names most, from the left, is taken. Below sm_80 no
+# kernel is launched.
 TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     # By the width's power of two.
     "layer_norm_fwd": {
@@ -140,6 +142,8 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "float", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=512),
         (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
+        # No matrix instruction takes float32 there; with 4 warps it spills.
+        ("gfx1100", "float", 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
     },
     # Of a weight that lies column by column: so many columns are a sector of 32 bytes.
     "linear_columns": {
@@ -164,13 +168,20 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         **{("gfx942", ANY, n): _row(4, 2, BLOCK_N=4, BLOCK_K=2048) for n in (1, 2, 4)},
     },
     # "narrow" heads are 16, 32 or 64 wide; "dropout" is the same with dropout; "wide" any other.
+    # gfx1100 keeps the factors of a product whole in its 256 registers. The gradients of wide
+    # heads spill there in any tile, and in float32 those of keys with dropout: these spill least.
     "causal_attention_fwd": {
         (ANY, "half", ANY): _row(8, 3, BLOCK_M=128, BLOCK_N=64),
         (ANY, "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
         ("sm_100", "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=128, BLOCK_N=64),
+        ("gfx1100", "half", ANY): _row(8, BLOCK_M=64, BLOCK_N=32),
+        ("gfx1100", "half", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
+        ("gfx1100", "float", ANY): _row(8, BLOCK_M=16, BLOCK_N=16),
         (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         (ANY, "float", "wide"): _row(4, 2, BLOCK_M=16, BLOCK_N=16),
+        # With a second stage triton takes 80 registers for heads 128 wide and spills.
+        ("sm_86", "float", "wide"): _row(4, BLOCK_M=16, BLOCK_N=16),
     },
     "causal_attention_bwd_dq": {
         (ANY, "half", ANY): _row(8, 2, BLOCK_M=128, BLOCK_N=64),
@@ -179,11 +190,16 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=64),
         ("sm_90", "half", "wide"): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=64, BLOCK_N=64),
+        ("gfx1100", "half", ANY): _row(8, BLOCK_M=32, BLOCK_N=32),
+        ("gfx1100", "half", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
+        ("gfx1100", "float", ANY): _row(8, BLOCK_M=16, BLOCK_N=16),
         (ANY, "float", ANY): _row(8, 2, BLOCK_M=64, BLOCK_N=32),
         # Left alone, triton 3.6 takes 80 registers and spills.
         ("sm_80", "float", "dropout"): _row(8, 2, BLOCK_M=32, BLOCK_N=32, maxnreg=96),
         ("sm_100", "float", "dropout"): _row(8, 2, BLOCK_M=32, BLOCK_N=32),
         (ANY, "float", "wide"): _row(8, 2, BLOCK_M=32, BLOCK_N=16),
+        # In TF32 sm_120 spills with twice the rows.
+        ("sm_86", "float", "wide"): _row(8, 2, BLOCK_M=16, BLOCK_N=16),
     },
     "causal_attention_bwd_dkdv": {
         (ANY, "half", ANY): _row(8, 2, BLOCK_M=32, BLOCK_N=128),
@@ -198,6 +214,10 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         ("sm_100", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
         ("gfx942", "half", ANY): _row(4, BLOCK_M=32, BLOCK_N=64),
         ("gfx942", "half", "wide"): _row(4, BLOCK_M=32, BLOCK_N=32),
+        ("gfx1100", "half", ANY): _row(8, BLOCK_M=16, BLOCK_N=32),
+        ("gfx1100", "half", "dropout"): _row(4, BLOCK_M=16, BLOCK_N=16),
+        ("gfx1100", "half", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
+        ("gfx1100", "float", ANY): _row(8, BLOCK_M=16, BLOCK_N=16),
         (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
         ("sm_80", "float", "dropout"): _row(4, 2, BLOCK_M=16, BLOCK_N=32),
         (ANY, "float", "wide"): _row(16, 2, BLOCK_M=16, BLOCK_N=16),

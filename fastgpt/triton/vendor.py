@@ -34,6 +34,7 @@ def _suggested(implementation: str, source: str) -> Choice:
 _FLASH_3 = "FlashAttention-3 (arXiv 2407.08608), figures 5 and 6: cuDNN ahead of Triton on an H100"
 _FLASH_2 = "FlashAttention-2 (arXiv 2307.08691), 4.1: 1.3 to 2.5 times Triton's on an A100"
 _PLANS = "cuDNN plans each new length again, for a good part of a second"
+_OFF = "pytorch #134498: AMD's own kernels are experimental on gfx1100, and off by default"
 _NO_SDPA = "SDPA takes no seed for dropout, and its is_causal aligns queries with the first keys"
 _BITS = "SDPA's backward adds atomically, ours gives the same bits twice"
 _TENSOR_CORES = "SDPA's efficient kernel splits float32 for the tensor cores, ours does not"
@@ -54,12 +55,14 @@ ATTENTION: dict[tuple[str, str, str], Choice] = {
         )
         for shape in ("long", "square")
     },
+    **{("gfx1100", "half", shape): _suggested("own", _OFF) for shape in ("long", "square")},
     **{(arch, "half", "long"): _suggested("sdpa", _FLASH_3) for arch in ("sm_90", "sm_100")},
     **{(arch, "half", "square"): _suggested("flash", _PLANS) for arch in ("sm_90", "sm_100")},
     **{
         (arch, "float", shape): _suggested(implementation, source)
         for arch, implementation, source in (
             ("gfx942", "own", "AMD's matrix cores multiply float32"),
+            ("gfx1100", "own", _OFF),
             (ANY, "sdpa", _TENSOR_CORES),
         )
         for shape in ("long", "square")
@@ -74,6 +77,7 @@ PRODUCTS: dict[tuple[str, str, str], Choice] = {
     (ANY, ANY, "few"): _suggested("own", _FEW_ROWS),
     (ANY, "half", "gelu"): _suggested("own", _EPILOGUE),
     ("gfx942", "half", "gelu"): _suggested("vendor", _PRODUCTS),
+    ("gfx1100", "half", "gelu"): _suggested("vendor", _PRODUCTS),
     (ANY, "float", "gelu"): _suggested("vendor", _PRODUCTS),
     (ANY, ANY, "plain"): _suggested("vendor", _PRODUCTS),
 }

@@ -59,6 +59,33 @@ def _ahead(request):
         yield
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How many cases were compiled, which kernels spill, and what all of them take at most."""
+    compiled = sys.modules.get("on_triton.test_compiled")
+    if compiled is None or not compiled.taken:
+        return
+    line = terminalreporter.line
+    terminalreporter.section("compiled ahead of time")
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    ran = sum("test_compiled.py" in report.nodeid for report in reports)
+    whole = len(compiled.cases(whole=True))
+    line(f"{ran} of {whole} cases" + ("" if compiled.ALL else "; `make archs` compiles all"))
+    for arch, kernels in compiled.taken.items():
+        spilled = {f"{k.name} ({k.mode})" for k in kernels.values() if k.spilled}
+        if spilled:
+            line(f"{arch} spills registers in {', '.join(sorted(spilled))}")
+    if not compiled.ALL:
+        return
+    line("| architecture | kernels | most registers a thread | most shared memory a program |")
+    line("|---|---|---|---|")
+    for arch, kernels in compiled.taken.items():
+        most = max(kernels.values(), key=lambda kernel: kernel.registers)
+        registers = f"{most.registers}: {most.name}, {most.mode}"
+        most = max(kernels.values(), key=lambda kernel: kernel.shared)
+        shared = f"{most.shared / 1024:.0f} KiB: {most.name}, {most.mode}"
+        line(f"| {arch} | {len(kernels)} | {registers} | {shared} |")
+
+
 @pytest.fixture
 def interpreted():
     from on_triton.support.interpreter import interpreted

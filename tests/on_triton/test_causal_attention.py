@@ -1,3 +1,5 @@
+import itertools
+
 import philox
 import pytest
 import torch
@@ -8,7 +10,7 @@ from fastgpt import reference
 from fastgpt.triton import launch_table
 from fastgpt.triton.causal_attention import causal_attention, causal_attention_backward
 from on_triton.support import gpu
-from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
+from on_triton.support.cases import DTYPE_IDS, DTYPES, MODES, Case, empty
 from on_triton.support.compare import check
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -263,14 +265,14 @@ def test_a_new_length_or_seed_compiles_nothing_anew():
 
 def test_every_shape_has_settings():
     for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
-        for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        for arch in gpu.ARCHS:
             for itemsize in (2, 4):
                 for size in ("narrow", "dropout", "wide"):
                     row = launch_table.lookup(f"causal_attention_{kernel}", arch, itemsize, size)
                     assert {"BLOCK_M", "BLOCK_N"} <= row.keys()
 
 
-def _case(D, dropout_p, *dtypes):
+def _case(D, dropout_p, *sample):
     def run(dtype):
         packed, gradients = (empty(dtype, 2, 1024, 3, 12, D) for _ in range(2))
         q, k, v = packed.transpose(1, 3).unbind(2)
@@ -283,21 +285,25 @@ def _case(D, dropout_p, *dtypes):
     kernels = ("fwd", "bwd_dq", "bwd_dkdv")
     names = tuple(f"causal_attention_{name}_kernel" for name in kernels)
     # The gradients of wide keys have tiles too small for Hopper's and Blackwell's own products.
-    return Case(run, names if D == 64 else names[:2], names, dtypes)
+    if D > 64:
+        spills = tuple(itertools.product(names[1:], DTYPE_IDS))
+    else:
+        spills = ((names[2], "float32"),) if dropout_p else ()
+    matrix = names if D == 64 else names[:2]
+    return Case(run, matrix, names, sample, modes=tuple(MODES), spills=spills)
 
 
-def _packed_case(D, *dtypes):
+def _packed_case(D, *sample):
     names = ("causal_attention_fwd_kernel",)
-    return Case(lambda dtype: _run_packed(dtype, D), names, names, dtypes)
+    return Case(lambda dtype: _run_packed(dtype, D), names, names, sample, modes=tuple(MODES))
 
 
 # Dropout and odd widths take the most registers of the launches that share a row of the settings.
 CASES = {
-    "narrow": _case(64, 0.0, torch.bfloat16),
-    "dropout": _case(64, 0.1, torch.bfloat16, torch.float32),
-    "little shared memory": _case(64, 0.1, torch.bfloat16)._replace(archs=("sm_86",)),
-    "wide": _case(128, 0.1, torch.bfloat16),
-    "packed": _packed_case(64, torch.bfloat16),
-    "packed, odd": _packed_case(80, torch.bfloat16, torch.float32),
-    "odd": _case(80, 0.1, torch.bfloat16, torch.float32),
+    "narrow": _case(64, 0.0, "bfloat16"),
+    "dropout": _case(64, 0.1, "bfloat16", "float32"),
+    "wide": _case(128, 0.1, "bfloat16"),
+    "packed": _packed_case(64, "bfloat16"),
+    "packed, odd": _packed_case(80, "bfloat16", "float32"),
+    "odd": _case(80, 0.1, "bfloat16", "float32"),
 }

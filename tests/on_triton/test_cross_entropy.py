@@ -85,6 +85,6 @@ CASES = {
     "both": Case(
         _run,
         wide=("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"),
-        dtypes=(torch.bfloat16, torch.float32),
+        sample=("bfloat16", "float32"),
     )
 }

@@ -104,8 +104,7 @@ def _case(batch):
         decode_attention(q, keys, values, empty(torch.int32, batch), 0.1, out)
 
     names = ("decode_attention_split_kernel", "decode_attention_join_kernel")
-    dtypes = (torch.bfloat16, torch.float32)
-    return Case(run, wide=names if batch == 1 else names[:1], dtypes=dtypes)
+    return Case(run, wide=names if batch == 1 else names[:1], sample=("bfloat16", "float32"))
 
 
 def _new(dtype, tokens):
@@ -124,5 +123,5 @@ def _append(dtype, tokens=64):
 CASES = {
     "split": _case(1),
     "whole": _case(64),
-    "append": Case(_append, dtypes=(torch.bfloat16, torch.float32)),
+    "append": Case(_append, sample=("bfloat16", "float32")),
 }

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from fastgpt.triton.decode_attention import decode_attention, decode_attention_in_splits
 from fastgpt.triton.decode_step import begin_step, query_key_value
 from fastgpt.triton.linear_rows import linear_rows
-from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
+from on_triton.support.cases import DTYPE_IDS, DTYPES, MODES, Case, empty
 from on_triton.support.compare import check
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -117,7 +117,11 @@ def _query_key_value(rows, by_column=False, biases=True):
     return run
 
 
-WIDE = {"wide": ("query_key_value_kernel",), "dtypes": (torch.bfloat16, torch.float32)}
+WIDE = {
+    "wide": ("query_key_value_kernel",),
+    "sample": ("bfloat16", "float32"),
+    "modes": tuple(MODES),
+}
 CASES = {
     "begin": Case(_begin),
     "row": Case(_query_key_value(1), **WIDE),

@@ -32,4 +32,4 @@ def _run(dtype):
     dropout(empty(dtype, 4096, 768), 0.1, 7)
 
 
-CASES = {"in place": Case(_run, dtypes=(torch.float32,))}
+CASES = {"in place": Case(_run, sample=("float32",))}

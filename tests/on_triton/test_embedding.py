@@ -132,6 +132,6 @@ def _run(p):
 
 
 CASES = {
-    "plain": _run(0.0)._replace(dtypes=(torch.float32, torch.bfloat16)),
-    "dropout": _run(0.1)._replace(archs=("sm_90",)),
+    "plain": _run(0.0)._replace(sample=("float32", "bfloat16")),
+    "dropout": _run(0.1)._replace(sample_archs=("sm_90",)),
 }

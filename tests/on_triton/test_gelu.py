@@ -75,6 +75,6 @@ CASES = {
     "both": Case(
         _run,
         wide=("bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel"),
-        dtypes=(torch.bfloat16, torch.float32),
+        sample=("bfloat16", "float32"),
     )
 }

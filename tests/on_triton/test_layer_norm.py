@@ -137,14 +137,14 @@ def _backward(width, p=0.0):
 
 
 CASES = {
-    "forward-64": _forward(64)._replace(archs=("sm_90", "gfx942")),
-    "backward-64": _backward(64)._replace(archs=("sm_90", "gfx942")),
-    "forward-4096": _forward(4096)._replace(archs=("sm_90",)),
-    "backward-4096": _backward(4096)._replace(archs=("sm_90",)),
+    "forward-64": _forward(64)._replace(sample_archs=("sm_90", "gfx942")),
+    "backward-64": _backward(64)._replace(sample_archs=("sm_90", "gfx942")),
+    "forward-4096": _forward(4096)._replace(sample_archs=("sm_90",)),
+    "backward-4096": _backward(4096)._replace(sample_archs=("sm_90",)),
     "forward-768": _forward(768, p=0.1),
-    "forward-1600": _forward(1600)._replace(dtypes=(torch.float32, torch.float16)),
-    "forward-widest": _forward(MAX_WIDTH)._replace(archs=("sm_90",)),
+    "forward-1600": _forward(1600)._replace(sample=("float32", "float16")),
+    "forward-widest": _forward(MAX_WIDTH)._replace(sample_archs=("sm_90",)),
     "backward-768": _backward(768, p=0.1),
-    "backward-1600": _backward(1600)._replace(dtypes=(torch.float32, torch.float16)),
-    "backward-widest": _backward(MAX_WIDTH)._replace(archs=("sm_90",)),
+    "backward-1600": _backward(1600)._replace(sample=("float32", "float16")),
+    "backward-widest": _backward(MAX_WIDTH)._replace(sample_archs=("sm_90",)),
 }

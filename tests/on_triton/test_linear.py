@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from fastgpt.triton import launch_table
 from fastgpt.triton.linear import linear, linear_tma_kernel
 from fastgpt.triton.linear_rows import linear_rows_kernel
-from on_triton.support import interpreter
-from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
+from on_triton.support import gpu, interpreter
+from on_triton.support.cases import DTYPE_IDS, DTYPES, HALF, MODES, Case, empty
 from on_triton.support.compare import check
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -167,60 +167,62 @@ def _product(rows, width, depth, stride=None, gelu=True):
     return run
 
 
-def _tf32(dtype):
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        _product(4096, 3072, 768)(dtype)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-
+TMA = ("sm_90", "sm_100")
+POINTERS = tuple(arch for arch in gpu.ARCHS if arch not in TMA)
 CASES = {
-    "tf32": Case(
-        _tf32,
-        wide=("linear_kernel",),
-        dtypes=(torch.float32,),
-        archs=("sm_80", "sm_86", "sm_90", "sm_100"),
-    ),
-    "little shared memory": Case(
-        _product(4096, 3072, 768), matrix=("linear_kernel",), archs=("sm_86",)
+    "pointers": Case(
+        _product(4096, 3072, 768), matrix=("linear_kernel",), modes=HALF, archs=POINTERS
     ),
     "tma": Case(
         _product(4096, 3072, 768),
         matrix=("linear_tma_kernel",),
         wide=("linear_tma_kernel",),
-        archs=("sm_90", "sm_100"),
+        modes=HALF,
+        archs=TMA,
     ),
     "tma, nothing fused": Case(
         _product(4096, 2304, 768, gelu=False),
         matrix=("linear_tma_kernel",),
-        dtypes=(torch.bfloat16, torch.float16),
-        archs=("sm_90",),
+        sample=HALF,
+        sample_archs=("sm_90",),
+        modes=HALF,
+        archs=TMA,
     ),
     "head": Case(
         _product(4096, 50257, 768, gelu=False),
         matrix=("linear_tma_kernel",),
-        archs=("sm_90", "sm_100"),
+        modes=HALF,
+        archs=TMA,
     ),
     "column by column": Case(
         _product(4096, 3072, 768, stride=(1, 3072)),
         matrix=("linear_kernel",),
         wide=("linear_kernel",),
+        modes=tuple(MODES),
     ),
     # A weight whose rows TMA cannot take.
     "odd rows": Case(
-        _product(4096, 3072, 768, stride=(769, 1)), matrix=("linear_kernel",), archs=("sm_90",)
+        _product(4096, 3072, 768, stride=(769, 1)),
+        matrix=("linear_kernel",),
+        sample_archs=("sm_90",),
+        modes=tuple(MODES),
     ),
-    "float32": Case(_product(4096, 3072, 768), wide=("linear_kernel",), dtypes=(torch.float32,)),
+    "float32": Case(
+        _product(4096, 3072, 768),
+        wide=("linear_kernel",),
+        sample=("tf32", "float32"),
+        modes=("tf32", "float32"),
+    ),
     "row": Case(
-        _product(1, 3072, 768),
-        wide=("linear_rows_kernel",),
-        dtypes=(torch.bfloat16, torch.float32),
+        _product(1, 3072, 768), wide=("linear_rows_kernel",), sample=("bfloat16", "float32")
     ),
-    "four rows": Case(_product(4, 3072, 768), wide=("linear_rows_kernel",), archs=("sm_90",)),
+    "four rows": Case(
+        _product(4, 3072, 768), wide=("linear_rows_kernel",), sample_archs=("sm_90",)
+    ),
     "rows": Case(
         _product(16, 768, 3072),
         wide=("linear_rows_kernel",),
-        dtypes=(torch.bfloat16, torch.float32),
+        sample=("bfloat16", "float32"),
+        modes=tuple(MODES),
     ),
 }

@@ -78,6 +78,6 @@ def _run(dtype):
 
 CASES = {
     "both": Case(
-        _run, wide=("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"), archs=("sm_90",)
+        _run, wide=("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"), sample_archs=("sm_90",)
     )
 }

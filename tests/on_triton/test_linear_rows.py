@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fastgpt.triton.linear_rows import linear_rows
 from on_triton.support import gpu
-from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
+from on_triton.support.cases import DTYPE_IDS, DTYPES, MODES, Case, empty
 from on_triton.support.compare import check
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -110,7 +110,11 @@ def test_tiles_hold_whole_sectors(rows, dtype):
         assert launches[0].arguments[along] * dtype.itemsize >= 32
 
 
-WIDE = {"wide": ("linear_rows_kernel",), "dtypes": (torch.bfloat16, torch.float32)}
+WIDE = {
+    "wide": ("linear_rows_kernel",),
+    "sample": ("bfloat16", "float32"),
+    "modes": tuple(MODES),
+}
 CASES = {
     "norm": Case(_product(1, 3072, 768, norm=True), **WIDE),
     "norm, rows": Case(_product(16, 3072, 768, norm=True), **WIDE),

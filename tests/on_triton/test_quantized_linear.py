@@ -11,7 +11,7 @@ from fastgpt.quantized_weight import (
     quantize_weight,
 )
 from fastgpt.triton.quantized_linear import quantized_linear, takes
-from on_triton.support.cases import DTYPE_IDS, DTYPES, Case, empty
+from on_triton.support.cases import DTYPE_IDS, DTYPES, MODES, Case, empty
 from on_triton.support.gpu import fake_gpu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -165,7 +165,8 @@ CASES = {
     f"{precision}, {name}": Case(
         _product(precision, *shape),
         wide=(f"{precision}_rows_kernel",),
-        dtypes=(torch.bfloat16, torch.float32),
+        sample=("bfloat16", "float32"),
+        modes=tuple(MODES),
     )
     for precision in ("int8", "int4")
     for name, shape in {

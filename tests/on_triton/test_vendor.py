@@ -6,13 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import dispatch, ops
 from fastgpt.triton import vendor
-from on_triton.support.gpu import fake_gpu
+from on_triton.support import gpu
 
 ROOT = Path(__file__).parents[2]
-ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", gpu.ARCHS)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_shape_has_a_row(arch, itemsize):
     rows = [*vendor.ATTENTION.values(), *vendor.PRODUCTS.values()]
@@ -35,11 +34,14 @@ def test_the_rows_meant():
     assert vendor.attention("sm_89", 2, 1000, 1000).source == vendor._FLASH_2  # shares sm_86's
     assert vendor.attention("sm_90", 4, 1000, 1000).implementation == "sdpa"
     assert vendor.attention("gfx942", 4, 1024, 1024).implementation == "own"
+    assert vendor.attention("gfx90a", 2, 1024, 1024).implementation == "sdpa"
+    assert vendor.attention("gfx1100", 2, 1024, 1024).implementation == "own"
     assert vendor.product("sm_90", 2, 16).implementation == "own"
     assert vendor.product("sm_90", 2, 17).implementation == "vendor"
     assert vendor.product("sm_90", 2, 17, gelu=True).implementation == "vendor"
     assert vendor.product("sm_90", 2, 65536, gelu=True).implementation == "own"
     assert vendor.product("gfx942", 2, 65536, gelu=True).implementation == "vendor"
+    assert vendor.product("gfx1100", 2, 65536, gelu=True).implementation == "vendor"
     unknown = vendor.attention("sm_200", 2, 1024, 1024)
     assert unknown.implementation == "own"
     assert "sm_200" in unknown.source
@@ -89,7 +91,7 @@ def test_flash_needs_no_switch_of_all_threads(dispatched, monkeypatch, T, D, ava
     monkeypatch.setattr(cuda, "is_flash_attention_available", lambda: available)
     monkeypatch.setattr(cuda, "flash_sdp_enabled", lambda: on)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    with fake_gpu("sm_90"), _Attention() as kernels:
+    with gpu.fake_gpu("sm_90"), _Attention() as kernels:
         block = torch.empty(2, T, 3, 4, D, dtype=torch.bfloat16, requires_grad=True)
         q, k, v = (t.transpose(1, 2) for t in block.unbind(2))
         y = ops.causal_attention(q, k, v)

@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from on_triton.support import gpu
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE_IDS = ["float32", "float16", "bfloat16"]
+# TF32 is float32 whose products PyTorch's switch lets round; AMD's have none.
+MODES = {"tf32": torch.float32, **dict(zip(DTYPE_IDS, DTYPES, strict=True))}
+HALF = ("float16", "bfloat16")
 
 
 class Case(NamedTuple):
@@ -19,8 +24,24 @@ class Case(NamedTuple):
     matrix: tuple[str, ...] = ()
     # Kernels that must read global memory 16 bytes at a time.
     wide: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    # Those of `modes` and `archs` that `make test` compiles; no archs: one of each family.
+    sample: tuple[str, ...] = ("bfloat16",)
+    sample_archs: tuple[str, ...] = ()
+    # All of MODES and gpu.ARCHS in which these kernels are launched.
+    modes: tuple[str, ...] = tuple(DTYPE_IDS)
+    archs: tuple[str, ...] = tuple(gpu.ARCHS)
+    # Kernels and modes that spill on gfx1100 in any tile: launch_table.py says why.
+    spills: tuple[tuple[str, str], ...] = ()
+
+    def launches(self, arch: str, mode: str) -> list[gpu.Launch]:
+        """What it launches, compiled."""
+        torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
+        try:
+            with gpu.fake_gpu(arch) as launches:
+                self.run(MODES[mode])
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        return launches
 
 
 def empty(dtype, *shape):

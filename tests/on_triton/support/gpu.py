@@ -22,19 +22,24 @@ from triton.runtime.jit import KernelInterface
 
 from fastgpt.triton import launch_table
 
-ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-SHARED_MEMORY = {
-    arch: kib * 1024
-    for arch, kib in {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}.items()
-}
-# The tensor cores' instruction in PTX or AMD's assembly.
-MATRIX = {
-    "sm_80": "mma.sync",
-    "sm_86": "mma.sync",
-    "sm_90": "wgmma.mma_async",
-    "sm_100": "tcgen05.mma",
-    "gfx942": "v_mfma",
+
+class Architecture(NamedTuple):
+    multiprocessors: int
+    shared: int  # the most that a program gets, in KiB
+    matrix: str  # the tensor cores' instruction, in PTX or AMD's assembly
+    warp: int = 32
+
+
+ARCHS = {
+    "sm_80": Architecture(108, 163, "mma.sync"),  # A100
+    "sm_86": Architecture(84, 99, "mma.sync"),  # RTX 30, A10, A40
+    "sm_89": Architecture(128, 99, "mma.sync"),  # RTX 40, L4
+    "sm_90": Architecture(132, 227, "wgmma.mma_async"),  # H100
+    "sm_100": Architecture(148, 227, "tcgen05.mma"),  # B200
+    "sm_120": Architecture(170, 99, "mma.sync"),  # RTX 50
+    "gfx90a": Architecture(104, 64, "v_mfma", 64),  # MI200
+    "gfx942": Architecture(304, 64, "v_mfma", 64),  # MI300
+    "gfx1100": Architecture(96, 64, "v_wmma"),  # RX 7900
 }
 
 
@@ -49,7 +54,8 @@ class _Driver(DriverBase):
     def __init__(self, arch):
         self.arch = arch
         amd = arch.startswith("gfx")
-        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+        kind, name = ("hip", arch) if amd else ("cuda", int(arch[3:]))
+        self.target = GPUTarget(kind, name, ARCHS[arch].warp)
 
     @classmethod
     def is_active(cls):
@@ -66,7 +72,7 @@ class _Driver(DriverBase):
 
     def get_current_device(self):
         # Compiled kernels are kept by this number: one for each architecture.
-        return 1000 + sorted(_MULTIPROCESSORS).index(self.arch)
+        return 1000 + list(ARCHS).index(self.arch)
 
     def get_current_stream(self, device=0):
         return 0
@@ -90,7 +96,7 @@ def fake_gpu(arch):
 
         return launch
 
-    device = launch_table.Device(arch, _MULTIPROCESSORS[arch])
+    device = launch_table.Device(arch, ARCHS[arch].multiprocessors)
     get, of, active = KernelInterface.__getitem__, launch_table.device_of, driver._active
     KernelInterface.__getitem__, launch_table.device_of = launcher, lambda x: device
     driver.set_active(_Driver(arch))
@@ -151,7 +157,7 @@ def reads_16_bytes(assembly):
     return bool(
         re.search(
             r"(?<![a-z0-9.])(ld\.global[a-z0-9_.:]*\.v4\.[bf]32|ld\.global[a-z0-9_.:]*\.v2\.b64"
-            r"|cp\.async\.cg|cp\.async\.bulk\.tensor|(global|buffer)_load_dwordx4)",
+            r"|cp\.async\.cg|cp\.async\.bulk\.tensor|(global|buffer)_load_(dwordx4|b128))",
             assembly,
         )
     )
