@@ -34,7 +34,7 @@ def _suggested(implementation: str, source: str) -> Choice:
 _FLASH_3 = "FlashAttention-3 (arXiv 2407.08608), figures 5 and 6: cuDNN ahead of Triton on an H100"
 _FLASH_2 = "FlashAttention-2 (arXiv 2307.08691), 4.1: 1.3 to 2.5 times Triton's on an A100"
 _PLANS = "cuDNN plans each new length again, for a good part of a second"
-_OFF = "pytorch #134498: AMD's own kernels are experimental on gfx1100, and off by default"
+_OFF = "pytorch #166397: AMD's own kernels are experimental on gfx1100, and off by default"
 _NO_SDPA = "SDPA takes no seed for dropout, and its is_causal aligns queries with the first keys"
 _BITS = "SDPA's backward adds atomically, ours gives the same bits twice"
 _TENSOR_CORES = "SDPA's efficient kernel splits float32 for the tensor cores, ours does not"

@@ -36,6 +36,7 @@ def test_the_rows_meant():
     assert vendor.attention("gfx942", 4, 1024, 1024).implementation == "own"
     assert vendor.attention("gfx90a", 2, 1024, 1024).implementation == "sdpa"
     assert vendor.attention("gfx1100", 2, 1024, 1024).implementation == "own"
+    assert vendor.attention("gfx1100", 4, 1024, 1024).implementation == "own"
     assert vendor.product("sm_90", 2, 16).implementation == "own"
     assert vendor.product("sm_90", 2, 17).implementation == "vendor"
     assert vendor.product("sm_90", 2, 17, gelu=True).implementation == "vendor"
