@@ -142,14 +142,15 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "float", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=512),
         (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
-        # No matrix instruction takes float32 there; with 4 warps it spills.
-        ("gfx1100", "float", 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
+        # With a norm the rows above spill there.
+        ("gfx1100", ANY, 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
     },
     # Of a weight that lies column by column: so many columns are a sector of 32 bytes.
     "linear_columns": {
         (ANY, "half", ANY): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", ANY): _row(4, 4, BLOCK_N=8, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
+        ("gfx1100", ANY, 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
     },
     # By the rows likewise; blocks of W of which each thread reads 16 bytes.
     "int8_rows": {
