@@ -69,7 +69,7 @@ faults: setup  ## kills and failing disks at every call of every command that ch
 	FAULTS=all $(BIN)/python -m pytest -s tests/test_faults.py
 
 # What was compiled is kept in build/triton-cache, by source, settings and triton's version.
-archs: setup  ## every Triton kernel in every setting for every architecture, compiled: an hour the first time
+archs: setup  ## every Triton kernel in every setting for every architecture, compiled
 	ARCHS=all $(BIN)/python -m pytest tests/on_triton/test_compiled.py
 
 # The peers: other libraries that run GPT-2. Nothing else needs them. llama.cpp is compiled, which takes
