@@ -433,7 +433,7 @@ def traceable(*tensors: Tensor) -> bool:
     if first.device.type == "cuda":
         if triton.missing is not None or first.dtype not in _ON_GPU:
             return False
-        return triton.too_old_gpu(first.device.index) is None
+        return not triton.too_old_gpu(first.device.index)
     if cpu.missing is not None or (cpu.passed_over and asked != "cpu"):
         return False
     return first.device.type == "cpu" and first.dtype == torch.float32

@@ -62,19 +62,18 @@ def reason(index: int | None = None) -> str | None:
         current = torch.cuda.current_device()
         order = (current, *(i for i in range(torch.cuda.device_count()) if i != current))
         return next((None for i in order if reason(i) is None), reason(current))
-    return too_old_gpu(index) or launch_failure(torch.device("cuda", index))
+    if too_old_gpu(index):
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        return f"the kernels need an sm_80 or newer, the {name} is an sm_{major}{minor}"
+    return launch_failure(torch.device("cuda", index))
 
 
-@torch.compiler.assume_constant_result
-def too_old_gpu(index: int) -> str | None:
-    """Why the GPU of that index is too old for the kernels, or None if it is not, or not here."""
+def too_old_gpu(index: int) -> bool:
+    """Whether the GPU of that index is too old for the kernels; of one that is not here, no."""
     if torch.version.hip is not None or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) >= (8, 0):
-        return None
-    name = torch.cuda.get_device_name(index)
-    return f"the kernels need an sm_80 or newer, the {name} is an sm_{major}{minor}"
+        return False
+    return torch.cuda.get_device_capability(index) < (8, 0)
 
 
 def launch_failure(device: torch.device) -> str | None:
