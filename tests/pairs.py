@@ -62,7 +62,20 @@ def outputs_and_grads(model, x):
 
 
 def assert_same(ours, book, rtol=1e-4, atol=2e-5):
-    """Equal up to rounding in float32: for what is right or wrong, not more or less exact."""
+    """Equal up to rounding in float32: for what is right or wrong, not more or less exact. Tensors,
+    or dicts of them.
+
+    A tensor may also be off by five millionths of its largest element: PyTorch's own gradients are
+    off by three from float64 in these models, where a small one is the sum of large terms.
+    """
+    if isinstance(book, dict):
+        assert ours.keys() == book.keys()
+        for name, theirs in book.items():
+            assert_same(ours[name], theirs, rtol, atol)
+        return
+    if isinstance(book, torch.Tensor) and book.is_floating_point():
+        largest = book.detach().where(book.isfinite(), 0).abs().amax() if book.numel() else 0
+        atol = max(atol, 5e-6 * float(largest))
     torch.testing.assert_close(ours, book, rtol=rtol, atol=atol)
 
 
