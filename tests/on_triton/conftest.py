@@ -49,8 +49,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="package", autouse=True)
 def _ahead(request):
-    """Where more than a few cases are to be compiled, a second process starts with them at once."""
-    if sum(map(_is_compiled, request.session.items)) <= 20:
+    """Where more than a few cases are to be compiled, a second process starts with them at once,
+    unless the tests are several processes' anyway.
+    """
+    few = sum(map(_is_compiled, request.session.items)) <= 20
+    if few or "PYTEST_XDIST_WORKER" in os.environ:
         yield
         return
     from on_triton.support.ahead import compiling_ahead
