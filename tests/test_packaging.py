@@ -153,5 +153,6 @@ print(json.dumps([before, state()]))
 def test_import_changes_nothing_and_loads_no_compiler():
     output = run(sys.executable, "-W", "error", "-c", IMPORT, cwd=ROOT)
     before, after = json.loads(output)
-    assert after[0] == [], "fastgpt imports triton or torch's compiler"
+    own = set(after[0]) - set(before[0])  # torch 2.5 imports a part of its compiler itself
+    assert own == set(), "fastgpt imports triton or torch's compiler"
     assert after == before
