@@ -3,7 +3,8 @@
 The keys, the values and each row's position lie in memory of the graph's own, the parameters are
 read where they live: a step sees what changed in them. A graph serves one model, number of rows and
 set of addresses, and is captured again if a parameter moves in memory. A model keeps the one that
-it used last, with keys and values for its whole context; ``reset_kv_cache`` gives them back.
+it used last, with keys and values for its whole context; ``reset_kv_cache`` and ``train`` give
+them back.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
     side.wait_stream(current)
-    with torch.cuda.stream(side):  # compiles the kernels and sets the libraries up
-        run()
+    with torch.cuda.stream(side):
+        dispatch.module("triton", "compilation", None).compile_ahead(run)
+        run()  # sets the libraries up
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # The outer one, because torch.cuda.graph stays on its stream where the capture fails; that one

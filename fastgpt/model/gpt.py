@@ -230,6 +230,12 @@ class GPTModel(nn.Module):
         self._own_cache = None
         idle.pop(self, None)
 
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; training gets the memory that generation on a GPU had kept."""
+        if mode:
+            idle.pop(self, None)
+        return super().train(mode)
+
     def forward_pass(
         self,
         in_idx: Tensor,

@@ -85,6 +85,7 @@ def launch_failure(device: torch.device) -> str | None:
         probe = importlib.import_module("fastgpt.triton.probe")
         with torch.cuda.device_of(x):
             probe.write_one(x)
+        importlib.import_module("fastgpt.triton.compilation").announce()
     # Whatever goes wrong with so small a kernel goes wrong with every other one, and what a GPU in
     # an error state raises, PyTorch's own operations raise again.
     except Exception as error:

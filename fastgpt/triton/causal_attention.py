@@ -23,6 +23,7 @@ from fastgpt.triton.attention_tiles import (
     store_rows,
 )
 from fastgpt.triton.causal_attention_backward import causal_attention_backward
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.decode_attention import decode_attention
 
 __all__ = ["MAX_HEAD_DIM", "causal_attention", "causal_attention_backward", "decode_attention"]
@@ -185,7 +186,7 @@ def causal_attention(
         bounds, T = packed
         q, k, v, out = (t.expand(len(bounds) - 1, -1, -1, -1) for t in (q, k, v, out))
     launch = options("causal_attention_fwd", q, dropout_p)
-    causal_attention_fwd_kernel[grid(q, T, launch["BLOCK_M"])](
+    on_grid(causal_attention_fwd_kernel, grid(q, T, launch["BLOCK_M"]))(
         q,
         k,
         v,

@@ -22,6 +22,7 @@ from fastgpt.triton.attention_tiles import (
     options,
     store_rows,
 )
+from fastgpt.triton.compilation import on_grid
 
 
 @triton.jit
@@ -296,7 +297,7 @@ def causal_attention_backward(
     delta = torch.empty_like(lse)
     scalars = (H, T, S, q.shape[3], scale, dropout_p, keep_scale(dropout_p), seed)
     launch = options("causal_attention_bwd_dq", q, dropout_p)
-    causal_attention_bwd_dq_kernel[grid(q, T, launch["BLOCK_M"])](
+    on_grid(causal_attention_bwd_dq_kernel, grid(q, T, launch["BLOCK_M"]))(
         q,
         k,
         v,
@@ -315,7 +316,7 @@ def causal_attention_backward(
         **launch,
     )
     launch = options("causal_attention_bwd_dkdv", q, dropout_p)
-    causal_attention_bwd_dkdv_kernel[grid(q, S, launch["BLOCK_N"])](
+    on_grid(causal_attention_bwd_dkdv_kernel, grid(q, S, launch["BLOCK_N"]))(
         q,
         k,
         v,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def cross_entropy(
     n_rows, n_cols = logits.shape
     if n_rows == 0:
         return
-    cross_entropy_fwd_kernel[(n_rows,)](
+    on_grid(cross_entropy_fwd_kernel, (n_rows,))(
         logits,
         targets,
         loss,
@@ -125,7 +126,7 @@ def cross_entropy_backward(
     if n_rows == 0:
         return
     launch = launch_table.launch("cross_entropy_bwd", logits)
-    cross_entropy_bwd_kernel[(n_rows, triton.cdiv(n_cols, launch["BLOCK"]))](
+    on_grid(cross_entropy_bwd_kernel, (n_rows, triton.cdiv(n_cols, launch["BLOCK"])))(
         logits,
         targets,
         lse,

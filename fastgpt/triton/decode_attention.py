@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.triton import launch_table
 from fastgpt.triton.attention_tiles import LOG2_E, head_of
+from fastgpt.triton.compilation import on_grid
 
 MAX_SPLITS = 64
 # Where the output projection joins them, each of its programs reads all.
@@ -118,7 +119,7 @@ def decode_attention(
     part = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
     _split(q, keys, values, length, scale, part, lse)
-    decode_attention_join_kernel[(B * H,)](
+    on_grid(decode_attention_join_kernel, (B * H,))(
         part,
         lse,
         out,
@@ -174,7 +175,7 @@ def _split(
 ) -> None:
     """Writes each split's result into out, [B, H, splits, D]."""
     B, H, splits, D = out.shape
-    decode_attention_split_kernel[(splits * B * H,)](
+    on_grid(decode_attention_split_kernel, (splits * B * H,))(
         q,
         keys,
         values,
@@ -242,7 +243,7 @@ def append(
         return
     N, H, D = k.shape
     launch = launch_table.launch("cache_append", k)
-    append_kernel[(N, triton.cdiv(H, launch["HEADS"]))](
+    on_grid(append_kernel, (N, triton.cdiv(H, launch["HEADS"])))(
         k,
         v,
         position,

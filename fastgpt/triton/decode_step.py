@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.linear_rows import options, row_products, row_statistics
 
 
@@ -63,7 +64,7 @@ def begin_step(
     is NaN. ids: [N] int64; position, place, length: [N] int32; tok: [V, D] and pos: [C, D] of any
     strides; x: [N, D] contiguous, of any floating dtype.
     """
-    begin_step_kernel[(len(ids),)](
+    on_grid(begin_step_kernel, (len(ids),))(
         ids,
         position,
         tok,
@@ -164,7 +165,7 @@ def query_key_value(
     launch = options(list(weights), n_rows)
     # Queries have one place each, whatever the row's.
     strides = ((q.stride(0), q.stride(1), 0), keys.stride()[:3], values.stride()[:3])
-    query_key_value_kernel[(3 * triton.cdiv(depth, launch["BLOCK_N"]),)](
+    on_grid(query_key_value_kernel, (3 * triton.cdiv(depth, launch["BLOCK_N"]),))(
         x,
         norm[0],
         norm[1],

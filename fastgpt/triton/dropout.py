@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 
 
 @triton.jit
@@ -66,4 +67,4 @@ def dropout(x: Tensor, p: float, seed: int) -> None:
     n_rows = x.numel() // n_cols
     launch = launch_table.launch("dropout", x)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"]))
-    dropout_kernel[grid](x, n_rows, n_cols, p, seed, **launch)
+    on_grid(dropout_kernel, grid)(x, n_rows, n_cols, p, seed, **launch)

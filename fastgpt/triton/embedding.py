@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.dropout import keep_scale
 
 
@@ -193,7 +194,7 @@ def embedding(
     n_rows, width = idx.numel(), y.shape[-1]
     launch = launch_table.launch("embedding_fwd", y)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(width, launch["BLOCK"]))
-    embedding_fwd_kernel[grid](
+    on_grid(embedding_fwd_kernel, grid)(
         idx,
         tok,
         pos,
@@ -239,7 +240,7 @@ def embedding_backward(
         launch = launch_table.launch("token_bwd", dy)
         tiles, across = triton.cdiv(len(ids), launch["ROWS"]), triton.cdiv(width, launch["BLOCK"])
         partial = torch.empty((tiles, 2, width), dtype=torch.float32, device=dy.device)
-        token_bwd_kernel[(tiles, across)](
+        on_grid(token_bwd_kernel, (tiles, across))(
             dy,
             ids,
             order,
@@ -254,12 +255,12 @@ def embedding_backward(
             **launch,
         )
         if tiles > 1:
-            crossing_bwd_kernel[(tiles - 1, across)](
+            on_grid(crossing_bwd_kernel, (tiles - 1, across))(
                 partial, ids, dtok, len(ids), len(dtok), width, **launch
             )
     if dpos is not None:
         launch = launch_table.launch("position_bwd", dy)
         grid = (triton.cdiv(T, launch["ROWS"]), triton.cdiv(width, launch["BLOCK"]))
-        position_bwd_kernel[grid](
+        on_grid(position_bwd_kernel, grid)(
             dy, dpos, past, len(dy), T, width, dropout_p, seed, DROPOUT=dropout, **launch
         )

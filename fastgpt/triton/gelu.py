@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.sum_rows import sum_rows
 
 
@@ -99,7 +100,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     n_rows, n_cols = _rows_and_cols(x)
     launch = launch_table.launch("bias_gelu_fwd", x)
     grid = (triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"]))
-    bias_gelu_fwd_kernel[grid](x, bias, y, n_rows, n_cols, **launch)
+    on_grid(bias_gelu_fwd_kernel, grid)(x, bias, y, n_rows, n_cols, **launch)
 
 
 def bias_gelu_backward(
@@ -123,6 +124,8 @@ def bias_gelu_backward(
     partial = None
     if dbias is not None:
         partial = torch.empty((1, programs, n_cols), dtype=torch.float32, device=x.device)
-    bias_gelu_bwd_kernel[(programs, across)](dy, x, bias, dx, partial, n_rows, n_cols, **launch)
+    on_grid(bias_gelu_bwd_kernel, (programs, across))(
+        dy, x, bias, dx, partial, n_rows, n_cols, **launch
+    )
     if partial is not None:
         sum_rows(partial, dbias)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.dropout import keep_scale
 from fastgpt.triton.sum_rows import sum_rows
 
@@ -145,7 +146,7 @@ def layer_norm(
     n_rows = x.numel() // n_cols
     BLOCK = max(4, triton.next_power_of_2(n_cols))  # dropout's numbers come in fours
     launch = launch_table.launch("layer_norm_fwd", x, BLOCK)
-    layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
+    on_grid(layer_norm_fwd_kernel, (triton.cdiv(n_rows, launch["ROWS"]),))(
         x,
         branch,
         weight,
@@ -201,7 +202,7 @@ def layer_norm_backward(
     partial = None
     if dweight is not None or dbias is not None:
         partial = torch.empty((2, programs, n_cols), dtype=torch.float32, device=x.device)
-    layer_norm_bwd_kernel[(programs,)](
+    on_grid(layer_norm_bwd_kernel, (programs,))(
         dy,
         x,
         weight,

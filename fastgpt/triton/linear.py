@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.linear_rows import SMALL, finish_part, linear_rows
 
 _TMA_ARCHS = ("sm_90", "sm_100", "sm_103")
@@ -176,7 +177,7 @@ def linear(
         launch = launch_table.launch("linear_tma", x, "ragged" if n_cols % 8 else launch_table.ANY)
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
         tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-        linear_tma_kernel[(min(tiles, launch_table.device_of(x).multiprocessors),)](
+        on_grid(linear_tma_kernel, (min(tiles, launch_table.device_of(x).multiprocessors),))(
             TensorDescriptor.from_tensor(x.view(n_rows, depth), [block_m, block_k]),
             TensorDescriptor.from_tensor(weight, [block_n, block_k]),
             *tensors,
@@ -186,4 +187,6 @@ def linear(
         return
     launch = launch_table.launch("linear_tf32" if precision == "tf32" else "linear", x)
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"]) * triton.cdiv(n_cols, launch["BLOCK_N"])
-    linear_kernel[(tiles,)](x, weight, *tensors, *weight.stride(), gelu, precision, **launch)
+    on_grid(linear_kernel, (tiles,))(
+        x, weight, *tensors, *weight.stride(), gelu, precision, **launch
+    )

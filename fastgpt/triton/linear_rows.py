@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.gelu import gelu as gelu_of
 
 SMALL = 16  # rows
@@ -291,7 +292,7 @@ def linear_rows(
     scale, shift, eps = norm or (None, None, 0.0)
     splits, head_dim = (1, 1) if lse is None else (lse.shape[2], depth // lse.shape[1])
     launch = options([weight], n_rows)
-    linear_rows_kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
+    on_grid(linear_rows_kernel, (triton.cdiv(n_cols, launch["BLOCK_N"]),))(
         x,
         scale,
         shift,

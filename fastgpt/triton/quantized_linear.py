@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt.quantized_weight import RUN, Int8Weight, QuantizedWeight
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 from fastgpt.triton.linear_rows import SMALL, add_rows, finish_part, padded_rows
 
 
@@ -113,6 +114,6 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, y:
         groups = weight.scale.shape[1]
         launch["GROUP"] = depth // (RUN * groups) if groups else 1
     kernel = int8_rows_kernel if int8 else int4_rows_kernel
-    kernel[(triton.cdiv(n_cols, launch["BLOCK_N"]),)](
+    on_grid(kernel, (triton.cdiv(n_cols, launch["BLOCK_N"]),))(
         x, *weight, bias, y, n_rows, n_cols, depth, **launch
     )

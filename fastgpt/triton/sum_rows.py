@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton import launch_table
+from fastgpt.triton.compilation import on_grid
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -47,4 +48,4 @@ def sum_rows(partial: Tensor, first: Tensor | None, second: Tensor | None = None
     _, n_rows, n_cols = partial.shape
     launch = launch_table.launch("sum_rows", partial)
     grid = (triton.cdiv(n_cols, launch["BLOCK_N"]), 1 if second is None else 2)
-    sum_rows_kernel[grid](partial, first, second, n_rows, n_cols, **launch)
+    on_grid(sum_rows_kernel, grid)(partial, first, second, n_rows, n_cols, **launch)

@@ -213,6 +213,15 @@ def test_a_model_keeps_one_graph_until_its_cache_is_reset(captures):
     assert len(captures) == 1
 
 
+def test_training_gets_the_memory_of_the_graph(captures):
+    ours, book = pair(n_layers=1)
+    _same(ours, book, some_ids(B=1, T=3), 5)
+    assert ours.eval() is ours
+    assert ours in idle
+    assert ours.train() is ours
+    assert ours not in idle
+
+
 def test_a_failed_capture_leaves_the_ordinary_steps(captures, monkeypatch):
     ours, book = pair(n_layers=1)
     capture = decode_graph.capture
