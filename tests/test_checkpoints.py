@@ -338,6 +338,7 @@ class TestFilesThatCannotBeRead:
             ("trf_blocks.999999999.norm1.scale", torch.zeros(48), "n_layers 1000000000"),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14's
     def test_tensors_that_no_model_has(self, tmp_path, name, tensor, message):
         torch.save({**pair()[0].state_dict(), name: tensor}, tmp_path / "model.pth")
         with pytest.raises(WeightsError, match=message):

@@ -264,6 +264,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(triton, "launch_failure", lambda device: None)
         card = types.SimpleNamespace(major=capability[0], minor=capability[1], name="Tesla T4")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index=None: card)

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
-from triton.runtime.jit import KernelInterface
+from triton.runtime.jit import JITFunction
 
 from fastgpt.triton import launch_table
 
@@ -81,24 +81,25 @@ class _Driver(DriverBase):
         raise NotImplementedError("nothing is tuned at run time")
 
 
+_RUN = JITFunction.run  # not the interpreter's
+
+
 @contextlib.contextmanager
 def fake_gpu(arch):
     """Launches inside it compile for that architecture and run nothing; yields the list of them."""
     launches = []
 
-    def launcher(kernel, grid):
-        def launch(*args, **kwargs):
-            arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-            size = grid(arguments) if callable(grid) else grid
-            compiled = kernel.warmup(*args, grid=size, **kwargs)
+    def launch(kernel, *args, grid, warmup, **kwargs):
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        size = grid(arguments) if callable(grid) else grid
+        compiled = _RUN(kernel, *args, grid=size, warmup=True, **kwargs)
+        if not warmup:
             launches.append(Launch(kernel.__name__, tuple(size), arguments, compiled))
-            return compiled
-
-        return launch
+        return compiled
 
     device = launch_table.Device(arch, ARCHS[arch].multiprocessors)
-    get, of, active = KernelInterface.__getitem__, launch_table.device_of, driver._active
-    KernelInterface.__getitem__, launch_table.device_of = launcher, lambda x: device
+    run, of, active = JITFunction.run, launch_table.device_of, driver._active
+    JITFunction.run, launch_table.device_of = launch, lambda x: device
     driver.set_active(_Driver(arch))
     try:
         with FakeTensorMode(), warnings.catch_warnings():
@@ -106,7 +107,7 @@ def fake_gpu(arch):
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield launches
     finally:
-        KernelInterface.__getitem__, launch_table.device_of, driver._active = get, of, active
+        JITFunction.run, launch_table.device_of, driver._active = run, of, active
 
 
 class Unaligned:

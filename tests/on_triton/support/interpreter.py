@@ -20,7 +20,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
-from triton.runtime.jit import JITFunction, KernelInterface
+from triton.runtime.jit import JITFunction
 
 from fastgpt.triton import launch_table
 
@@ -168,19 +168,14 @@ def _call_device_function(self, *args, **kwargs):
     return _interpreted_functions[self.fn].rewrite()(*args, **kwargs)
 
 
-def _launcher(kernel, grid):
-    function = InterpretedFunction(kernel.fn)
-
-    def launch(*args, **kwargs):
-        global _running
-        _running = True
-        try:
-            with np.errstate(all="ignore"):
-                return function.run(*args, grid=grid, warmup=False, **kwargs)
-        finally:
-            _running = False
-
-    return launch
+def _run(kernel, *args, grid, warmup, **kwargs):
+    global _running
+    _running = True
+    try:
+        with np.errstate(all="ignore"):
+            return InterpretedFunction(kernel.fn).run(*args, grid=grid, warmup=False, **kwargs)
+    finally:
+        _running = False
 
 
 _mend_builder()
@@ -195,10 +190,9 @@ def interpreted(device=DEVICE):
     """Inside it every `kernel[grid](...)` runs interpreted, on CPU tensors and that device's
     settings.
     """
-    launch, of = KernelInterface.__getitem__, launch_table.device_of
-    KernelInterface.__getitem__ = _launcher
-    launch_table.device_of = lambda x: device
+    run, of = JITFunction.run, launch_table.device_of
+    JITFunction.run, launch_table.device_of = _run, lambda x: device
     try:
         yield
     finally:
-        KernelInterface.__getitem__, launch_table.device_of = launch, of
+        JITFunction.run, launch_table.device_of = run, of
