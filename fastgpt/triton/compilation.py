@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -12,6 +13,10 @@ from typing import Any
 
 import triton
 from triton import knobs
+
+# Before triton 3.8 the launch of a kernel whose compilation failed would find something that is no
+# kernel. Before Python 3.13 threads that parse at once may fail (a SystemError of ast.parse).
+SIDE_BY_SIDE = sys.version_info >= (3, 13) and hasattr(triton.FutureKernel, "__getattr__")
 
 # Whether this thread's launches compile their kernels and run none.
 _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
@@ -26,13 +31,13 @@ def on_grid(kernel: Any, grid: Any) -> Callable[..., Any]:
 
 
 def compile_ahead(run: Callable[[], object]) -> None:
-    """Compiles the kernels that run() launches side by side, and runs none of them.
+    """Compiles the kernels that run() launches side by side, and runs none of them; does nothing
+    where that cannot be done.
 
     What run() then reads of their results is whatever lay there. A kernel that cannot be compiled
     raises its error when it is launched.
     """
-    # Before triton 3.8 that launch would find something that is no kernel.
-    if knobs.runtime.interpret or not hasattr(triton.FutureKernel, "__getattr__"):
+    if knobs.runtime.interpret or not SIDE_BY_SIDE:
         return
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):

@@ -51,6 +51,12 @@ def _run():
     linear(y, w, None, torch.empty(64, 32))
 
 
+side_by_side = pytest.mark.skipif(
+    not compilation.SIDE_BY_SIDE, reason="takes triton 3.8 and Python 3.13"
+)
+
+
+@side_by_side
 def test_side_by_side_and_before_the_launch(compiled):
     found, launches = compiled
     compilation.compile_ahead(_run)
@@ -67,6 +73,7 @@ def test_side_by_side_and_before_the_launch(compiled):
     assert len(found) == before
 
 
+@side_by_side
 def test_an_error_in_between_ends_it(compiled):
     found, launches = compiled
 
@@ -79,6 +86,7 @@ def test_an_error_in_between_ends_it(compiled):
     assert len(launches) == len(found) == 3
 
 
+@side_by_side
 def test_what_cannot_be_compiled_is_raised_by_the_launch(compiled, monkeypatch):
     _, launches = compiled
 
@@ -95,6 +103,11 @@ def test_what_cannot_be_compiled_is_raised_by_the_launch(compiled, monkeypatch):
 
     with pytest.raises(RuntimeError, match="no such instruction"):
         launch()
+
+
+def test_nothing_runs_where_it_cannot_be_done(monkeypatch):
+    monkeypatch.setattr(compilation, "SIDE_BY_SIDE", False)
+    compilation.compile_ahead(lambda: pytest.fail("it ran"))
 
 
 def test_one_line_says_that_kernels_are_compiled(compiled, caplog, monkeypatch):
