@@ -56,8 +56,8 @@ $(VENV)/.extension: $(VENV)/.installed setup.py $(wildcard csrc/*)
 demo: setup  ## the book's model and ours on GPT-2 124M, side by side
 	$(BIN)/python -m fastgpt compare
 
-# By two processes, most tests are busy with one thread. Threads that wait for the others without sleeping would
-# keep the other process from its work.
+# In two processes, because most tests keep one thread busy. Threads that wait without sleeping would take the other
+# process's time.
 test: setup  ## the tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -110,7 +110,7 @@ def test_nothing_runs_where_it_cannot_be_done(monkeypatch):
     compilation.compile_ahead(lambda: pytest.fail("it ran"))
 
 
-def test_one_line_says_that_kernels_are_compiled(compiled, caplog, monkeypatch):
+def test_one_line_says_that_kernels_are_compiled(compiled, caplog):
     heard, _ = compiled
     compilation.announce.__wrapped__()
     _run()

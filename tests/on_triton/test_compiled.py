@@ -67,7 +67,8 @@ def test_compiled(case, arch, mode, capfd):
         assert found.shared <= gpu.ARCHS[arch].shared * 1024, f"{launch.name}: {found.shared} bytes"
         if arch != "gfx1100" or (launch.name, mode) not in case.spills:
             # Three settings of attention spill a little with triton 3.8, none with 3.9.
-            most = 32 if OF_3_8 and launch.name.startswith("causal_attention_") else 0
+            known = OF_3_8 and arch in ("sm_100", "gfx942")
+            most = 32 if known and launch.name.startswith("causal_attention_") else 0
             spills = f"{launch.name}: spills {found.spilled} of {found.registers}"
             assert found.spilled <= most, spills
         if launch.name in case.matrix and mode in HALF:
