@@ -16,11 +16,12 @@ from fastgpt.ops.dropout_seed import draw_seed, draw_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.BackendWarning")
 P = 0.3
+CPU = torch.device("cpu")
 
 
 def seeds_after(manual_seed, n=1):
     torch.manual_seed(manual_seed)
-    seeds = draw_seeds(*[P] * n)
+    seeds = draw_seeds(CPU, *[P] * n)
     torch.manual_seed(manual_seed)
     return seeds
 
@@ -392,6 +393,55 @@ def test_a_checkpointed_block_repeats_its_bits(fused, reentrant):
 def test_no_seed_is_drawn_into_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert draw_seed(0.0) == 0
+    assert draw_seed(CPU, 0.0) == 0
     with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
-        draw_seed(P)
+        draw_seed(CPU, P)
+
+
+class _Generator:
+    """What PyTorch keeps on the host for a GPU."""
+
+    def __init__(self, seed, offset=0):
+        self.seed, self.offset = seed, offset
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0
+        self.offset = offset
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """Sets the seeds and offsets of two GPUs."""
+
+    def set_to(*states):
+        generators = tuple(_Generator(*state) for state in states)
+        monkeypatch.setattr(torch.cuda, "default_generators", generators)
+        return generators
+
+    return set_to
+
+
+def test_seeds_on_a_gpu_are_the_published_numbers(on_gpus):
+    """The first three that SplitMix64 gives for the seed 1234567, without their lowest bit."""
+    on_gpus((0,), (1234567,))
+    published = 6457827717110365317, 3203168211198807973, 9817491932198370423
+    assert draw_seeds(torch.device("cuda", 1), P, P, P) == tuple(n >> 1 for n in published)
+
+
+def test_seeds_on_a_gpu_come_from_its_generator_alone(on_gpus):
+    gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    generators, cpus = on_gpus((3,), (3,)), torch.get_rng_state()
+    seeds = [draw_seed(gpu, P), *draw_seeds(gpu, 0.0, P, P)]
+    assert [g.offset for g in generators] == [12, 0]
+    assert torch.equal(torch.get_rng_state(), cpus)
+    assert seeds[1] == 0
+    assert len(set(seeds)) == 4
+    assert draw_seed(other, P) == seeds[0]
+    on_gpus((3, 4))  # as torch.utils.checkpoint puts it back
+    assert [*draw_seeds(gpu, P, P)] == seeds[2:]

@@ -29,7 +29,7 @@ def causal_attention(
         v: [B, H, S, D].
         scale: of the scores; 1 / sqrt(D) if None.
         dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - p). Draws one
-            number from torch's CPU generator if not 0.
+            number from torch's generator for the device if not 0.
 
     Returns:
         [B, H, T, D], a transposed view of [B, T, H, D], so that joining the heads copies nothing.
@@ -56,7 +56,7 @@ def causal_attention(
     if backend == "reference" or theirs is not None:
         return _torch(q, k, v, scale, dropout_p, theirs)
     kernels = dispatch.module(backend, "causal_attention", q)
-    drop = (dropout_p, draw_seed(dropout_p))
+    drop = (dropout_p, draw_seed(q.device, dropout_p))
     if dispatch.needs_grad(q, k, v):
         return _CausalAttention.apply(kernels, q, k, v, scale, *drop).transpose(1, 2)
     return _forward(kernels, q, k, v, scale, *drop, keep=False)[0].transpose(1, 2)

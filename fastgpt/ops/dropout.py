@@ -19,7 +19,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: any shape, any floating dtype.
-        p: the probability. Draws one number from torch's CPU generator if it is not 0.
+        p: the probability. Draws one number from torch's generator for the device if it is not 0.
 
     Returns:
         The shape and dtype of x.
@@ -37,7 +37,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     kernels = dispatch.kernels("dropout", mask)
     if kernels is None:
         return F.dropout(x, p)
-    kernels.dropout(mask, p, draw_seed(p))
+    kernels.dropout(mask, p, draw_seed(x.device, p))
     if x.dtype != torch.float32 and p < 1:
         mask = (mask > 0).to(x.dtype).div_(1 - p)
     return x * mask.to(x.dtype)

@@ -28,7 +28,7 @@ def embedding(
         pos: [C, D] with C >= past + T.
         past: the position of the first token, at least 0.
         dropout_p: probability of dropping an element; the others are scaled by 1 / (1 - p). Draws
-            one number from torch's CPU generator if not 0.
+            one number from torch's generator for the device if not 0.
 
     Returns:
         [B, T, D].
@@ -65,7 +65,7 @@ def embedding(
             raise
     if not idx.is_cuda:
         check_ids(idx, tok.shape[0])
-    step = (past, dropout_p, draw_seed(dropout_p))
+    step = (past, dropout_p, draw_seed(tok.device, dropout_p))
     if dispatch.needs_grad(tok, pos):
         return _Embedding.apply(kernels, idx, tok, pos, *step)
     return _forward(kernels, idx, tok, pos, *step)

@@ -65,7 +65,7 @@ def add_layer_norm(
         bias: [D].
         eps: added to the variance.
         dropout_p: probability of dropping an element of the branch; the others are scaled by
-            1 / (1 - p). Draws one number from torch's CPU generator if not 0.
+            1 / (1 - p). Draws one number from torch's generator for the device if not 0.
 
     Returns:
         The normalised sum and the sum, each [..., D].
@@ -83,7 +83,7 @@ def add_layer_norm(
     kernels = _kernels_add(x, branch, weight, bias)
     if kernels is None:
         return _torch_add(x, branch, weight, bias, eps, dropout_p)
-    drop = (dropout_p, draw_seed(dropout_p))
+    drop = (dropout_p, draw_seed(x.device, dropout_p))
     if dispatch.needs_grad(x, branch, weight, bias):
         return _AddLayerNorm.apply(kernels, x, branch, weight, bias, eps, *drop)
     y, total, _, _ = _forward_add(kernels, x, branch, weight, bias, eps, *drop, stats=False)

@@ -40,7 +40,8 @@ def transformer_block(
 
     Returns:
         [B, T, D]; None if no kernel takes these tensors and the operations inside must run one
-        by one. Draws one number from torch's CPU generator for each dropout that drops something.
+        by one. Draws one number from torch's generator for the device for each dropout that drops
+        something.
 
     Raises:
         ValueError: D is not a multiple of n_heads, or a probability is not one.
@@ -59,7 +60,7 @@ def transformer_block(
     fields = block_fields(parameters, x.dtype, x.shape[2])
     if fields is None:
         return None
-    seeds = draw_seeds(attention_p, shortcut_p, shortcut_p)
+    seeds = draw_seeds(x.device, attention_p, shortcut_p, shortcut_p)
     drops = Dropouts(attention_p, shortcut_p, seeds)
     how = (n_heads, drops, eps, autocasts or x.dtype is torch.bfloat16, owner)
     return _TransformerBlock.apply(x, how, fields, *parameters.flat())

@@ -214,7 +214,7 @@ def _in_thread(work):
 def _model_on_fake_gpu(monkeypatch):
     """Yields a model and the kernels that it launches."""
     monkeypatch.setattr(dispatch, "direct", lambda tensors: True)
-    monkeypatch.setattr(dropout_seed, "draw_seeds", lambda *p: (7,) * len(p))  # by the host
+    monkeypatch.setattr(dropout_seed, "draw_seeds", lambda x, *p: (7,) * len(p))  # by the host
     with fake_gpu("sm_90") as launches:
         torch.set_default_dtype(torch.bfloat16)
         model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"n_layers": 1})
