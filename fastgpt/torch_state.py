@@ -128,6 +128,20 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
+def product_eps(x: Tensor) -> float:
+    """The distance from 1 to the next number of the format that products round x's to: its dtype,
+    or a narrower one, which torch's switches may allow for float32.
+    """
+    if x.dtype is not torch.float32:
+        return torch.finfo(x.dtype).eps
+    matmul = getattr(torch.backends.cuda if x.is_cuda else torch.backends.mkldnn, "matmul", None)
+    # Since torch 2.9 the older switch raises where the newer one has been used.
+    allowed = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    tf32, bf16 = 2.0**-10, torch.finfo(torch.bfloat16).eps
+    found = {"tf32": tf32, "high": tf32, "bf16": bf16, "medium": bf16}
+    return found.get(allowed, torch.finfo(torch.float32).eps)
+
+
 class PackedOneDNN:
     """oneDNN's product of x with a weight, [n_out, n_in], packed once, plus a bias, [n_out].
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pairs import CONFIG, assert_same, assert_same_model, logits, pair, shake, some_ids
 from torch import nn
+from torch.nn import functional as F
 
 import fastgpt
 from fastgpt import reference
@@ -233,6 +234,38 @@ def test_compiled():
         logits(model).square().mean().backward()
     assert_same(grads(theirs), grads(alone), atol=1e-4)
     torch.compiler.reset()
+
+
+@pytest.fixture
+def precision():
+    """Sets what torch's products may round to, and puts it back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_that_are_rounded_more(path, precision, monkeypatch):
+    """As a GPU rounds them to TF32: 10 bits behind the first."""
+
+    def rounded(x):
+        return (x.view(torch.int32) + (1 << 12) & -1 << 13).view(torch.float32)
+
+    def linear(x, weight, bias=None, exact=F.linear):
+        return exact(rounded(x), rounded(weight), bias)
+
+    same = importlib.import_module("fastgpt.model.accelerate")._same
+    book = books("reference")
+    with monkeypatch.context() as patch, fastgpt.use_backend("reference"):
+        patch.setattr(F, "linear", linear)
+        theirs = logits(book).detach()
+    ours = logits(fastgpt.accelerate(book)).detach()
+    precision("highest")
+    with pytest.raises(TypeError, match="computes something else"):
+        same("", theirs, ours, 1e-4)
+    precision("high")
+    same("", theirs, ours, 1e-4)
+    with pytest.raises(TypeError, match="computes something else"):
+        same("", theirs, ours * 1.02, 1e-4)
 
 
 def test_ours_comes_back_as_it_is():

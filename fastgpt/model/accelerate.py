@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.model.gpt import GPTModel
+from fastgpt.torch_state import product_eps
 from fastgpt.weights.meta import on_meta
 from fastgpt.weights.shared_grad import Cut, shared_parts
 from fastgpt.weights.sizes import refused_setting
@@ -281,11 +282,11 @@ def _random(*shape: int) -> Tensor:
 
 
 def _same(path: str, theirs: Tensor, ours: Tensor, tolerance: float = 1e-5) -> None:
-    """TypeError if two results differ by more than rounding in their dtype."""
+    """TypeError if two results differ by more than rounding in their dtype and its products."""
     scale = float(theirs.abs().max())
     error = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
     # Written so that NaN is refused too, unless both have it.
-    if not error <= max(tolerance, 8 * torch.finfo(theirs.dtype).eps) * scale and scale == scale:
+    if not error <= max(tolerance, 8 * product_eps(theirs)) * scale and scale == scale:
         raise TypeError(f"{path} computes something else than the book's (off by {error:.1e})")
 
 

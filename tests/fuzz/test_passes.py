@@ -64,7 +64,7 @@ def test_transformer_block(guards, B, T, sizes, up, seed, layouts, mask, n, p, q
     norms = [1 + 0.3 * draw(D), draw(D), 1 + 0.3 * draw(D), draw(D)]
     tensors = [t.to(dtype) for t in (draw(B, T, D), *norms, *parameters)]
     torch.default_generator.manual_seed(seed)
-    one, *two = draw_seeds(CPU, p, q, q)
+    one, *two = draw_seeds(torch.device("cpu"), p, q, q)
     shapes = [(B, H, T, T), (B, T, D), (B, T, D)]
     ones = [torch.ones(shape).double() for shape in shapes]
     keeps = [

@@ -259,7 +259,9 @@ def test_a_probe_without_a_driver():
     assert "triton cannot launch a kernel: RuntimeError: 0 active" in triton.launch_failure(CPU)
 
 
-@pytest.mark.parametrize(("version", "runs"), [("3.1.0", False), ("3.6.0+git1", True)])
+@pytest.mark.parametrize(
+    ("version", "runs"), [("3.1.0", False), ("3.4.0", False), ("3.6.0+git1", True)]
+)
 def test_the_version_is_asked_before_anything_of_it_is_imported(
     interpreted, monkeypatch, version, runs
 ):
