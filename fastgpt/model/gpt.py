@@ -34,7 +34,15 @@ from fastgpt.model.fusable import (
     is_unmodified,
     obstacle,
 )
-from fastgpt.model.modules import Dropout, LayerNorm, TransformerBlock, add_norm, linear
+from fastgpt.model.modules import (
+    Branch,
+    Dropout,
+    LayerNorm,
+    TransformerBlock,
+    add_norm,
+    added,
+    linear,
+)
 from fastgpt.model.quantization import (
     QuantizedEmbedding,
     linear_obstacle,
@@ -361,18 +369,18 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """What the head gets, [B, T or 1, emb_dim], of tokens from this position on."""
         x = self._embedded(in_idx, position)
-        branch: Tensor | None = None
+        branch: Branch | None = None
         if is_unmodified(self.trf_blocks, nn.Sequential) or cache is not None:
             for layer, block in enumerate(self.trf_blocks):
                 if isinstance(block, TransformerBlock) and is_unmodified(block, TransformerBlock):
                     x, branch = block.forward_residual(x, branch, cache, layer, self)
                 else:
-                    x = x if branch is None else branch + x
-                    x, branch = block(x) if cache is None else block(x, cache, layer), None
+                    x, branch = added(x, branch), None
+                    x = block(x) if cache is None else block(x, cache, layer)
         else:
             x = self.trf_blocks(x)
-        if last_only:
-            x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
+        if last_only:  # behind the dropout, whose mask is that of all tokens
+            x, branch = added(x, branch)[:, -1:], None
         return add_norm(x, branch, self.final_norm)[1]
 
     def _embedded(self, in_idx: Tensor, position: int) -> Tensor:

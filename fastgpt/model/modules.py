@@ -8,7 +8,7 @@ the rest stays fused. No weight is copied.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -338,27 +338,29 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Any = None, layer: int = 0) -> Tensor:
         """[B, T, emb_dim] -> [B, T, emb_dim]."""
-        x, branch = self.forward_residual(x, None, cache, layer, self)
-        return x if branch is None else branch + x
+        return added(*self.forward_residual(x, None, cache, layer, self))
 
     def forward_residual(
-        self, x: Tensor, branch: Tensor | None, cache: Any, layer: int, owner: nn.Module
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block on x + branch. If it does not run as a whole, the sum at its end is left to
-        the next norm, which adds.
+        self, x: Tensor, branch: Branch | None, cache: Any, layer: int, owner: nn.Module
+    ) -> tuple[Tensor, Branch | None]:
+        """The block on x + branch. If it does not run as a whole, the sum at its end and the
+        dropout in front of it are left to the next norm.
         """
-        if cache is None:
-            whole = self._as_one(x, branch, owner)
+        b = self._whole_record(x) if cache is None else None
+        if b is not None:
+            x, branch = added(x, branch), None
+            how = (b.n_heads, b.attention_p, b.shortcut_p, b.eps, owner)
+            whole = ops.transformer_block(x, b.parameters, *how)
             if whole is not None:
                 return whole, None
         x, h = add_norm(x, branch, self.norm1)
         # A replaced attention need not know of caches.
         attended = self.att(h) if cache is None else self.att(h, cache, layer)
-        x, h = add_norm(x, attended, self.norm2, self.drop_shortcut)
-        return x, self.drop_shortcut(self.ff(h))
+        x, h = add_norm(x, Branch(attended, self.drop_shortcut), self.norm2)
+        return x, Branch(self.ff(h), self.drop_shortcut)
 
-    def _as_one(self, x: Tensor, branch: Tensor | None, owner: nn.Module) -> Tensor | None:
-        """The block on x + branch as one operation; None if it cannot be one.
+    def _whole_record(self, x: Tensor) -> BlockRecord | None:
+        """What the block on x consists of, if it may run as one operation.
 
         Raises:
             ValueError: the tokens are more than the block's context length.
@@ -369,9 +371,7 @@ class TransformerBlock(nn.Module):
         if b is None or x.shape[2] != b.width:
             return None
         self.att.check_length(x.shape[1])
-        x = x if branch is None else branch + x
-        how = (b.n_heads, b.attention_p, b.shortcut_p, b.eps, owner)
-        return ops.transformer_block(x, b.parameters, *how)
+        return b
 
     def record(self) -> BlockRecord | None:
         """What the block consists of; None if ``obstacles`` are in the way."""
@@ -461,17 +461,26 @@ def is_causal(mask: Tensor) -> bool:
     return torch.equal(mask.bool(), hidden)
 
 
-def add_norm(
-    x: Tensor, branch: Tensor | None, norm: Any, dropout: nn.Module | None = None
-) -> tuple[Tensor, Tensor]:
-    """The residual stream with the branch, behind its dropout, added; and its norm."""
-    if branch is None:
-        return x, norm(x)
-    dropout_p = 0.0 if dropout is None else drop_probability(dropout)
-    if is_unmodified(norm, LayerNorm) and branch.shape == x.shape and dropout_p is not None:
-        h, x = ops.add_layer_norm(x, branch, norm.scale, norm.shift, norm.eps, dropout_p)
-        return x, h
-    x = (branch if dropout is None else dropout(branch)) + x
+class Branch(NamedTuple):
+    """What is to be added to the residual stream, behind its dropout."""
+
+    value: Tensor
+    dropout: nn.Module
+
+
+def added(x: Tensor, branch: Branch | None) -> Tensor:
+    """The residual stream with the branch."""
+    return x if branch is None else branch.dropout(branch.value) + x
+
+
+def add_norm(x: Tensor, branch: Branch | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch; and its norm."""
+    if branch is not None:
+        value, dropout_p = branch.value, drop_probability(branch.dropout)
+        if is_unmodified(norm, LayerNorm) and value.shape == x.shape and dropout_p is not None:
+            h, x = ops.add_layer_norm(x, value, norm.scale, norm.shift, norm.eps, dropout_p)
+            return x, h
+        x = added(x, branch)
     return x, norm(x)
 
 
