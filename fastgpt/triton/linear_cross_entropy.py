@@ -47,9 +47,9 @@ def linear_cross_entropy(
     buffer = torch.empty((chunk, pitch), dtype=x.dtype, device=x.device)
     lse = torch.empty(chunk, dtype=torch.float64, device=x.device)
     total = dweight
-    if dweight is not None and dweight.dtype != torch.float32:
+    if dweight is not None and dweight.dtype != torch.float32 and chunk < n_rows:
         total = torch.empty(dweight.shape, dtype=torch.float32, device=x.device)
-    if total is not None:
+    if total is not None and n_rows == 0:
         total.zero_()
     for start in range(0, n_rows, chunk):
         rows = slice(start, min(start + chunk, n_rows))
@@ -63,9 +63,25 @@ def linear_cross_entropy(
         if dx is not None:
             torch.mm(logits, weight, out=dx[rows])
         if total is not None:
-            if total.dtype == x.dtype:
-                total.addmm_(logits.t(), x[rows])
-            else:
-                total += torch.mm(logits.t(), x[rows])
+            _add_product(total, logits.t(), x[rows], first=start == 0)
     if dweight is not None and total is not None and total is not dweight:
         dweight.copy_(total)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds a b to the total, of the same dtype or float32; the first product is written to it."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=int(not first), out=total)
+    elif _adds_unrounded(total):
+        torch.addmm(total, a, b, torch.float32, beta=int(not first), out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total += torch.mm(a, b)
+
+
+def _adds_unrounded(total: Tensor) -> bool:
+    """Whether torch adds a 16-bit product to this float32 total without rounding it first: on
+    NVIDIA's GPUs, right since torch 2.10 (pytorch #167931).
+    """
+    return total.is_cuda and torch.version.hip is None and torch.__version__ >= "2.10"
