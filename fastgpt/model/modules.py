@@ -353,10 +353,12 @@ class TransformerBlock(nn.Module):
             whole = ops.transformer_block(x, b.parameters, *how)
             if whole is not None:
                 return whole, None
-        x, h = add_norm(x, branch, self.norm1)
+        # Of a block that is plainly ours nothing but products read the norms.
+        narrow = dispatch.autocasts(x) and self.record() is not None
+        x, h = add_norm(x, branch, self.norm1, narrow)
         # A replaced attention need not know of caches.
         attended = self.att(h) if cache is None else self.att(h, cache, layer)
-        x, h = add_norm(x, Branch(attended, self.drop_shortcut), self.norm2)
+        x, h = add_norm(x, Branch(attended, self.drop_shortcut), self.norm2, narrow)
         return x, Branch(self.ff(h), self.drop_shortcut)
 
     def _whole_record(self, x: Tensor) -> BlockRecord | None:
@@ -473,12 +475,15 @@ def added(x: Tensor, branch: Branch | None) -> Tensor:
     return x if branch is None else branch.dropout(branch.value) + x
 
 
-def add_norm(x: Tensor, branch: Branch | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """The residual stream with the branch; and its norm."""
+def add_norm(
+    x: Tensor, branch: Branch | None, norm: Any, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch; and its norm, for which ``narrow`` is as in ops."""
     if branch is not None:
         value, dropout_p = branch.value, drop_probability(branch.dropout)
         if is_unmodified(norm, LayerNorm) and value.shape == x.shape and dropout_p is not None:
-            h, x = ops.add_layer_norm(x, value, norm.scale, norm.shift, norm.eps, dropout_p)
+            how = (norm.scale, norm.shift, norm.eps, dropout_p, narrow)
+            h, x = ops.add_layer_norm(x, value, *how)
             return x, h
         x = added(x, branch)
     return x, norm(x)

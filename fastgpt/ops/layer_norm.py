@@ -54,6 +54,7 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The residual add and the LayerNorm after it, in one pass: with total = x + dropout(branch),
     (layer_norm(total), total).
@@ -66,6 +67,8 @@ def add_layer_norm(
         eps: added to the variance.
         dropout_p: probability of dropping an element of the branch; the others are scaled by
             1 / (1 - p). Draws one number from torch's generator for the device if not 0.
+        narrow: whether nothing but products read the normalised sum, so that under autocast a GPU
+            kernel may write it in their dtype at once.
 
     Returns:
         The normalised sum and the sum, each [..., D].
@@ -83,10 +86,12 @@ def add_layer_norm(
     kernels = _kernels_add(x, branch, weight, bias)
     if kernels is None:
         return _torch_add(x, branch, weight, bias, eps, dropout_p)
-    drop = (dropout_p, draw_seed(x.device, dropout_p))
+    narrow = narrow and isinstance(kernels, dispatch.Launchers)
+    dtype = dispatch.autocast_dtype(x) if narrow else None
+    how = (dtype or weight.dtype, dropout_p, draw_seed(x.device, dropout_p))
     if dispatch.needs_grad(x, branch, weight, bias):
-        return _AddLayerNorm.apply(kernels, x, branch, weight, bias, eps, *drop)
-    y, total, _, _ = _forward_add(kernels, x, branch, weight, bias, eps, *drop, stats=False)
+        return _AddLayerNorm.apply(kernels, x, branch, weight, bias, eps, *how)
+    y, total, _, _ = _forward_add(kernels, x, branch, weight, bias, eps, *how, stats=False)
     return y, total
 
 
@@ -132,10 +137,9 @@ def _forward(kernels, x, weight, bias, eps, stats):
     return y, mean, rstd
 
 
-def _forward_add(kernels, x, branch, weight, bias, eps, dropout_p, seed, stats):
+def _forward_add(kernels, x, branch, weight, bias, eps, dtype, dropout_p, seed, stats):
     x, branch = x.contiguous(), branch.contiguous()
-    y = torch.empty_like(x, dtype=weight.dtype)
-    total = torch.empty_like(y)
+    y, total = (torch.empty_like(x, dtype=d) for d in (dtype, weight.dtype))
     mean, rstd = _stats(x, stats)
     weight, bias = weight.contiguous(), bias.contiguous()
     kernels.layer_norm(x, weight, bias, eps, y, mean, rstd, branch, total, dropout_p, seed)
@@ -201,9 +205,9 @@ class _LayerNorm(torch.autograd.Function):
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, branch, weight, bias, eps, dropout_p, seed):
+    def forward(ctx, kernels, x, branch, weight, bias, eps, dtype, dropout_p, seed):
         y, total, mean, rstd = _forward_add(
-            kernels, x, branch, weight, bias, eps, dropout_p, seed, stats=True
+            kernels, x, branch, weight, bias, eps, dtype, dropout_p, seed, stats=True
         )
         ctx.save_for_backward(total, mean, rstd, weight, bias.data)
         ctx.kernels, ctx.branch, ctx.drop = kernels, branch.dtype, (dropout_p, seed)
@@ -221,7 +225,7 @@ class _AddLayerNorm(torch.autograd.Function):
             keep = mask_again(ctx.kernels, ctx.drop, dy.shape, dy.device)
             grads = _add_formulas(dy, dtotal, ctx.saved_tensors, stream, keep)
         kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
-        return None, *kept, None, None, None
+        return None, *kept, None, None, None, None
 
 
 def _add_formulas(dy, dtotal, saved, wanted, keep=None):

@@ -136,7 +136,21 @@ def _backward(width, p=0.0):
     return Case(run, wide=("layer_norm_bwd_kernel", "sum_rows_kernel"))
 
 
+def _under_autocast(dtype):
+    """The residual stream float32, the branch and the norm, with their gradients, bfloat16."""
+    x, y = empty(torch.float32, 4096, 768), empty(torch.bfloat16, 4096, 768)
+    weight, stats = empty(torch.float32, 768), empty(torch.float32, 4096)
+    layer_norm(x, weight, weight, EPS, y, stats, stats, y, x, 0.1, 12345)
+    layer_norm_backward(y, x, weight, stats, stats, x, weight, weight, x, y, 0.1, 12345)
+
+
 CASES = {
+    "autocast": Case(
+        _under_autocast,
+        wide=("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "sum_rows_kernel"),
+        sample=("float32",),
+        modes=("float32",),
+    ),
     "forward-64": _forward(64)._replace(sample_archs=("sm_90", "gfx942")),
     "backward-64": _backward(64)._replace(sample_archs=("sm_90", "gfx942")),
     "forward-4096": _forward(4096)._replace(sample_archs=("sm_90",)),

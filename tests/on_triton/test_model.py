@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import fastgpt
-from fastgpt import dispatch, reference, triton
+from fastgpt import dispatch, ops, reference, triton
 from fastgpt.model import scoring
 from on_triton.support.gpu import fake_gpu
 
@@ -183,6 +183,46 @@ def test_autocast():
     for mine, theirs, right in zip(*found, exact, strict=True):
         assert mine.dtype == torch.float32
         assert_small_rms(mine, theirs, right)
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_the_norm_under_autocast_has_the_products_dtype():
+    """Where nothing but products read it."""
+    x, branch = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32).to(BF16)
+    branch.requires_grad_()
+    norm = fastgpt.model.modules.LayerNorm(32)
+    found = []
+    for narrow in (False, True):
+        with torch.autocast("cpu", BF16):
+            given = (x, branch, norm.scale, norm.shift)
+            y, total = ops.add_layer_norm(*given, narrow=narrow)
+        assert total.dtype == torch.float32
+        assert y.dtype == (BF16 if narrow else torch.float32)
+        # As the cast in front of a product would have it.
+        loss = (y.to(BF16).float() * x.detach().sin()).sum() + total.square().sum()
+        found.append((y.to(BF16), total, *torch.autograd.grad(loss, given)))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("dispatched")
+@pytest.mark.parametrize("hooked", [None, "att.W_query", "ff"])
+def test_what_is_hooked_sees_the_norm_as_pytorch_makes_it(monkeypatch, hooked):
+    ours, _ = _pair(drop_rate=0.0, n_layers=2)
+    seen, product = [], ops.linear_gelu
+    if hooked:
+        module = ours.trf_blocks[1].get_submodule(hooked)
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    else:
+
+        def linear_gelu(x, *rest, **how):
+            seen.append(x.dtype)
+            return product(x, *rest, **how)
+
+        monkeypatch.setattr(ops, "linear_gelu", linear_gelu)
+    with torch.autocast("cpu", BF16):
+        ours.loss(*[torch.randint(0, CFG["vocab_size"], (2, 10))] * 2).backward()
+    assert set(seen) == {torch.float32 if hooked else BF16}
 
 
 @pytest.mark.usefixtures("dispatched")
