@@ -173,7 +173,8 @@ FASTGPT_INLINE Vec load_half_bytes(const uint8_t* p, int shift) {
 template <class T>
 FASTGPT_INLINE Vec load(const T* p, int64_t n) {
     T whole[Vec::width] = {};
-    std::memcpy(whole, p, sizeof(T) * static_cast<size_t>(n));
+    for (int i = 0; i < Vec::width; i++)
+        if (i < n) whole[i] = p[i];  // GCC 16 warns of a memcpy, in which it sees no bound for n
     return load(whole);
 }
 FASTGPT_INLINE void store(BFloat16* p, Vec a, int64_t n) {
