@@ -48,7 +48,7 @@ def causal_attention(
     if torch.compiler.is_compiling():
         # On a GPU PyTorch chooses among the vendor's kernels for what they take.
         ours = not q.is_cuda or q.shape[2] != k.shape[2]
-        if dispatch.traceable(q, k, v) and dropout_p == 0 and ours:
+        if dropout_p == 0 and ours and dispatch.traceable("causal_attention", q, k, v):
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)
     backend = dispatch.choose("causal_attention", q, k, v)
