@@ -28,8 +28,9 @@ def causal_attention(
         k: [B, H, S, D] with S >= T.
         v: [B, H, S, D].
         scale: of the scores; 1 / sqrt(D) if None.
-        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - p). Draws one
-            number from torch's CPU generator if not 0.
+        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - p). If not 0,
+            draws one number from torch's CPU generator, or, where the kernel is PyTorch's, from
+            the GPU's.
 
     Returns:
         [B, H, T, D], a transposed view of [B, T, H, D], so that joining the heads copies nothing.
@@ -52,7 +53,9 @@ def causal_attention(
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)
     backend = dispatch.choose("causal_attention", q, k, v)
-    theirs = None if backend != "triton" else vendor.vendor_attention(q, k, dropout_p)
+    theirs = None
+    if backend == "triton" and scale > 0:
+        theirs = vendor.vendor_attention(q, k, v, dropout_p)
     if backend == "reference" or theirs is not None:
         return _torch(q, k, v, scale, dropout_p, theirs)
     kernels = dispatch.module(backend, "causal_attention", q)
@@ -67,6 +70,8 @@ def _torch(
 ) -> Tensor:
     """By PyTorch's operation; theirs: as ``vendor.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
+    if theirs in ("flash", "efficient"):
+        return torch_state.sdpa_kernel(theirs, q, k, v, scale, dropout_p)
     # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own, and
     # multiplies the infinity of the causal one by a scale of 0.
     if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda) or scale == 0:
@@ -78,21 +83,7 @@ def _torch(
     else:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = {"attn_mask": seen}
-    # By name: PyTorch's switches, with which it would choose that itself, are those of all threads.
-    if theirs == "flash" and _flash_takes(q, k, v):
-        return torch_state.flash_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
-
-
-def _flash_takes(q: Tensor, *rest: Tensor) -> bool:
-    """Whether it runs here, nobody has switched it off, and it takes these as they are."""
-    return (
-        torch.backends.cuda.is_flash_attention_available()
-        and torch.backends.cuda.flash_sdp_enabled()
-        and q.shape[3] % 8 == 0
-        and q.numel() > 0
-        and all(t.stride(3) == 1 for t in (q, *rest))
-    )
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
