@@ -12,22 +12,6 @@ from on_triton.support import gpu
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arch", gpu.ARCHS)
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_shape_has_a_row(arch, itemsize):
-    rows = [*vendor.ATTENTION.values(), *vendor.PRODUCTS.values()]
-    for sizes in ((1024, 1024), (7, 7), (1, 7)):
-        for dropout in (True, False):
-            found = vendor.attention(arch, itemsize, *sizes, dropout)
-            assert found in rows
-            if sizes[0] != sizes[1]:
-                assert found.implementation == "own"
-        assert vendor.attention(arch, itemsize, *sizes, repeatable=True).implementation == "own"
-    for count in (1, 16, 17, 65536):
-        for gelu in (True, False):
-            assert vendor.product(arch, itemsize, count, gelu) in rows
-
-
 def test_the_rows_meant():
     assert vendor.attention("sm_90", 2, 1024, 1024).implementation == "sdpa"
     assert vendor.attention("sm_90", 2, 1000, 1000).implementation == "flash"
