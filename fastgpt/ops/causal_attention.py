@@ -48,7 +48,7 @@ def causal_attention(
         scale = q.shape[3] ** -0.5
     if torch.compiler.is_compiling():
         # On a GPU PyTorch chooses among the vendor's kernels for what they take.
-        ours = not q.is_cuda or q.shape[2] != k.shape[2]
+        ours = not q.is_cuda or 1 < q.shape[2] < k.shape[2]
         if dropout_p == 0 and ours and dispatch.traceable("causal_attention", q, k, v):
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)

@@ -409,6 +409,7 @@ def test_a_gpus_graph_has_what_inductor_fuses(graph_of, drop_rate, dtype):
 @NO_DRIVER
 def test_a_gpus_graph_keeps_our_attention_behind_a_cache(graph_of):
     with FakeTensorMode():
-        q, k = (torch.empty(2, 3, n, 16, dtype=BF16, device="cuda") for n in (5, 9))
+        one, q, k = (torch.empty(2, 3, n, 16, dtype=BF16, device="cuda") for n in (1, 5, 9))
         assert graph_of(ops.causal_attention, q, k, k)["fastgpt.causal_attention"] == 1
-        assert graph_of(ops.causal_attention, k, k, k)["scaled_dot_product_attention"] == 1
+        for q in (one, k):
+            assert graph_of(ops.causal_attention, q, k, k)["scaled_dot_product_attention"] == 1
