@@ -75,6 +75,11 @@ _KERNELS = {
     ),
 }
 _BY_DEVICE = {row.device: name for name, row in _KERNELS.items()}
+# By device, the operations that are ours in a compiled graph too; Inductor fuses all others.
+_IN_GRAPHS = {
+    "cuda": ("causal_attention", "linear_cross_entropy"),
+    "cpu": ("causal_attention", "gelu"),
+}
 
 _asked: ContextVar[str | None] = ContextVar("fastgpt_backend", default=None)
 # The names inside whose `use_backend` some thread is now. torch.compile can't read a ContextVar,
@@ -381,11 +386,12 @@ def direct(tensors: Iterable[Tensor]) -> bool:
     return (
         not torch_state.recorded()
         and not transformed()
-        and all(
-            (type(t) is Tensor or type(t) is torch.nn.Parameter) and t.layout is torch.strided
-            for t in tensors
-        )
+        and all(_is_plain(t) and t.layout is torch.strided for t in tensors)
     )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) is Tensor or type(t) is torch.nn.Parameter
 
 
 def autocasts(x: Tensor) -> bool:
@@ -422,23 +428,22 @@ def runs_whole(x: Tensor) -> bool:
     )
 
 
-def traceable(*tensors: Tensor) -> bool:
+def traceable(op: str, *tensors: Tensor) -> bool:
     """Whether torch.compile should put the registered operation into its graph rather than
     PyTorch's own form. What is exported must load where fastgpt is not imported.
     """
     asked = _entered[-1] if _entered else os.environ.get("FASTGPT_BACKEND")
-    if asked == "reference" or torch_state.exporting():
+    if asked == "reference" or torch_state.exporting() or transformed():
         return False
     first = tensors[0]
-    if not all(t.device == first.device and t.dtype == first.dtype for t in tensors):
+    alike = all(t.device == first.device and t.dtype == first.dtype for t in tensors)
+    if not (alike and all(map(_is_plain, tensors)) and op in _IN_GRAPHS.get(first.device.type, ())):
         return False
     if first.device.type == "cuda":
-        if triton.missing is not None or first.dtype not in _ON_GPU:
-            return False
-        return not triton.too_old_gpu(first.device.index)
-    if cpu.missing is not None or (cpu.passed_over and asked != "cpu"):
-        return False
-    return first.device.type == "cpu" and first.dtype == torch.float32
+        takes = triton.missing is None and first.dtype in _ON_GPU
+        return takes and not triton.too_old_gpu(first.device.index)
+    passed_over = cpu.missing is not None or (cpu.passed_over and asked != "cpu")
+    return first.dtype == torch.float32 and not passed_over
 
 
 def _obstacle(backend: str, op: str, tensors: list[Tensor], beside: Iterable[Tensor]) -> str | None:

@@ -119,12 +119,20 @@ def is_compile_error(error: Exception) -> bool:
     return isinstance(error, raised)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention by the flash kernel of ``scaled_dot_product_attention``, which has a
-    gradient too. q, k, v: [B, H, T, D] on a GPU, 16 bits, D a multiple of 8.
+def sdpa_kernel(
+    name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float
+) -> Tensor:
+    """Causal attention by the kernel "flash" or "efficient" of ``scaled_dot_product_attention``,
+    which has a gradient too; dropout draws from the GPU's generator. q, k, v: [B, H, T, D] on a GPU
+    that has it, as ``torch.backends.cuda`` tells.
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    out: Tensor = flash(q, k, v, 0.0, True, scale=scale)[0]
+    aten = torch.ops.aten
+    out: Tensor
+    if name == "flash":
+        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, True, scale=scale)[0]
+    else:
+        rest = (None, True, dropout_p, True)  # no bias, a log-sum-exp for backward, causal
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, *rest, scale=scale)[0]
     return out
 
 

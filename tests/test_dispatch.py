@@ -132,7 +132,7 @@ def test_auto_passes_over_what_is_slower(monkeypatch, recwarn, capsys):
     monkeypatch.setattr(cpu, "passed_over", "it is slow here")
     assert dispatch.choose("linear", x, w) == "reference"
     assert not dispatch.runs_whole(x)
-    assert not dispatch.traceable(x)
+    assert not dispatch.traceable("gelu", x)
     assert dispatch.choose("quantized_linear", x) == "cpu"
     assert fastgpt.backends()["cpu"].available
     assert "auto passes it over: it is slow here" in fastgpt.backends()["cpu"].detail
@@ -141,7 +141,7 @@ def test_auto_passes_over_what_is_slower(monkeypatch, recwarn, capsys):
     with fastgpt.use_backend("cpu"):
         assert dispatch.choose("linear", x, w) == "cpu"
         assert dispatch.runs_whole(x)
-        assert dispatch.traceable(x)
+        assert dispatch.traceable("gelu", x)
     with cpu.use_isa(cpu.isas()[0]):
         assert dispatch.choose("linear", x, w) == "cpu"
     assert dispatch.choose("linear", x, w) == "reference"

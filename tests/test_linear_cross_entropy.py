@@ -3,12 +3,12 @@ import sys
 
 import pytest
 import torch
-from helpers import check_operation
+from helpers import check_operation, opcheck
 from pairs import CONFIG, Wrapped, assert_same, pair, some_ids, wrap_weight
 from torch import nn
 from torch.nn import functional as F
 
-from fastgpt import GPTModel, cpu
+from fastgpt import GPTModel, cpu, dispatch
 from fastgpt.ops import linear_cross_entropy
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -364,3 +364,58 @@ def test_the_models_loss_under_compile():
     model, ids = pair(n_layers=1)[0], some_ids()
     loss = torch.compile(model.loss, backend="eager", fullgraph=True)(ids, ids)
     assert_same(loss, readers_loss(model, ids, ids))
+
+
+@pytest.fixture
+def in_graphs(monkeypatch):
+    """As on a GPU, the loss in a compiled graph is our operation."""
+    monkeypatch.setitem(dispatch._IN_GRAPHS, "cpu", dispatch._IN_GRAPHS["cuda"])
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_our_loss_in_a_graph(in_graphs, reduction, wanted):
+    targets = _targets(70, 61)
+
+    def ours(x, weight):
+        return linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+    def theirs(x, weight):
+        return F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
+
+    inputs, found = (torch.randn(70, 24), torch.randn(61, 24)), []
+    inputs = [t.requires_grad_(want) for t, want in zip(inputs, wanted, strict=True)]
+    upstream = torch.randn(70) if reduction == "none" else torch.tensor(-0.7)
+    for loss in (torch.compile(ours, backend="aot_eager", fullgraph=True), theirs):
+        y = loss(*inputs)
+        grads = torch.autograd.grad(y, [t for t in inputs if t.requires_grad], upstream)
+        found.append(dict(enumerate((y, *grads))))
+    assert_same(*found)
+
+
+def test_a_compiled_training_step_with_our_loss(in_graphs):
+    model, ids = pair(n_layers=1)[0], some_ids()
+    right = torch.autograd.grad(readers_loss(model, ids, ids), list(model.parameters()))
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(ids, ids), list(model.parameters()))
+    for ours, theirs in zip(found, right, strict=True):
+        assert_same(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = compiled(ids, ids)
+    assert narrow.dtype == torch.float32
+    assert_same(narrow, model.loss(ids, ids), rtol=0.02)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_registered_operation(reduction):
+    x, weight = torch.randn(7, 24, requires_grad=True), torch.randn(61, 24, requires_grad=True)
+    targets = _targets(7, 61)
+    for wanted in ((True, True), (False, True), (False, False)):
+        arguments = (x, weight, targets, -100, reduction, *wanted)
+        opcheck(torch.ops.fastgpt.linear_cross_entropy.default, arguments)
+    dloss = torch.ones(7 if reduction == "none" else ())
+    arguments = (dloss, x.detach(), weight.detach(), targets, -100, reduction, True, False)
+    opcheck(torch.ops.fastgpt.linear_cross_entropy_backward.default, arguments)

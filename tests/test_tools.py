@@ -54,6 +54,19 @@ def test_compiled_whole(backend):
     assert_same({name.removeprefix("_orig_mod."): t for name, t in mine.items()}, right)
 
 
+def test_compiled_gradients_of_a_transform():
+    found, ids = [], some_ids()
+    for model in pair(n_layers=1):
+
+        def loss(params, model=model):
+            return torch.func.functional_call(model, params, (ids,)).square().mean()
+
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        gradients = torch.func.grad(loss)
+        found.append(torch.compile(gradients, backend="aot_eager", fullgraph=True)(params))
+    assert_same(*found)
+
+
 def test_compiled_with_dropout_an_edited_mask_and_a_wrapped_layer():
     for change in ("dropout", "mask", "lora"):
         ours, book = pair(n_layers=1)

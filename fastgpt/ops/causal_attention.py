@@ -47,12 +47,14 @@ def causal_attention(
         scale = q.shape[3] ** -0.5
     if torch.compiler.is_compiling():
         # On a GPU PyTorch chooses among the vendor's kernels for what they take.
-        ours = not q.is_cuda or q.shape[2] != k.shape[2]
-        if dispatch.traceable(q, k, v) and dropout_p == 0 and ours:
+        ours = not q.is_cuda or 1 < q.shape[2] < k.shape[2]
+        if dropout_p == 0 and ours and dispatch.traceable("causal_attention", q, k, v):
             return torch.ops.fastgpt.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         return _torch(q, k, v, scale, dropout_p)
     backend = dispatch.choose("causal_attention", q, k, v)
-    theirs = None if backend != "triton" else vendor.vendor_attention(q, k, dropout_p)
+    theirs = None
+    if backend == "triton" and scale > 0:
+        theirs = vendor.vendor_attention(q, k, v, dropout_p)
     if backend == "reference" or theirs is not None:
         return _torch(q, k, v, scale, dropout_p, theirs)
     kernels = dispatch.module(backend, "causal_attention", q)
@@ -67,6 +69,8 @@ def _torch(
 ) -> Tensor:
     """By PyTorch's operation; theirs: as ``vendor.vendor_attention`` says it."""
     T, S = q.shape[2], k.shape[2]
+    if theirs in ("flash", "efficient"):
+        return torch_state.sdpa_kernel(theirs, q, k, v, scale, dropout_p)
     # PyTorch's fused operation has no forward mode, no batching rule and a mask of its own, and
     # multiplies the infinity of the causal one by a scale of 0.
     if dispatch.transformed() or (dropout_p > 0 and not q.is_cuda) or scale == 0:
@@ -78,21 +82,7 @@ def _torch(
     else:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = {"attn_mask": seen}
-    # By name: PyTorch's switches, with which it would choose that itself, are those of all threads.
-    if theirs == "flash" and _flash_takes(q, k, v):
-        return torch_state.flash_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, **mask)
-
-
-def _flash_takes(q: Tensor, *rest: Tensor) -> bool:
-    """Whether it runs here, nobody has switched it off, and it takes these as they are."""
-    return (
-        torch.backends.cuda.is_flash_attention_available()
-        and torch.backends.cuda.flash_sdp_enabled()
-        and q.shape[3] % 8 == 0
-        and q.numel() > 0
-        and all(t.stride(3) == 1 for t in (q, *rest))
-    )
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

@@ -57,7 +57,7 @@ def bias_gelu(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
 def _bias_gelu(x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     tensors = (x,) if bias is None else (x, bias)
     if torch.compiler.is_compiling():
-        if dispatch.traceable(*tensors):
+        if dispatch.traceable("gelu", *tensors):
             return torch.ops.fastgpt.bias_gelu(x, bias)
         return _torch(x, bias)
     kernels = dispatch.kernels("gelu", x, bias)

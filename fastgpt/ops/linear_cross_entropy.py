@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,26 +75,41 @@ def checked_linear_cross_entropy(
         raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "none"')
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long().contiguous()
     rest = (ignore_index, reduction)
-    if torch.compiler.is_compiling() or not dispatch.direct((rows, weight)):
+    if torch.compiler.is_compiling():
+        narrow = _narrowed(rows), _narrowed(weight)
+        if dispatch.traceable("linear_cross_entropy", *narrow):
+            wanted = [torch.is_grad_enabled() and t.requires_grad for t in narrow]
+            op = torch.ops.fastgpt.linear_cross_entropy
+            loss = op(*narrow, labels, *rest, *wanted)[0]
+        else:
+            loss = _differentiable(rows, weight, labels, *rest)
+    elif not dispatch.direct((rows, weight)):
         dispatch.check_invariance("linear_cross_entropy", "it is watched or transformed")
         raise_wrong_ids(targets)  # PyTorch's loss would end the process's use of the GPU
         loss = _differentiable(rows, weight, labels, *rest)
     else:
-        if dispatch.autocasts(x):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            rows, weight = rows.to(dtype), weight.to(dtype)
-        kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
-        takes = kernels is not None and kernels.takes(weight, None)
-        if not takes:
-            dispatch.check_invariance(
-                "linear_cross_entropy", "its weight is too deep, or an odd view"
-            )
-        run = dispatch.first(kernels.linear_cross_entropy, _by_chunks) if takes else _by_chunks
+        rows, weight = _narrowed(rows), _narrowed(weight)
+        run = _run(rows, weight)
         if dispatch.needs_grad(rows, weight):
             loss = _LinearCrossEntropy.apply(run, rows, weight, labels, *rest, owner)
         else:
             loss = _forward(run, rows, weight, labels, *rest, owner)
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """In autocast's dtype, where it is on."""
+    dtype = dispatch.autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def _run(rows: Tensor, weight: Tensor) -> Any:
+    """What does the work of ``_by_chunks``."""
+    kernels = dispatch.kernels("linear_cross_entropy", rows, weight)
+    if kernels is not None and kernels.takes(weight, None):
+        return dispatch.first(kernels.linear_cross_entropy, _by_chunks)
+    dispatch.check_invariance("linear_cross_entropy", "its weight is too deep, or an odd view")
+    return _by_chunks
 
 
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -170,9 +186,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.thread = threading.current_thread()  # backward runs in one of PyTorch's
         ctx.rest = (ignore_index, reduction)
         ctx.save_for_backward(x, weight, targets)
-        ctx.grads = None
-        if reduction != "none" and x.dtype != torch.float16:
-            ctx.grads = _gradients(x, weight, ctx.needs_input_grad[1:3])
+        known = _known(x, reduction)
+        ctx.grads = _gradients(x, weight, ctx.needs_input_grad[1:3]) if known else None
         return _forward(run, x, weight, targets, ignore_index, reduction, owner, ctx.grads)
 
     @staticmethod
@@ -190,9 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 found = iter(torch.autograd.grad(loss, inputs, dloss, create_graph=True))
             grads = [next(found) if want else None for want in wanted]
         elif ctx.grads is None:
-            grads, upstream = _gradients(x, weight, wanted), _upstream(dloss, targets, *ctx.rest)
-            loss, x, ignore_index = torch.empty_like(upstream), x.contiguous(), ctx.rest[0]
-            ctx.run(x, weight, targets, ignore_index, loss, upstream, *grads, owner=ctx.owner)
+            grads = _backward(ctx.run, dloss, x, weight, targets, wanted, ctx.owner, *ctx.rest)
         else:
             # Handed over, so that autograd keeps them without a copy; a second pass makes new ones.
             grads, ctx.grads = ctx.grads, None
@@ -205,7 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _forward(run, x, weight, targets, ignore_index, reduction, owner, grads=None):
     """Returns the loss; fills the gradients, where there are some, for a gradient of 1."""
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kept = _loss_dtype(x)
     loss, upstream = torch.empty(x.shape[0], dtype=kept, device=x.device), None
     if grads is not None:
         upstream = _upstream(loss.new_ones(()), targets, ignore_index, reduction)
@@ -220,6 +233,24 @@ def _forward(run, x, weight, targets, ignore_index, reduction, owner, grads=None
     return total.to(kept)
 
 
+def _backward(run, dloss, x, weight, targets, wanted, owner, ignore_index, reduction):
+    """The gradients of x and weight, by the logits made again; None for one that is not wanted."""
+    grads = _gradients(x, weight, wanted)
+    upstream = _upstream(dloss, targets, ignore_index, reduction)
+    loss, x = torch.empty_like(upstream), x.contiguous()
+    run(x, weight, targets, ignore_index, loss, upstream, *grads, owner=owner)
+    return grads
+
+
+def _known(x: Tensor, reduction: str) -> bool:
+    """Whether forward makes the gradients."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _upstream(dloss, targets, ignore_index, reduction):
     """The gradient of each row's loss, [N]."""
     if reduction == "mean":
@@ -230,3 +261,78 @@ def _upstream(dloss, targets, ignore_index, reduction):
 def _gradients(x, weight, wanted):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
     return [dx, gradient_like(weight) if wanted[1] else None]
+
+
+@torch.library.custom_op("fastgpt::linear_cross_entropy", mutates_args=())
+@dispatch.falls_back
+def _linear_cross_entropy_op(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    for_x: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of x and weight for one of 1; empty where backward makes them or
+    they are not wanted.
+    """
+    wanted = for_x or for_weight
+    grads = _gradients(x, weight, (for_x, for_weight)) if wanted and _known(x, reduction) else None
+    rest = (targets, ignore_index, reduction)
+    loss = _forward(_run(x, weight), x, weight, *rest, None, grads)
+    return loss, *_filled(x, grads)
+
+
+@_linear_cross_entropy_op.register_fake
+def _(x, weight, targets, ignore_index, reduction, for_x, for_weight):
+    wanted = (for_x, for_weight) if _known(x, reduction) else (False, False)
+    loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=_loss_dtype(x))
+    return loss, *_filled(x, _gradients(x, weight, wanted))
+
+
+@torch.library.custom_op("fastgpt::linear_cross_entropy_backward", mutates_args=())
+@dispatch.falls_back
+def _linear_cross_entropy_backward_op(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    for_x: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    rest = ((for_x, for_weight), None, ignore_index, reduction)
+    grads = _backward(_run(x, weight), dloss, x, weight, targets, *rest)
+    return _filled(x, grads)
+
+
+@_linear_cross_entropy_backward_op.register_fake
+def _(dloss, x, weight, targets, ignore_index, reduction, for_x, for_weight):
+    return _filled(x, _gradients(x, weight, (for_x, for_weight)))
+
+
+def _filled(x, grads):
+    """An operation's results, which can't be None."""
+    return tuple(x.new_empty(0) if g is None else g for g in grads or (None, None))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.ignore_index, ctx.reduction, for_x, for_weight = inputs
+    ctx.wanted = for_x, for_weight
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _op_backward(ctx, dloss, *_):
+    x, weight, targets, *grads = ctx.saved_tensors
+    if _known(x, ctx.reduction):
+        grads = [g * dloss for g in grads]
+    else:
+        op = torch.ops.fastgpt.linear_cross_entropy_backward
+        grads = op(dloss, x, weight, targets, ctx.ignore_index, ctx.reduction, *ctx.wanted)
+    kept = (g if want else None for g, want in zip(grads, ctx.wanted, strict=True))
+    return *kept, None, None, None, None, None
+
+
+_linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_setup)

@@ -20,8 +20,8 @@ from fastgpt.triton.launch_table import ANY
 class Choice(NamedTuple):
     """What runs, and why."""
 
-    # "own"; of attention "sdpa", PyTorch's operation as it chooses itself, or "flash", its kernel
-    # of that name where it can; of products "vendor", cuBLAS or hipBLASLt through torch.
+    # "own"; of attention "sdpa", PyTorch's operation as it chooses itself, or "flash" or
+    # "efficient", its kernel of that name; of products "vendor", cuBLAS or hipBLASLt through torch.
     implementation: str
     measured: bool
     source: str
@@ -35,7 +35,9 @@ _FLASH_3 = "FlashAttention-3 (arXiv 2407.08608), figures 5 and 6: cuDNN ahead of
 _FLASH_2 = "FlashAttention-2 (arXiv 2307.08691), 4.1: 1.3 to 2.5 times Triton's on an A100"
 _PLANS = "cuDNN plans each new length again, for a good part of a second"
 _OFF = "pytorch #166397: AMD's own kernels are experimental on gfx1100, and off by default"
-_NO_SDPA = "SDPA takes no seed for dropout, and its is_causal aligns queries with the first keys"
+_NO_SDPA = "SDPA's is_causal aligns queries with the first keys"
+_RANDOM = "arithmetic: flash attention has 16 random numbers of 7 rounds of Philox, ours 4 of 10"
+_UNKNOWN = "nothing is known of AMD's own kernels with dropout"
 _BITS = "SDPA's backward adds atomically, ours gives the same bits twice"
 _TENSOR_CORES = "SDPA's efficient kernel splits float32 for the tensor cores, ours does not"
 _EPILOGUE = "arithmetic: GELU in the epilogue saves reading and writing the product once"
@@ -43,8 +45,8 @@ _FEW_ROWS = "arithmetic: bound by one read of the weights, for which vendors' ke
 _PRODUCTS = "design.md: a plain product is what cuBLAS is best at"
 
 # (architecture, dtype, shape). The shape of attention is "long" (as many keys as queries, a length
-# as training has it, no dropout), "square" (any other length), "repeatable" (both, with
-# torch.use_deterministic_algorithms) or "other".
+# as training has it, no dropout), "square" (any other length), "dropout" (both, with dropout),
+# "repeatable" (all three, with torch.use_deterministic_algorithms) or "other".
 ATTENTION: dict[tuple[str, str, str], Choice] = {
     **{
         (arch, "half", shape): _suggested("sdpa", source)
@@ -67,6 +69,15 @@ ATTENTION: dict[tuple[str, str, str], Choice] = {
         )
         for shape in ("long", "square")
     },
+    **{
+        (arch, dtype, "dropout"): _suggested(implementation, source)
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100")
+        for dtype, implementation, source in (
+            ("half", "flash", _RANDOM),
+            ("float", "efficient", _TENSOR_CORES),
+        )
+    },
+    (ANY, ANY, "dropout"): _suggested("own", _UNKNOWN),
     (ANY, ANY, "repeatable"): _suggested("own", _BITS),
     (ANY, ANY, "other"): _suggested("own", _NO_SDPA),
 }
@@ -108,10 +119,12 @@ def attention(
         dropout: whether weights are dropped.
         repeatable: whether the same call must give the same bits.
     """
-    if dropout or queries != keys:
+    if queries != keys:
         shape = "other"
     elif repeatable:
         shape = "repeatable"
+    elif dropout:
+        shape = "dropout"
     else:
         shape = "long" if queries >= LONG and queries % MULTIPLE == 0 else "square"
     return _row(ATTENTION, arch, itemsize, shape)
@@ -123,14 +136,34 @@ def product(arch: str, itemsize: int, rows: int, gelu: bool = False) -> Choice:
     return _row(PRODUCTS, arch, itemsize, shape)
 
 
-def vendor_attention(q: Tensor, k: Tensor, dropout_p: float) -> str | None:
-    """ "sdpa" or "flash", what of PyTorch's runs causal attention of q [B, H, T, D] and k
-    [B, H, S, D]; None for our own kernels.
+def vendor_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
+    """ "sdpa", "flash" or "efficient", what of PyTorch's runs causal attention of q [B, H, T, D]
+    and k and v [B, H, S, D]; None for our own kernels.
     """
     repeatable = torch.are_deterministic_algorithms_enabled()
     sizes = q.element_size(), q.shape[2], k.shape[2]
     choice = attention(launch_table.device_of(q).arch, *sizes, dropout_p > 0, repeatable)
-    return None if choice.implementation == "own" else choice.implementation
+    name = choice.implementation
+    if name in ("flash", "efficient") and not _takes(name, q, k, v, dropout_p):
+        # With dropout PyTorch's next choice may be a block of queries x keys.
+        name = "own" if dropout_p > 0 else "sdpa"
+    return None if name == "own" else name
+
+
+def _takes(name: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
+    """Whether PyTorch's kernel of that name runs here, nobody has switched it off, and it takes
+    these as they are: it reads 16 bytes at a time. Switches nothing itself, as PyTorch's switches
+    are those of all threads.
+    """
+    cuda = torch.backends.cuda
+    can = cuda.can_use_flash_attention if name == "flash" else cuda.can_use_efficient_attention
+    aligned = all(
+        n * t.element_size() % 16 == 0
+        for t in (q, k, v)
+        for n in (t.shape[3], t.storage_offset(), *t.stride()[:3])
+    )
+    fits = aligned and dropout_p < 1 and q.numel() > 0
+    return fits and can(cuda.SDPAParams(q, k, v, None, dropout_p, True, False))
 
 
 def own_product(x: Tensor, rows: int, gelu: bool = False) -> bool:

@@ -1,5 +1,6 @@
 """The model on interpreted kernels, and against a GPU that is not there."""
 
+import collections
 import contextlib
 import copy
 import io
@@ -19,7 +20,13 @@ from fastgpt import dispatch, ops, reference, triton
 from fastgpt.model import scoring
 from on_triton.support.gpu import fake_gpu
 
+# PyTorch's own.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 BF16 = torch.bfloat16
+NO_DRIVER = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="the compiler of a torch with CUDA asks the driver, which is not there",
+)
 # The package has the function of this name.
 packed_linear = sys.modules["fastgpt.ops.packed_linear"]
 
@@ -334,16 +341,15 @@ def test_an_old_gpu_is_passed_over_with_one_warning(gpu, monkeypatch, recwarn):
 
 
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True)])
-def test_the_graphs_of_an_old_gpu_have_nothing_opaque(gpu, capability, taken):
+def test_the_graphs_of_an_old_gpu_have_nothing_opaque(gpu, monkeypatch, capability, taken):
     gpu(*capability)
+    monkeypatch.setattr(dispatch, "_is_plain", lambda t: True)
     with FakeTensorMode():
-        assert dispatch.traceable(torch.empty(3, dtype=BF16, device="cuda")) is taken
+        x = torch.empty(3, 5, dtype=BF16, device="cuda")
+        assert dispatch.traceable("linear_cross_entropy", x, x) is taken
 
 
-@pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="the compiler of a torch with CUDA asks the driver, which is not there",
-)
+@NO_DRIVER
 def test_the_compiler_may_ask_for_a_gpus_age(gpu, monkeypatch):
     gpu(7, 5)
     for name in ("get_rng_state", "set_rng_state"):  # the compiler keeps them
@@ -384,8 +390,66 @@ def test_with_several_gpus_launches_go_to_the_tensors_own(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", BF16), ("cuda", torch.float64)])
-def test_what_compiled_graphs_take(device, dtype):
+def test_what_compiled_graphs_take(monkeypatch, device, dtype):
+    monkeypatch.setattr(dispatch, "_is_plain", lambda t: True)
     with FakeTensorMode():
         x = torch.empty(3, dtype=dtype, device=device)
-        assert dispatch.traceable(x, x) == (dtype == BF16)
-        assert not dispatch.traceable(x, x.cpu())
+        assert dispatch.traceable("causal_attention", x, x) == (dtype == BF16)
+        assert not dispatch.traceable("causal_attention", x, x.cpu())
+        assert not dispatch.traceable("gelu", x)
+
+
+@pytest.fixture
+def graph_of(gpu, monkeypatch):
+    """The operations in the graph of a call, in no_grad: a torch without CUDA keeps no gradients
+    of CUDA tensors.
+    """
+    gpu(9, 0)
+    for name in ("get_rng_state", "set_rng_state"):  # the compiler keeps them
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+
+    def operations(f, *args):
+        graphs = []
+        if "torch._dynamo" in sys.modules:  # another file's graphs count against the limit
+            torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(f, backend=lambda g, _: graphs.append(g) or g, fullgraph=True)(*args)
+        (graph,) = graphs
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        names = (str(f) if "fastgpt" in str(f) else f.__name__ for f in called)
+        return collections.Counter(names)
+
+    return operations
+
+
+@NO_DRIVER
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
+def test_a_gpus_graph_has_what_inductor_fuses(graph_of, drop_rate, dtype):
+    model = fastgpt.GPTModel(CFG | {"drop_rate": drop_rate, "n_layers": 1})
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    there = torch.empty(p.shape, dtype=dtype, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(there)
+        ids = torch.zeros(2, 16, dtype=torch.int64, device="cuda")
+        found, with_loss = graph_of(model, ids), graph_of(model.loss, ids, ids)
+    expected = {"embedding": 2, "layer_norm": 3, "linear": 7, "gelu": 1, "add": 3}
+    expected |= {"dropout": 3 if drop_rate else 0, "scaled_dot_product_attention": 1}
+    assert {name: found[name] for name in expected} == expected
+    assert not any("fastgpt" in name for name in found)
+    expected["linear"] -= 1  # the head
+    assert {name: with_loss[name] for name in expected} == expected
+    own = {name: count for name, count in with_loss.items() if "fastgpt" in name}
+    assert own == {"fastgpt.linear_cross_entropy": 1}
+    assert with_loss["cross_entropy"] == 0
+
+
+@NO_DRIVER
+def test_a_gpus_graph_keeps_our_attention_behind_a_cache(graph_of):
+    with FakeTensorMode():
+        one, q, k = (torch.empty(2, 3, n, 16, dtype=BF16, device="cuda") for n in (1, 5, 9))
+        assert graph_of(ops.causal_attention, q, k, k)["fastgpt.causal_attention"] == 1
+        for q in (one, k):
+            assert graph_of(ops.causal_attention, q, k, k)["scaled_dot_product_attention"] == 1

@@ -259,10 +259,12 @@ def test_registered_operations():
     x = torch.randn(2, 5, 24, requires_grad=True)
     bias = torch.randn(24, requires_grad=True)
     q, k, v = (torch.randn(2, 3, 5, 16, requires_grad=True) for _ in range(3))
+    rows = torch.randn(2, 24, requires_grad=True)
     own = torch.ops.fastgpt
     for op, arguments in (
         (own.bias_gelu, (x, bias)),
         (own.causal_attention, (q, k, v, 0.25)),
+        (own.linear_cross_entropy, (rows, rows, torch.tensor([1, 0]), -100, "sum", True, True)),
     ):
         opcheck(op.default, arguments)
 
