@@ -1,4 +1,4 @@
-"""Cached generation on a GPU as one CUDA graph a step.
+"""Cached generation on a GPU as one CUDA graph a step, and a small one that chooses the next token.
 
 The keys, the values and each row's position lie in memory of the graph's own, the parameters are
 read where they live: a step sees what changed in them. A graph serves one model, number of rows and
@@ -23,6 +23,7 @@ from fastgpt.cpu.records import n_rows
 from fastgpt.model import fused_step
 from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
+from fastgpt.model.sampling import Choose
 from fastgpt.model.token_pass import Parts, logits_of, packed, parts_of
 
 # Fewer steps than these are not worth a capture.
@@ -103,12 +104,20 @@ def prefill(
     return logits
 
 
+def choose_next(state: State, logits: Tensor, choose: Choose) -> Tensor:
+    """The tokens [rows] chosen from these logits, which become the state's."""
+    return state.ids.copy_(choose(logits).flatten())
+
+
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A function that repeats the run, and the tensor that holds its result each time."""
+    """A function that repeats the run, and the tensor that holds its result each time.
+
+    A repetition draws from PyTorch's generator what the run would draw; the capture draws nothing.
+    """
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
     side.wait_stream(current)
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), torch.random.fork_rng([torch.cuda.current_device()]):
         dispatch.module("triton", "compilation", None).compile_ahead(run)
         run()  # sets the libraries up
     current.wait_stream(side)
@@ -136,6 +145,31 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parts.pos):
             self.state = State(parts, rows)
             self._replay, self._logits = capture(lambda: step(parts, self.state))
+        self.chooses: Choose | None = None
+        self._chosen: Tensor | None = None  # what `next` handed out, while it is the state's
+
+    def choose_by(self, choose: Choose) -> None:
+        """Captures how ``next`` chooses, in a graph of its own: another choice leaves the model's
+        step, which ``step`` runs alone, as it was captured.
+
+        Raises:
+            RuntimeError: as for a decoder.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(self.state.ids):
+            self._choose, _ = capture(lambda: choose_next(self.state, self._logits, choose))
+        self.chooses = choose
+
+    def next(self, ids: Tensor) -> Tensor:
+        """Each row's next token, [rows, 1] of ids [rows, 1], chosen on the GPU, which nobody waits
+        for. Those that the last call gave need no copy to be the ids of this one.
+        """
+        with torch.cuda.device_of(self.state.ids):
+            if ids is not self._chosen:
+                self.state.ids.copy_(ids.flatten())
+            self._replay()
+            self._choose()
+            self._chosen = self.state.ids.clone().unsqueeze(1)
+        return self._chosen
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits of each row's next token, until the next step: [rows, vocab_size] of ids [rows],
@@ -144,6 +178,7 @@ class Decoder:
         The ids of rows that hold no sequence must lie in the vocabulary too.
         """
         self.state.ids.copy_(ids.flatten())
+        self._chosen = None
         with torch.cuda.device_of(self.state.ids):
             self._replay()
         return self._logits.view(*ids.shape, -1)
@@ -187,13 +222,16 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def decoding(model: GPTModel, cache: KVCache, steps: int) -> Iterator[Decoder | None]:
-    """A decoder for at most so many steps behind the tokens of this cache.
+def decoding(
+    model: GPTModel, cache: KVCache, steps: int, choose: Choose | None = None
+) -> Iterator[Decoder | None]:
+    """A decoder for at most so many steps behind the tokens of this cache, whose ``next`` chooses
+    so.
 
     None if no graph can serve the model or be captured, or so few steps are not worth one.
     """
     pair = cache.get(0)
-    with _lent(model, 0 if pair is None else pair[0].shape[0], steps) as decoder:
+    with _lent(model, 0 if pair is None else pair[0].shape[0], steps, choose) as decoder:
         if decoder is not None:
             decoder.state.fill(cache)
         yield decoder
@@ -214,12 +252,14 @@ def row_decoding(model: GPTModel, rows: int, steps: int) -> Iterator[Decoder | N
 
 
 @contextlib.contextmanager
-def _lent(model: GPTModel, rows: int, steps: int) -> Iterator[Decoder | None]:
+def _lent(
+    model: GPTModel, rows: int, steps: int, choose: Choose | None = None
+) -> Iterator[Decoder | None]:
     """The model's decoder of so many rows, whatever they hold; None as for ``decoding``."""
     parts = parts_of(model)
     decoder = None
     if rows > 0 and parts is not None and parts.runs_on_triton("embedding", "decode_attention"):
-        decoder = _decoder(model, parts, rows, steps)
+        decoder = _decoder(model, parts, rows, steps, choose)
     if decoder is None:
         yield None
         return
@@ -229,17 +269,22 @@ def _lent(model: GPTModel, rows: int, steps: int) -> Iterator[Decoder | None]:
         idle[model] = decoder
 
 
-def _decoder(model: GPTModel, parts: Parts, rows: int, steps: int) -> Decoder | None:
-    decoder = idle.pop(model, None)
-    if decoder is not None and decoder.key == (rows, *parts.key()):
+def _decoder(
+    model: GPTModel, parts: Parts, rows: int, steps: int, choose: Choose | None
+) -> Decoder | None:
+    kept: Decoder | None = idle.pop(model, None)
+    decoder = kept if kept is not None and kept.key == (rows, *parts.key()) else None
+    if decoder is not None and choose in (None, decoder.chooses):
         return decoder
     if steps < MIN_STEPS:
-        if decoder is not None:
-            idle[model] = decoder
+        if kept is not None:
+            idle[model] = kept
         return None
-    del decoder  # before the next one takes as much memory
+    del kept  # before the next one takes as much memory
     try:
-        return Decoder(parts, rows)
+        decoder = decoder or Decoder(parts, rows)
+        if choose is not None:
+            decoder.choose_by(choose)
     except RuntimeError as error:
         warnings.warn(
             f"fastgpt generates without a CUDA graph, whose capture failed: {error}",
@@ -247,3 +292,4 @@ def _decoder(model: GPTModel, parts: Parts, rows: int, steps: int) -> Decoder | 
             stacklevel=2,
         )
         return None
+    return decoder
