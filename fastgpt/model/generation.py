@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt import dispatch, torch_state
+from fastgpt import torch_state
 from fastgpt.config import as_ids
 from fastgpt.cpu.forward import WholePass
 from fastgpt.model import decode_graph
@@ -294,13 +294,11 @@ def _versions(model: GPTModel) -> list[tuple[int, int]]:
 
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
-    """The module that decodes by CUDA graphs; None if the Triton backend does not run."""
+    """The module that decodes by CUDA graphs; None if it cannot on this device."""
     pos = getattr(model.pos_emb, "weight", None)
     if not isinstance(pos, Tensor) or pos.device != idx.device:
         return None
-    if not dispatch.on_triton("decode_attention", pos):
-        return None
-    return decode_graph
+    return decode_graph if decode_graph.can_run(pos) else None
 
 
 def new_cache(model: nn.Module) -> KVCache | None:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt import dispatch
@@ -12,12 +13,19 @@ from fastgpt.cpu.records import Block, Linear, Norm
 from fastgpt.model import decode_graph
 from fastgpt.model.sampling import sampler
 from fastgpt.model.token_pass import Parts
+from fastgpt.triton import compilation
 from fastgpt.triton.gelu import bias_gelu
 from on_triton.support import gpu
 from on_triton.support.captured import captured
 from on_triton.support.unread import unread
 
 BF16 = torch.bfloat16
+
+
+def _aten(names):
+    return [f"aten.{name}" for name in names.split()]
+
+
 LAYER = ["query_key_value_kernel", "decode_attention_split_kernel", *["linear_rows_kernel"] * 3]
 
 
@@ -87,10 +95,6 @@ def test_more_rows_take_the_vendors_products():
     assert "begin_step_kernel" not in found.launches
 
 
-def _aten(names):
-    return [f"aten.{name}" for name in names.split()]
-
-
 # Temperature, top_k and top_p, and the operations by which a token is chosen under them.
 SCALED, DRAWN = _aten("_to_copy div"), _aten("exponential_ div argmax")
 CHOICES = {
@@ -102,6 +106,25 @@ CHOICES = {
         [*SCALED, *_aten("_softmax sort cumsum sub ge fill_ scatter masked_fill"), *DRAWN],
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore:fastgpt's triton backend is passed over.*too old")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_step_of_pytorchs_operations(monkeypatch, rows, dtype):
+    """Attention counts as one: its kernel is not in this torch."""
+    row = dispatch._KERNELS["triton"]._replace(reason=lambda index: "it is too old")
+    monkeypatch.setitem(dispatch._KERNELS, "triton", row)
+    with FakeTensorMode(), torch.no_grad():
+        parts = _parts(dtype=dtype)
+        state = decode_graph.State(parts, rows, 100)
+        found = captured(lambda: decode_graph.step(parts, state), [])
+        monkeypatch.setattr(
+            decode_graph.F, "scaled_dot_product_attention", lambda q, *kv, attn_mask: q.neg()
+        )
+        counted = captured(lambda: decode_graph.step(parts, state), [])
+    assert [fault for fault in found.faults if "is the vendor's" not in fault] == []
+    assert len(counted.launches) == 14 * 2 + 15
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -122,8 +145,12 @@ def test_the_choice_behind_a_step(choice, rows):
     assert found.launches[of_step:] == [*operations, "aten.copy_"]
 
 
-def test_a_capture_draws_nothing(monkeypatch):
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "none"])
+def test_a_capture_draws_nothing(monkeypatch, kernels):
     """With stand-ins for CUDA, of which the generator is one."""
+    compiled = []
+    monkeypatch.setattr(compilation, "compile_ahead", compiled.append)
+    monkeypatch.setattr(dispatch, "lacks_kernels", lambda device: not kernels)
     of_gpu, held = torch.Generator().manual_seed(3), contextlib.nullcontext()
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: of_gpu.get_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: of_gpu.set_state(state))
@@ -152,6 +179,7 @@ def test_a_capture_draws_nothing(monkeypatch):
     assert torch.equal(of_gpu.get_state(), before)
     assert result is runs[-1]
     assert torch.equal(replay(), runs[0])
+    assert compiled == [run] * kernels
 
 
 def test_all_that_generation_waits_for_is_the_check_of_the_prompt(monkeypatch):
