@@ -250,6 +250,18 @@ def on_triton(op: str, like: Tensor) -> bool:
     return backend == "triton" and direct((like,)) and _obstacle(backend, op, [like], ()) is None
 
 
+def lacks_kernels(device: torch.device) -> bool:
+    """Whether ``auto`` runs all on PyTorch's own operations there, a GPU that Triton does not
+    serve; says and raises nothing.
+    """
+    return (
+        requested() == "auto"
+        and not batch_invariance.asked()
+        and _BY_DEVICE.get(device.type) == "triton"
+        and _KERNELS["triton"].reason(device.index) is not None
+    )
+
+
 def _asked_for(name: str, op: str, device: torch.device) -> str | None:
     """The backend of that name; for "auto" the device's, or None if it has none that is faster."""
     if name != "auto":

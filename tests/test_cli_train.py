@@ -335,3 +335,15 @@ def test_the_bar_and_the_log(tmp_path, monkeypatch):
     log = report.read_log(tmp_path / "log.csv")
     assert [(row["step"], row["loss"]) for row in log] == [("1", "2.5"), ("2", "1.5")]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("has", [True, False], ids=["sm_80", "sm_75"])
+def test_auto_takes_no_emulated_bfloat16(monkeypatch, has):
+    """float32 instead: float16 would need its gradients scaled."""
+
+    def supported(including_emulation=True):
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert trainer.takes_bfloat16("auto", torch.device("cuda")) == has
+    assert not trainer.takes_bfloat16("auto", torch.device("cpu"))

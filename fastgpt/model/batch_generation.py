@@ -311,8 +311,9 @@ class _Batch:
             torch.tensor([sequence.ids], device=device),
             sequence.left,
             self.context_size,
-            lambda logits: self.choose(logits, generators),
+            self.choose,
             watched=True,
+            generators=generators,
         )
         for new in stream:
             yield from self._append(sequence, int(new))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgpt import dispatch, torch_state
+from fastgpt import torch_state
 from fastgpt.config import as_ids
 from fastgpt.cpu.forward import WholePass
 from fastgpt.model import decode_graph
@@ -53,9 +53,8 @@ def generate_text_simple(
         IndexError: an id is outside the vocabulary.
     """
     idx = _start(idx)
-    for new in steps(model, idx, max_new_tokens, context_size, likeliest, prompt_lookup):
-        idx = torch.cat((idx, new), dim=1)
-    return idx
+    found = steps(model, idx, max_new_tokens, context_size, likeliest, prompt_lookup)
+    return torch.cat((idx, *found), dim=1)
 
 
 def generate(
@@ -96,9 +95,7 @@ def generate(
     """
     choose, idx = sampler(temperature, top_k, top_p), _start(idx)
     found = steps(model, idx, max_new_tokens, context_size, choose, prompt_lookup)
-    for new in _until(eos_id, found):
-        idx = torch.cat((idx, new), dim=1)
-    return idx
+    return torch.cat((idx, *_until(eos_id, found)), dim=1)
 
 
 def generate_stream(
@@ -141,7 +138,7 @@ def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
             ended = new == eos_id if ended is None else ended | (new == eos_id)
             if ended.all():
                 return
-            new.masked_fill_(ended, eos_id)
+            new = new.masked_fill(ended, eos_id)
         yield new
 
 
@@ -153,13 +150,16 @@ def steps(
     choose: Choose,
     prompt_lookup: bool = True,
     watched: bool = False,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Iterator[Tensor]:
     """Each step's tokens [B, 1], chosen from the last token's logits [B, vocab_size].
 
-    Watched, code of the user's runs between the steps, and may change the model.
+    Watched, code of the user's runs between the steps, and may change the model. Where a graph
+    chooses too, the tokens are not waited for.
     """
     cache = new_cache(model) if context_size > 0 else None
-    unseen = idx[:, -context_size:]
+    unseen, length = idx[:, -context_size:], idx.shape[1]
+    texts = [idx]  # joined only for a pass that takes more than what is unseen
     whole: WholePass | None = None
     graphs = None if cache is None else _graphs(model, idx)
     guesses: _Guesses | None = None
@@ -168,36 +168,51 @@ def steps(
     with contextlib.ExitStack() as stack:
         decoder: Any = None
         for done in range(max_new_tokens):
+            last: Tensor | None = None
             with torch.no_grad():
                 if guesses is not None and guesses.holds(model if watched else None):
                     last = guesses.logits()
                 elif cache is None or not isinstance(model, GPTModel):
-                    last = model(idx[:, -context_size:])[:, -1]
-                elif idx.shape[1] > context_size:  # the window slides, and with it every position
+                    last = model(_joined(texts)[:, -context_size:])[:, -1]
+                elif length > context_size:  # the window slides, and with it every position
+                    window = _joined(texts)[:, -context_size:]
                     if whole is None or watched:
-                        whole = model.whole_pass(idx)
-                    last = model.forward_pass(idx[:, -context_size:], None, True, whole)[:, -1]
+                        whole = model.whole_pass(window)
+                    last = model.forward_pass(window, None, True, whole)[:, -1]
                 elif decoder is not None and (not watched or decoder.serves(model)):
-                    last = decoder.step(model.checked(unseen, idx.shape[1] - 1))[:, -1]
+                    ids = model.checked(unseen, length - 1)
+                    if generators is None:
+                        unseen = decoder.next(ids)
+                    else:
+                        last = decoder.step(ids)[:, -1]
                 else:
                     if decoder is not None:  # the model was changed: on without a graph
                         decoder.state.empty_into(cache)
                         decoder = None
                     if whole is None or watched:
                         whole = model.whole_pass(unseen)
-                    left = min(max_new_tokens - done - 1, context_size - idx.shape[1])
+                    left = min(max_new_tokens - done - 1, context_size - length)
                     if guesses is not None and whole is not None and whole.rows_alike > 1:
                         last = guesses.run(model, unseen, whole, left)
                     else:
                         last = model.forward_pass(unseen, cache, True, whole)[:, -1]
                     if graphs is not None:
-                        decoder = stack.enter_context(graphs.decoding(model, cache, left))
-                        graphs = None
-                unseen = choose(last)
+                        in_graph = choose if generators is None else None
+                        decoding = graphs.decoding(model, cache, left, in_graph)
+                        decoder, graphs = stack.enter_context(decoding), None
+                if last is not None:
+                    unseen = choose(last, generators)
                 if guesses is not None:
                     guesses.check(int(unseen))
-            idx = torch.cat((idx, unseen), dim=1)
+            texts.append(unseen)
+            length += 1
             yield unseen
+
+
+def _joined(texts: list[Tensor]) -> Tensor:
+    """The texts as one, which takes their place."""
+    texts[:] = [torch.cat(texts, dim=1)]
+    return texts[0]
 
 
 class _Guesses:
@@ -279,13 +294,11 @@ def _versions(model: GPTModel) -> list[tuple[int, int]]:
 
 
 def _graphs(model: nn.Module, idx: Tensor) -> Any:
-    """The module that decodes by CUDA graphs; None if the Triton backend does not run."""
+    """The module that decodes by CUDA graphs; None if it cannot on this device."""
     pos = getattr(model.pos_emb, "weight", None)
     if not isinstance(pos, Tensor) or pos.device != idx.device:
         return None
-    if not dispatch.on_triton("decode_attention", pos):
-        return None
-    return decode_graph
+    return decode_graph if decode_graph.can_run(pos) else None
 
 
 def new_cache(model: nn.Module) -> KVCache | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,20 +27,29 @@ def sampler(temperature: float, top_k: int | None, top_p: float | None) -> Choos
         raise ValueError(f"top_k {top_k} is below 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
-    if temperature < GREEDY_BELOW:
-        return likeliest
+    return likeliest if temperature < GREEDY_BELOW else Sampler(temperature, top_k, top_p)
 
-    def choose(logits: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        if top_k is not None:
-            least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn. Equal ones draw alike, so a graph of one serves the other."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __call__(
+        self, logits: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """[B, V] -> [B, 1]."""
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        if self.top_k is not None:
+            least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values.narrow(-1, -1, 1)
             scaled.masked_fill_(logits < least, -torch.inf)
         probabilities = torch.softmax(scaled, dim=-1)
-        if top_p is not None:
-            probabilities = _likeliest_that_reach(top_p, probabilities)
+        if self.top_p is not None:
+            probabilities = _likeliest_that_reach(self.top_p, probabilities)
         return drawn(probabilities, generators)
-
-    return choose
 
 
 def likeliest(logits: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -71,5 +81,5 @@ def _likeliest_that_reach(top_p: float, probabilities: Tensor) -> Tensor:
     """[B, V] -> the same with the tokens behind the first that reach top_p at 0."""
     values, order = probabilities.sort(dim=-1, descending=True)
     behind = values.cumsum(dim=-1) - values >= top_p
-    behind[:, 0] = False  # even where top_p is 0 in their dtype
+    behind.select(-1, 0).fill_(False)  # even where top_p is 0 in their dtype
     return probabilities.masked_fill(behind.scatter(-1, order, behind), 0)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgpt import dispatch, ops
 from fastgpt.cpu.records import Block, Dynamic, Linear, Norm, n_rows, shape_of
@@ -59,6 +60,14 @@ class Parts(NamedTuple):
             and dispatch.direct(self.tensors())
             and dispatch.choose("layer_norm", *filter(torch.is_tensor, self.parameters()))
             == "triton"
+        )
+
+    def runs_on_torch(self) -> bool:
+        """Whether all of it runs on PyTorch's own operations, for want of kernels for the GPU."""
+        return (
+            dispatch.lacks_kernels(self.pos.device)
+            and not dispatch.autocasts(self.pos)
+            and dispatch.direct(self.tensors())
         )
 
     def packs_on_triton(self) -> bool:
@@ -193,14 +202,17 @@ def features_of(
 def _embedded(parts: Parts, ids: Tensor, position: Tensor) -> Tensor:
     """The blocks' input, [N, D]."""
     tok, pos = parts.tok, parts.pos
-    if not isinstance(tok, Tensor):
-        rows = type(tok)(*(t[ids] for t in tok))
-        # An index past the table's end would end the process's use of the GPU.
-        return dequantize(rows, pos.dtype) + pos[position.clamp(max=pos.shape[0] - 1)]
-    x = pos.new_empty(len(ids), pos.shape[1])
-    embed = dispatch.module("triton", "embedding", tok).embedding
-    embed(ids.unsqueeze(1), tok.contiguous(), pos.contiguous(), position, x)
-    return x
+    if isinstance(tok, Tensor) and not dispatch.lacks_kernels(pos.device):
+        x = pos.new_empty(len(ids), pos.shape[1])
+        embed = dispatch.module("triton", "embedding", tok).embedding
+        embed(ids.unsqueeze(1), tok.contiguous(), pos.contiguous(), position, x)
+        return x
+    if isinstance(tok, Tensor):
+        of_ids = F.embedding(ids, tok)
+    else:
+        of_ids = dequantize(type(tok)(*(t[ids] for t in tok)), pos.dtype)
+    # An index past the table's end would end the process's use of the GPU.
+    return of_ids + F.embedding(position.clamp(max=pos.shape[0] - 1), pos)
 
 
 def _projected(p: Block, h: Tensor) -> tuple[Tensor, ...]:

@@ -112,8 +112,14 @@ def dispatched(interpreted, monkeypatch):
 
 
 @pytest.fixture
-def captures(monkeypatch, launched_with):
-    """The runs that were captured; a replay runs them again into the same memory, and fails where
+def choices():
+    """The choices of tokens that were captured, of the fixture `captures`."""
+    return []
+
+
+@pytest.fixture
+def captures(monkeypatch, launched_with, choices):
+    """The steps that were captured; a replay runs them again into the same memory, and fails where
     a parameter lies elsewhere than it did.
     """
     from fastgpt.model import decode_graph
@@ -122,8 +128,9 @@ def captures(monkeypatch, launched_with):
     found = []
 
     def capture(run):
-        result = run().clone()
-        found.append(run)
+        with torch.random.fork_rng([]):
+            result = run().clone()
+        (found if result.is_floating_point() else choices).append(run)
         return lambda: result.copy_(run()), result
 
     step = decode_graph.step

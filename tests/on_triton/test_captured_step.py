@@ -1,17 +1,31 @@
 """What the graph of a step of generation holds: how many launches, and nothing that it must not."""
 
+import contextlib
+import types
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastgpt
 from fastgpt import dispatch
 from fastgpt.cpu.records import Block, Linear, Norm
 from fastgpt.model import decode_graph
+from fastgpt.model.sampling import sampler
 from fastgpt.model.token_pass import Parts
+from fastgpt.triton import compilation
 from fastgpt.triton.gelu import bias_gelu
 from on_triton.support import gpu
 from on_triton.support.captured import captured
+from on_triton.support.unread import unread
 
 BF16 = torch.bfloat16
+
+
+def _aten(names):
+    return [f"aten.{name}" for name in names.split()]
+
+
 LAYER = ["query_key_value_kernel", "decode_attention_split_kernel", *["linear_rows_kernel"] * 3]
 
 
@@ -79,6 +93,112 @@ def test_more_rows_take_the_vendors_products():
     found = _step(17)
     assert {fault for fault in found.faults if "vendor" in fault}
     assert "begin_step_kernel" not in found.launches
+
+
+# Temperature, top_k and top_p, and the operations by which a token is chosen under them.
+SCALED, DRAWN = _aten("_to_copy div"), _aten("exponential_ div argmax")
+CHOICES = {
+    "greedy": ((0.0, None, None), _aten("argmax")),
+    "temperature": ((0.7, None, None), [*SCALED, *_aten("_softmax"), *DRAWN]),
+    "top_k": ((0.7, 5, None), [*SCALED, *_aten("topk lt masked_fill_ _softmax"), *DRAWN]),
+    "top_p": (
+        (0.7, None, 0.9),
+        [*SCALED, *_aten("_softmax sort cumsum sub ge fill_ scatter masked_fill"), *DRAWN],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastgpt's triton backend is passed over.*too old")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_step_of_pytorchs_operations(monkeypatch, rows, dtype):
+    """Attention counts as one: its kernel is not in this torch."""
+    row = dispatch._KERNELS["triton"]._replace(reason=lambda index: "it is too old")
+    monkeypatch.setitem(dispatch._KERNELS, "triton", row)
+    with FakeTensorMode(), torch.no_grad():
+        parts = _parts(dtype=dtype)
+        state = decode_graph.State(parts, rows, 100)
+        found = captured(lambda: decode_graph.step(parts, state), [])
+        monkeypatch.setattr(
+            decode_graph.F, "scaled_dot_product_attention", lambda q, *kv, attn_mask: q.neg()
+        )
+        counted = captured(lambda: decode_graph.step(parts, state), [])
+    assert [fault for fault in found.faults if "is the vendor's" not in fault] == []
+    assert len(counted.launches) == 14 * 2 + 15
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_choice_behind_a_step(choice, rows):
+    settings, operations = CHOICES[choice]
+    with gpu.fake_gpu("sm_90") as launches, torch.no_grad():
+        parts = _parts()
+        state = decode_graph.State(parts, rows)
+
+        def run():
+            logits = decode_graph.step(parts, state)
+            return decode_graph.choose_next(state, logits, sampler(*settings))
+
+        found = captured(run, launches)
+    assert found.faults == []
+    of_step = len(_step(rows).launches)
+    assert found.launches[of_step:] == [*operations, "aten.copy_"]
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "none"])
+def test_a_capture_draws_nothing(monkeypatch, kernels):
+    """With stand-ins for CUDA, of which the generator is one."""
+    compiled = []
+    monkeypatch.setattr(compilation, "compile_ahead", compiled.append)
+    monkeypatch.setattr(dispatch, "lacks_kernels", lambda device: not kernels)
+    of_gpu, held = torch.Generator().manual_seed(3), contextlib.nullcontext()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: of_gpu.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: of_gpu.set_state(state))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: held)
+    runs = []
+
+    @contextlib.contextmanager
+    def graph(graph, **how):
+        before, warm = of_gpu.get_state(), len(runs)
+        yield
+        assert len(runs) == warm + 1 > 1
+        of_gpu.set_state(before)  # recorded, not run
+
+    def run():
+        runs.append(torch.rand(1, generator=of_gpu))
+        return runs[-1]
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=run))
+    before = of_gpu.get_state()
+    replay, result = decode_graph.capture(run)
+    assert torch.equal(of_gpu.get_state(), before)
+    assert result is runs[-1]
+    assert torch.equal(replay(), runs[0])
+    assert compiled == [run] * kernels
+
+
+def test_all_that_generation_waits_for_is_the_check_of_the_prompt(monkeypatch):
+    row = dispatch._KERNELS["triton"]._replace(device="cpu")
+    monkeypatch.setitem(dispatch._KERNELS, "triton", row)
+    monkeypatch.setattr(decode_graph, "capture", lambda run: (run, run()))
+    steps, following = [], decode_graph.Decoder.next
+    monkeypatch.setattr(
+        decode_graph.Decoder, "next", lambda *args: steps.append(1) or following(*args)
+    )
+    with gpu.fake_gpu("sm_90"), fastgpt.use_backend("triton"):
+        model = fastgpt.GPTModel(fastgpt.GPT_CONFIG_124M | {"n_layers": 1, "drop_rate": 0.0})
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        one, more = (
+            unread(lambda new=new: fastgpt.generate_text_simple(model, ids, new, 1024))
+            for new in (1, 12)
+        )
+    assert len(steps) == 11
+    assert one == more
 
 
 FAULTS = {

@@ -110,6 +110,75 @@ def test_a_stream_goes_by_the_graph_of_generate(captures):
     assert len(captures) == 1
 
 
+CHOICES = {
+    "greedy": {},
+    "temperature": {"temperature": 1.5},
+    "top_k": {"temperature": 1.5, "top_k": 9},
+    "top_p": {"temperature": 1.5, "top_k": 50, "top_p": 0.8},
+    "eos": {"temperature": 1.5, "eos_id": 7},
+}
+
+
+def _drawn(model, ids, new=5, generate=fastgpt.generate, **choice):
+    """The tokens under one seed, and where the generator is then."""
+    torch.manual_seed(7)
+    tokens = generate(model, ids, new, CONFIG["context_length"], **choice)
+    return tokens, torch.get_rng_state()
+
+
+def _streamed(model, ids, *args, **choice):
+    return torch.cat((ids, *fastgpt.generate_stream(model, ids, *args, **choice)), 1)
+
+
+@pytest.mark.parametrize(("B", "generate"), [(1, _streamed), (3, fastgpt.generate)])
+def test_the_graph_chooses_as_the_operations_do(captures, choices, B, generate):
+    ours, _ = pair(n_layers=1)
+    ids = some_ids(B=B, T=3)
+    for choice in CHOICES.values():
+        with fastgpt.use_backend("reference"):
+            expected = _drawn(ours, ids, **choice)
+        found = _drawn(ours, ids, generate=generate, **choice)
+        assert all(map(torch.equal, found, expected)), choice
+    assert len(captures) == 1  # another choice leaves the step as it was captured
+    assert len(choices) == len(CHOICES)
+
+
+def test_a_choice_is_kept(captures, choices):
+    ours, _ = pair(n_layers=1)
+    for length in (3, 4):
+        _drawn(ours, some_ids(B=1, T=length), temperature=1.5)
+    assert len(choices) == 1
+
+
+def test_few_steps_capture_no_other_choice(captures, choices):
+    ours, _ = pair(n_layers=1)
+    ids = some_ids(B=1, T=3)
+    _drawn(ours, ids)
+    kept = idle[ours]
+    _drawn(ours, ids, new=2, temperature=1.5)
+    assert idle[ours] is kept
+    assert len(choices) == 1
+
+
+def test_a_choice_that_cannot_be_captured_leaves_the_ordinary_steps(captures, monkeypatch):
+    ours, _ = pair(n_layers=1)
+    ids = some_ids(B=1, T=3)
+    expected = _drawn(ours, ids, temperature=1.5)
+    ours.reset_kv_cache()
+    capture = decode_graph.capture
+
+    def fails(run):
+        if (found := capture(run))[1].is_floating_point():
+            return found
+        raise RuntimeError("no such draw")
+
+    monkeypatch.setattr(decode_graph, "capture", fails)
+    with pytest.warns(fastgpt.BackendWarning, match="without a CUDA graph.*no such draw"):
+        found = _drawn(ours, ids, temperature=1.5)
+    assert all(map(torch.equal, found, expected))
+    assert ours not in idle
+
+
 def _replace(model):
     model.out_head.weight = torch.nn.Parameter(model.out_head.weight.detach().flip(0).clone())
 
@@ -146,8 +215,8 @@ def test_a_change_between_two_tokens_is_seen(captures, change):
 def test_a_stream_leaves_a_graph_that_cannot_serve(captures, monkeypatch, way):
     ours, _ = pair(n_layers=1, drop_rate=0.5)
     ours.eval()
-    step, steps = decode_graph.Decoder.step, []
-    monkeypatch.setattr(decode_graph.Decoder, "step", lambda *args: steps.append(1) or step(*args))
+    step, steps = decode_graph.Decoder.next, []
+    monkeypatch.setattr(decode_graph.Decoder, "next", lambda *args: steps.append(1) or step(*args))
     stream = fastgpt.generate_stream(ours, some_ids(B=1, T=3), 5, CONFIG["context_length"])
     for _ in range(3):
         next(stream)
@@ -196,13 +265,13 @@ def test_streams_in_turn_have_a_graph_each(captures):
     assert len(captures) == 2
 
 
-def test_a_model_keeps_one_graph_until_its_cache_is_reset(captures):
+def test_a_model_keeps_one_graph_until_its_cache_is_reset(captures, choices):
     ours, book = pair(n_layers=1)
     decoders = weakref.WeakSet()
     for batch in (1, 2, 1):
         _same(ours, book, some_ids(B=batch, T=3), 5)
         decoders.add(idle[ours])
-        captures.clear()  # each holds its decoder, and is held by it
+        captures.clear(), choices.clear()  # each holds its decoder, and is held by it
     gc.collect()
     assert len(decoders) == 1
     _same(ours, book, some_ids(B=2, T=3), 2)  # too few steps to make another

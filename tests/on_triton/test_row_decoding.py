@@ -297,14 +297,15 @@ def test_generate_batch_goes_by_rows(monkeypatch, options):
     assert max(used) == 3
 
 
-def test_generate_batch_without_a_kernel_goes_one_by_one(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+def test_generate_batch_without_a_kernel_goes_one_by_one(monkeypatch, options):
     ours, _ = pair()
     ours.eval()
     prompts = _prompts(3, 5)
-    expected = fastgpt.generate_batch(ours, prompts, 9)
+    expected = fastgpt.generate_batch(ours, prompts, 9, seed=5, **options)
 
     def fails(*_):
         raise dispatch.KernelError
 
     monkeypatch.setattr(decode_graph.Decoder, "prefill", fails)
-    assert fastgpt.generate_batch(ours, prompts, 9) == expected
+    assert fastgpt.generate_batch(ours, prompts, 9, seed=5, **options) == expected

@@ -7,6 +7,7 @@ kernels, and to record. It tells what each launch is, and what a graph must not 
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations that launch nothing, beside views.
@@ -21,6 +22,14 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "m
 class Captured(NamedTuple):
     launches: list[str]  # our kernels by name, PyTorch's operations as "aten.<name>"
     faults: list[str]
+
+
+class _Copies(TorchFunctionMode):
+    """Tensor.copy_ of a torch without CUDA asks for a guard of the GPU, the operation does not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.ops.aten.copy_ if func is torch.Tensor.copy_ else func
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):
@@ -69,7 +78,7 @@ def captured(run, launches):
     for _ in range(2):
         warm = {id(launch.compiled) for launch in launches}
         launches.clear()
-        with _Watch(launches) as watch:
+        with _Watch(launches) as watch, _Copies():
             try:
                 run()
             except RuntimeError:  # of what cannot be done with fake tensors
