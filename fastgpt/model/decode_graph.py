@@ -29,6 +29,7 @@ from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.sampling import Choose
 from fastgpt.model.token_pass import Attention, Parts, logits_of, packed, parts_of
+from fastgpt.torch_state import version
 
 # Fewer steps than these are not worth a capture.
 MIN_STEPS = 8
@@ -203,7 +204,8 @@ class Decoder:
         for. Those that the last call gave need no copy to be the ids of this one.
         """
         with torch.cuda.device_of(self.state.ids):
-            if ids is not self._chosen:
+            # Their reader may have written to them, which inference mode does not count.
+            if ids is not self._chosen or ids.is_inference() or version(ids) > 0:
                 self.state.ids.copy_(ids.flatten())
             self._replay()
             self._choose()

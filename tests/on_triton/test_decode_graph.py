@@ -126,6 +126,22 @@ def _drawn(model, ids, new=5, generate=fastgpt.generate, **choice):
     return tokens, torch.get_rng_state()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_streams_reader_may_change_the_tokens(captures, mode):
+    ours, _ = pair(n_layers=1)
+    found = []
+    for backend in ("auto", "reference"):
+        with mode(), fastgpt.use_backend(backend):
+            seen = []
+            args = (some_ids(B=2, T=3), 6, CONFIG["context_length"])
+            for new in fastgpt.generate_stream(ours, *args):
+                seen.append(new.clone())
+                new.add_(7).remainder_(CONFIG["vocab_size"])
+        found.append(torch.cat(seen, 1))
+    assert len(captures) == 1
+    assert torch.equal(*found)
+
+
 def _streamed(model, ids, *args, **choice):
     return torch.cat((ids, *fastgpt.generate_stream(model, ids, *args, **choice)), 1)
 
