@@ -241,9 +241,7 @@ def explained(op: str, like: Tensor) -> tuple[str, str | None]:
 
 
 def on_triton(op: str, like: Tensor) -> bool:
-    """Whether the operation may run on the Triton backend for tensors such as this one; says and
-    raises nothing.
-    """
+    """Whether the operation may run on Triton for tensors such as this; says and raises nothing."""
     if batch_invariance.asked():
         return False
     backend = _asked_for(requested(), op, like.device)
@@ -251,15 +249,9 @@ def on_triton(op: str, like: Tensor) -> bool:
 
 
 def lacks_kernels(device: torch.device) -> bool:
-    """Whether ``auto`` runs all on PyTorch's own operations there, a GPU that Triton does not
-    serve; says and raises nothing.
-    """
-    return (
-        requested() == "auto"
-        and not batch_invariance.asked()
-        and _BY_DEVICE.get(device.type) == "triton"
-        and _KERNELS["triton"].reason(device.index) is not None
-    )
+    """Whether ``auto`` runs all on PyTorch's own operations there, a GPU without Triton."""
+    on_gpu = requested() == "auto" and _BY_DEVICE.get(device.type) == "triton"
+    return on_gpu and not batch_invariance.asked() and bool(_KERNELS["triton"].reason(device.index))
 
 
 def _asked_for(name: str, op: str, device: torch.device) -> str | None:

@@ -13,7 +13,6 @@ from fastgpt.cpu.records import Block, Linear, Norm
 from fastgpt.model import decode_graph
 from fastgpt.model.sampling import sampler
 from fastgpt.model.token_pass import Parts
-from fastgpt.triton import compilation
 from fastgpt.triton.gelu import bias_gelu
 from on_triton.support import gpu
 from on_triton.support.captured import captured
@@ -149,7 +148,8 @@ def test_the_choice_behind_a_step(choice, rows):
 def test_a_capture_draws_nothing(monkeypatch, kernels):
     """With stand-ins for CUDA, of which the generator is one."""
     compiled = []
-    monkeypatch.setattr(compilation, "compile_ahead", compiled.append)
+    ahead = types.SimpleNamespace(compile_ahead=compiled.append)
+    monkeypatch.setattr(dispatch, "module", lambda *args: ahead)
     monkeypatch.setattr(dispatch, "lacks_kernels", lambda device: not kernels)
     of_gpu, held = torch.Generator().manual_seed(3), contextlib.nullcontext()
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: of_gpu.get_state())

@@ -1,5 +1,6 @@
 """Generation by captured steps, with capturing replaced by running the step: see conftest.py."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -130,8 +131,8 @@ def _drawn(model, ids, new=5, generate=fastgpt.generate, **choice):
 def test_a_streams_reader_may_change_the_tokens(captures, mode):
     ours, _ = pair(n_layers=1)
     found = []
-    for backend in ("auto", "reference"):
-        with mode(), fastgpt.use_backend(backend):
+    for backend in (contextlib.nullcontext(), fastgpt.use_backend("reference")):
+        with mode(), backend:
             seen = []
             args = (some_ids(B=2, T=3), 6, CONFIG["context_length"])
             for new in fastgpt.generate_stream(ours, *args):
