@@ -151,6 +151,6 @@ def test_dropout_by_pytorchs_kernel(attended, dtype, name, T):
 def test_dropout_by_our_kernel_where_pytorchs_does_not_run(attended, monkeypatch, case):
     """Its next choice would be a block of queries x keys."""
     module = sys.modules["fastgpt.ops.causal_attention"]
-    monkeypatch.setattr(module, "draw_seed", lambda p: 7)
+    monkeypatch.setattr(module, "draw_seed", lambda device, p: 7)
     case = {"T": 100, "D": 64, "dtype": BF16, "dropout_p": 0.1} | case
     assert attended(**case, requires_grad=False) == ["causal_attention_fwd_kernel"]
