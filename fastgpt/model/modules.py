@@ -353,8 +353,10 @@ class TransformerBlock(nn.Module):
             whole = ops.transformer_block(x, b.parameters, *how)
             if whole is not None:
                 return whole, None
-        # Of a block that is plainly ours nothing but products read the norms.
-        narrow = dispatch.autocasts(x) and self.record() is not None
+        # Of a block that is plainly ours nothing but products read the norms. A compiler sees to
+        # the casts itself, and need not trace the question.
+        narrow = not torch.compiler.is_compiling() and dispatch.autocasts(x)
+        narrow = narrow and (b or self.record()) is not None
         x, h = add_norm(x, branch, self.norm1, narrow)
         # A replaced attention need not know of caches.
         attended = self.att(h) if cache is None else self.att(h, cache, layer)

@@ -53,11 +53,8 @@ def guards(monkeypatch):
 def kept(seed, p, *shape):
     """What a dropout multiplies by, and a function that has it drawn once more."""
     torch.default_generator.manual_seed(seed)
-    return (
-        philox.keep(draw_seeds(torch.device("cpu"), p)[0], shape, p)
-        if p > 0
-        else torch.ones(shape).double()
-    )
+    (drawn,) = draw_seeds(torch.device("cpu"), p)
+    return philox.keep(drawn, shape, p) if p > 0 else torch.ones(shape).double()
 
 
 def narrow(x, *_):
