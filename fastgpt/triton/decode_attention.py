@@ -22,14 +22,15 @@ MAX_SPLITS = 64
 JOINED_SPLITS = 8
 
 
-@triton.jit(do_not_specialize=["splits"])
-def decode_attention_split_kernel(
+@triton.jit
+def decode_attention_share(
+    share,
     q_ptr,
     keys_ptr,
     values_ptr,
-    length_ptr,  # [B] int32: the tokens in the cache, at least 1
-    out_ptr,  # the splits' results; with one split the result itself
-    lse_ptr,  # [B, H, splits] float32, in base 2; None with one split
+    length_ptr,
+    out_ptr,
+    lse_ptr,
     q_strides,
     keys_strides,
     values_strides,
@@ -41,18 +42,18 @@ def decode_attention_split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program owns one share of one head's cache."""
-    split, bh = tl.program_id(0) % splits, tl.program_id(0) // splits
+    """One share of one head's cache. The arguments are the kernel's."""
+    split, bh = share % splits, share // splits
     cols = tl.arange(0, BLOCK_D)
     q = tl.load(head_of(q_ptr, q_strides, bh, H) + cols, mask=cols < D, other=0.0)
     q = q.to(tl.float32) * (scale * LOG2_E)
     keys_ptr = head_of(keys_ptr, keys_strides, bh, H)
     values_ptr = head_of(values_ptr, values_strides, bh, H)
     length = tl.load(length_ptr + bh // H)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     acc = tl.zeros((BLOCK_D,), tl.float32)
     top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
-    for n0 in range(split * share, tl.minimum(split * share + share, length), BLOCK_N):
+    for n0 in range(split * size, tl.minimum(split * size + size, length), BLOCK_N):
         rows = n0 + tl.arange(0, BLOCK_N)
         mask = (rows[:, None] < length) & (cols[None, :] < D)
         at = rows.to(tl.int64)[:, None]
@@ -73,6 +74,47 @@ def decode_attention_split_kernel(
     tl.store(out_ptr + cols, (acc / total).to(out_ptr.dtype.element_ty), mask=cols < D)
     if lse_ptr is not None:
         tl.store(lse_ptr + bh.to(tl.int64) * splits + split, top + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def decode_attention_split_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    length_ptr,  # [B] int32: the tokens in the cache, at least 1
+    out_ptr,  # the splits' results; with one split the result itself
+    lse_ptr,  # [B, H, splits] float32, in base 2; None with one split
+    q_strides,
+    keys_strides,
+    values_strides,
+    out_strides,
+    H,
+    splits,
+    D,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns one share of one head's cache."""
+    decode_attention_share(
+        tl.program_id(0),
+        q_ptr,
+        keys_ptr,
+        values_ptr,
+        length_ptr,
+        out_ptr,
+        lse_ptr,
+        q_strides,
+        keys_strides,
+        values_strides,
+        out_strides,
+        H,
+        splits,
+        D,
+        scale,
+        BLOCK_N,
+        BLOCK_D,
+    )
 
 
 @triton.jit(do_not_specialize=["n_splits"])
@@ -128,7 +170,7 @@ def decode_attention(
         splits,
         D,
         BLOCK_S=triton.next_power_of_2(splits),
-        BLOCK_D=_padded(D),
+        BLOCK_D=padded_width(D),
         **launch_table.launch("decode_attention_join", q),
     )
 
@@ -141,18 +183,23 @@ def decode_attention_in_splits(
     [B, H D] in q's dtype, and None.
     """
     B, H, _, D = keys.shape
-    splits = _splits(keys, JOINED_SPLITS)
-    if splits == 1:
-        out = q.new_empty((B, H * D))
-        _split(q, keys, values, length, scale, out.view(B, H, 1, D), None)
-        return out, None
-    part = torch.empty((B, splits, H * D), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
-    _split(q, keys, values, length, scale, part.view(B, splits, H, D).transpose(1, 2), lse)
+    part, lse = empty_splits(q, keys)
+    _split(q, keys, values, length, scale, part.view(B, -1, H, D).transpose(1, 2), lse)
     return part, lse
 
 
-def _padded(D: int) -> int:
+def empty_splits(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Room for what ``decode_attention_in_splits`` gives."""
+    B, H, _, D = keys.shape
+    splits = _splits(keys, JOINED_SPLITS)
+    if splits == 1:
+        return q.new_empty((B, H * D)), None
+    part = torch.empty((B, splits, H * D), dtype=torch.float32, device=q.device)
+    return part, torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+
+
+def padded_width(D: int) -> int:
+    """The width of a block that holds a head's."""
     return max(16, triton.next_power_of_2(D))
 
 
@@ -190,7 +237,7 @@ def _split(
         splits,
         D,
         scale,
-        BLOCK_D=_padded(D),
+        BLOCK_D=padded_width(D),
         **launch_table.launch("decode_attention_split", q),
     )
 
@@ -257,6 +304,6 @@ def append(
         keys.shape[2],
         H,
         D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=padded_width(D),
         **launch,
     )

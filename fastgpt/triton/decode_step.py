@@ -81,38 +81,41 @@ def begin_step(
     )
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def query_key_value_kernel(
-    x_ptr,  # [n_rows, depth]
-    scale_ptr,  # of the norm in front, [depth]
-    shift_ptr,  # like scale
-    weights,  # three, each [n_cols, depth]
+@triton.jit
+def query_key_value_tile(
+    tile,
+    mean,
+    rstd,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    weights,
     weight_strides,
-    biases,  # three, each [n_cols] or None
-    outs,  # three: the queries [n_rows, H, 1, D], and two caches [n_rows, H, capacity, D]
+    biases,
+    outs,
     out_strides,
-    place_ptr,  # [n_rows] int32: where in the caches
+    place_ptr,
     n_rows,
     n_cols,
     depth,
     capacity,
     head_dim,
-    eps,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program owns BLOCK_N columns of all rows of queries, keys or values.
+    """BLOCK_N columns of all rows of queries, keys or values. The arguments are the kernel's, mean
+    and rstd the norm's.
+    """
     tiles = tl.cdiv(n_cols, BLOCK_N)
-    col = tl.program_id(0) % tiles * BLOCK_N
+    col = tile % tiles * BLOCK_N
     rows, cols = tl.arange(0, ROWS), col + tl.arange(0, BLOCK_N)
-    mean, rstd = row_statistics(x_ptr, n_rows, depth, eps, ROWS, BLOCK_K)
     place = tl.load(place_ptr + rows, mask=rows < n_rows, other=0)[:, None].to(tl.int64)
     mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     mask = mask & (place >= 0) & (place < capacity)
     for part in tl.static_range(3):
-        if tl.program_id(0) // tiles == part:
+        if tile // tiles == part:
             acc = row_products(
                 x_ptr,
                 weights[part],
@@ -141,6 +144,55 @@ def query_key_value_kernel(
             at += (cols // head_dim)[None, :].to(tl.int64) * out_strides[part][1]
             at += place * out_strides[part][2] + (cols % head_dim)[None, :]
             tl.store(outs[part] + at, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def query_key_value_kernel(
+    x_ptr,  # [n_rows, depth]
+    scale_ptr,  # of the norm in front, [depth]
+    shift_ptr,  # like scale
+    weights,  # three, each [n_cols, depth]
+    weight_strides,
+    biases,  # three, each [n_cols] or None
+    outs,  # three: the queries [n_rows, H, 1, D], and two caches [n_rows, H, capacity, D]
+    out_strides,
+    place_ptr,  # [n_rows] int32: where in the caches
+    n_rows,
+    n_cols,
+    depth,
+    capacity,
+    head_dim,
+    eps,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One program owns a tile.
+    mean, rstd = row_statistics(x_ptr, n_rows, depth, eps, ROWS, BLOCK_K)
+    query_key_value_tile(
+        tl.program_id(0),
+        mean,
+        rstd,
+        x_ptr,
+        scale_ptr,
+        shift_ptr,
+        weights,
+        weight_strides,
+        biases,
+        outs,
+        out_strides,
+        place_ptr,
+        n_rows,
+        n_cols,
+        depth,
+        capacity,
+        head_dim,
+        PRECISION,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
 
 def query_key_value(

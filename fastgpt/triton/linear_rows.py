@@ -190,17 +190,20 @@ def row_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "splits"])
-def linear_rows_kernel(
-    x_ptr,  # [n_rows, depth]; with lse float32 [n_rows, splits, depth]
-    scale_ptr,  # of a norm in front, [depth], or None
-    shift_ptr,  # like scale
-    lse_ptr,  # of attention's splits, float32 [n_rows, depth / head_dim, splits], or None
-    weight_ptr,  # [n_cols, depth], any strides
-    bias_ptr,  # [n_cols], or None
-    residual_ptr,  # like y, which it may be, or None
-    y_ptr,  # [n_rows, n_cols]
-    pre_ptr,  # like y, or None
+@triton.jit
+def linear_rows_tile(
+    tile,
+    mean,
+    rstd,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    lse_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    pre_ptr,
     n_rows,
     n_cols,
     depth,
@@ -208,18 +211,14 @@ def linear_rows_kernel(
     stride_k,
     splits,
     head_dim,
-    eps,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program owns BLOCK_N columns of all rows.
-    col = tl.program_id(0) * BLOCK_N
-    mean, rstd = None, None
-    if scale_ptr is not None:
-        mean, rstd = row_statistics(x_ptr, n_rows, depth, eps, ROWS, BLOCK_K)
+    """BLOCK_N columns of all rows. The arguments are the kernel's, mean and rstd a norm's."""
+    col = tile * BLOCK_N
     acc = row_products(
         x_ptr,
         weight_ptr,
@@ -247,6 +246,63 @@ def linear_rows_kernel(
         residual = tl.load(residual_ptr + rows * n_cols + cols, mask=mask, other=0.0)
         acc += residual.to(tl.float32)
     finish_part(acc, 0, col, bias_ptr, y_ptr, pre_ptr, n_rows, n_cols, GELU)
+
+
+@triton.jit(do_not_specialize=["n_rows", "splits"])
+def linear_rows_kernel(
+    x_ptr,  # [n_rows, depth]; with lse float32 [n_rows, splits, depth]
+    scale_ptr,  # of a norm in front, [depth], or None
+    shift_ptr,  # like scale
+    lse_ptr,  # of attention's splits, float32 [n_rows, depth / head_dim, splits], or None
+    weight_ptr,  # [n_cols, depth], any strides
+    bias_ptr,  # [n_cols], or None
+    residual_ptr,  # like y, which it may be, or None
+    y_ptr,  # [n_rows, n_cols]
+    pre_ptr,  # like y, or None
+    n_rows,
+    n_cols,
+    depth,
+    stride_n,
+    stride_k,
+    splits,
+    head_dim,
+    eps,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One program owns a tile.
+    mean, rstd = None, None
+    if scale_ptr is not None:
+        mean, rstd = row_statistics(x_ptr, n_rows, depth, eps, ROWS, BLOCK_K)
+    linear_rows_tile(
+        tl.program_id(0),
+        mean,
+        rstd,
+        x_ptr,
+        scale_ptr,
+        shift_ptr,
+        lse_ptr,
+        weight_ptr,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        pre_ptr,
+        n_rows,
+        n_cols,
+        depth,
+        stride_n,
+        stride_k,
+        splits,
+        head_dim,
+        GELU,
+        PRECISION,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
 
 def padded_rows(n_rows: int) -> int:
