@@ -24,11 +24,13 @@ def begin_step_kernel(
     x_ptr,  # [N, width]
     place_ptr,  # [N] int32
     length_ptr,  # [N] int32
+    counters_ptr,  # [n_counters] int32, or None
     vocabulary,
     context,
     width,
     tok_strides,
     pos_strides,
+    n_counters,
     BLOCK: tl.constexpr,
 ):
     # One program owns a row.
@@ -46,6 +48,9 @@ def begin_step_kernel(
     tl.store(place_ptr + row, place)
     tl.store(length_ptr + row, length)
     tl.store(position_ptr + row, tl.where(place > 0, length, 0))
+    if counters_ptr is not None:
+        for counter in range(row, n_counters, tl.num_programs(0)):
+            tl.store(counters_ptr + counter, 0)
 
 
 def begin_step(
@@ -56,9 +61,10 @@ def begin_step(
     x: Tensor,
     place: Tensor,
     length: Tensor,
+    counters: Tensor | None = None,
 ) -> None:
     """Writes x = tok[ids] + pos[position], where each token stands and how many tokens its row then
-    has; and moves the positions on.
+    has; moves the positions on, and sets the counters, any number of int32, to 0.
 
     A position at the context's end stays there, and so does one at 0; x of what is outside a table
     is NaN. ids: [N] int64; position, place, length: [N] int32; tok: [V, D] and pos: [C, D] of any
@@ -72,10 +78,12 @@ def begin_step(
         x,
         place,
         length,
+        counters,
         len(tok),
         *pos.shape,
         tok.stride(),
         pos.stride(),
+        0 if counters is None else len(counters),
         BLOCK=triton.next_power_of_2(pos.shape[1]),
         **launch_table.launch("begin_step", tok),
     )

@@ -24,8 +24,10 @@ def test_begin(padded, dtype):
         position.copy_(before)
         x = padded.empty(len(ids), width)
         place, length = (padded(torch.zeros_like(before)) for _ in range(2))
-        begin_step(ids, position, table, pos, x, place, length)
+        counters = padded(torch.full((8,), 7, dtype=torch.int32))
+        begin_step(ids, position, table, pos, x, place, length, counters)
         assert torch.equal(place, before)
+        assert not counters.any()
         assert length.tolist() == [1, 6, 3, 6, 2, 2]
         assert position.tolist() == [0, 6, 3, 6, 2, 2]
         inside = [0, 1, 2]
@@ -86,13 +88,12 @@ def test_splits_joined_by_the_projection_are_the_attention(padded, batch, dtype)
     torch.testing.assert_close(y, whole.flatten(1))
 
 
-def _begin(dtype):
+def _begin(dtype, *counters):
     n = 16
     numbers = [empty(torch.int32, n) for _ in range(3)]
     tables = empty(dtype, 50257, 768), empty(dtype, 1024, 768)
-    begin_step(
-        empty(torch.int64, n), numbers[0], *tables, empty(torch.float32, n, 768), *numbers[1:]
-    )
+    x = empty(torch.float32, n, 768)
+    begin_step(empty(torch.int64, n), numbers[0], *tables, x, *numbers[1:], *counters)
 
 
 def _query_key_value(rows, by_column=False, biases=True):
@@ -124,6 +125,7 @@ WIDE = {
 }
 CASES = {
     "begin": Case(_begin),
+    "begin, counters": Case(lambda dtype: _begin(dtype, empty(torch.int32, 12))),
     "row": Case(_query_key_value(1), **WIDE),
     "four rows": Case(_query_key_value(4, biases=False), wide=WIDE["wide"]),
     "rows": Case(_query_key_value(16), **WIDE),
