@@ -231,6 +231,13 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     },
     "decode_attention_split": {(ANY, ANY, ANY): _row(4, BLOCK_N=64)},
     "decode_attention_join": {(ANY, ANY, ANY): _row(4)},
+    # By the rows likewise: what differs from the tiles of products of few rows. The limit leaves so
+    # many programs a multiprocessor the registers to run at once; with 16 rows larger tiles spill.
+    "decode_layer": {
+        (ANY, ANY, ANY): _row(4, 2, PROGRAMS=3, maxnreg=168),
+        (ANY, "half", 16): _row(4, 4, PROGRAMS=2, maxnreg=255, BLOCK_K=128),
+        (ANY, "float", 16): _row(4, 3, PROGRAMS=2, maxnreg=255, BLOCK_N=8, BLOCK_K=64),
+    },
     "begin_step": {(ANY, ANY, ANY): _row(4)},
     "cache_append": {(ANY, ANY, ANY): _row(4, HEADS=8)},
 }

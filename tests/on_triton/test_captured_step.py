@@ -58,8 +58,8 @@ def _parts(width=768, heads=12, layers=2, biases=False, by_column=False, dtype=B
     return Parts(tok, pos, blocks, norm(), linear(50257, width, False), heads, 1e-5)
 
 
-def _step(rows, **how):
-    with gpu.fake_gpu("sm_90") as launches, torch.no_grad():
+def _step(rows, arch="sm_90", **how):
+    with gpu.fake_gpu(arch) as launches, torch.no_grad():
         parts = _parts(**how)
         state = decode_graph.State(parts, rows)
         return captured(lambda: decode_graph.step(parts, state), launches)
@@ -79,6 +79,17 @@ def test_launches_a_token(width, heads, layers):
     found = _step(1, width=width, heads=heads, layers=layers)
     assert found.faults == []
     assert len(found.launches) == 5 * layers + 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows"), [("sm_90", 1), ("sm_90", 3), ("sm_90", 16), ("gfx942", 1)]
+)
+def test_one_launch_a_layer_where_it_is_asked_for(monkeypatch, arch, rows):
+    monkeypatch.setenv("FASTGPT_DECODE_LAYER", "1")
+    found = _step(rows, arch, layers=3)
+    assert found.faults == []
+    layer = ["decode_layer_kernel"] if arch == "sm_90" else LAYER
+    assert found.launches == ["begin_step_kernel", *layer * 3, "linear_rows_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

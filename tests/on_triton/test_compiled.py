@@ -18,7 +18,7 @@ from on_triton.support.cases import HALF
 ALL = os.environ.get("ARCHS") == "all"
 OPERATIONS = ["layer_norm", "gelu", "embedding", "cross_entropy", "linear_cross_entropy", "linear"]
 OPERATIONS += ["causal_attention", "decode_attention", "dropout", "quantized_linear"]
-OPERATIONS += ["linear_rows", "decode_step"]
+OPERATIONS += ["linear_rows", "decode_step", "decode_layer"]
 # Architectures for which triton makes much the same code. The sample has one of each in turn.
 FAMILIES = [["sm_80", "sm_86", "sm_89", "sm_120"], ["sm_90"], ["sm_100"]]
 FAMILIES += [["gfx942", "gfx90a", "gfx1100"]]
@@ -78,6 +78,9 @@ def test_compiled(case, arch, mode, capfd):
             assert matrix in found.assembly, f"{launch.name}: no {matrix}"
         if launch.name in case.wide:
             assert gpu.reads_16_bytes(found.assembly), f"{launch.name}: no 16-byte loads"
+        if launch.arguments.get("launch_cooperative_grid"):
+            most = gpu.at_once(arch, launch.compiled)
+            assert launch.grid[0] <= most, f"{launch.name}: {launch.grid[0]} programs of {most}"
     missing = {*case.matrix, *case.wide} - {launch.name for launch in launches}
     assert not missing, f"never launched: {missing}"
     # What AMD's code generator cannot do is printed, not raised.

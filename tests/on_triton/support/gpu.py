@@ -28,15 +28,16 @@ class Architecture(NamedTuple):
     shared: int  # the most that a program gets, in KiB
     matrix: str  # the tensor cores' instruction, in PTX or AMD's assembly
     warp: int = 32
+    threads: int = 2048  # that a multiprocessor holds
 
 
 ARCHS = {
     "sm_80": Architecture(108, 163, "mma.sync"),  # A100
-    "sm_86": Architecture(84, 99, "mma.sync"),  # RTX 30, A10, A40
-    "sm_89": Architecture(128, 99, "mma.sync"),  # RTX 40, L4
+    "sm_86": Architecture(84, 99, "mma.sync", threads=1536),  # RTX 30, A10, A40
+    "sm_89": Architecture(128, 99, "mma.sync", threads=1536),  # RTX 40, L4
     "sm_90": Architecture(132, 227, "wgmma.mma_async"),  # H100
     "sm_100": Architecture(148, 227, "tcgen05.mma"),  # B200
-    "sm_120": Architecture(170, 99, "mma.sync"),  # RTX 50
+    "sm_120": Architecture(170, 99, "mma.sync", threads=1536),  # RTX 50
     "gfx90a": Architecture(104, 64, "v_mfma", 64),  # MI200
     "gfx942": Architecture(304, 64, "v_mfma", 64),  # MI300
     "gfx1100": Architecture(96, 64, "v_wmma"),  # RX 7900
@@ -151,6 +152,16 @@ def resources(compiled):
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return Resources(shared, registers, stack, compiled.asm["ptx"])
+
+
+def at_once(arch, compiled):
+    """How many programs of a compiled kernel NVIDIA's GPU of that architecture runs at once."""
+    gpu, found, warps = ARCHS[arch], resources(compiled), compiled.metadata.num_warps
+    # A warp's registers come in pieces of 256, and a program takes 1 KiB of shared memory besides
+    # its own, of 1 KiB more than one program gets.
+    registers = 65536 // (warps * -(-found.registers * 32 // 256) * 256)
+    shared = (gpu.shared + 1) * 1024 // (found.shared + 1024)
+    return gpu.multiprocessors * min(registers, shared, gpu.threads // (32 * warps))
 
 
 def reads_16_bytes(assembly):
