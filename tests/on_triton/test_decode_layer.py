@@ -63,7 +63,7 @@ def _in_five(x, norms, linears, place, length, keys, values):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("by_column", [False, True], ids=["by row", "by column"])
 @pytest.mark.parametrize(("biases", "splits"), [(False, 2), (True, 1)])
 def test_the_same_bits_as_five_launches(
