@@ -15,10 +15,11 @@ struct Ahead {
     int64_t run, jump, step;
 };
 
-// sums[i * kPanel + j] = x_i . panel column j for MR rows of x and VECS registers of columns, over k units, in chains
+// sums[i * sums_row + j] = x_i . panel column j for MR rows of x and VECS registers of columns, over k units, in chains
 // of kChain. PACKED: x is [k, kTileRows], else rows x_row apart.
 template <class A, int MR, int VECS, bool PACKED>
-static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const Ahead& next, float* sums) {
+static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, const Ahead& next, float* sums,
+                 int64_t sums_row) {
     const char* ahead = next.at;
     const int64_t run = next.run, jump = next.jump, step = kFetchAll ? next.step : 64;
     const float* xp[(MR + 2) / 3];  // every third row: the two between are reached by index
@@ -64,14 +65,14 @@ static void tile(int64_t k, const float* x, int64_t x_row, const float* panel, c
         FASTGPT_UNROLL
         for (int i = 0; i < MR; i++) FASTGPT_UNROLL
         for (int v = 0; v < VECS; v++) {
-            float* to = sums + i * kPanel + v * Vec::width;
+            float* to = sums + i * sums_row + v * Vec::width;
             const Vec value = A::value(sum[i][v]);
             store(to, k0 ? value + load(to) : value);
         }
     }
 }
 
-typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const Ahead&, float*);
+typedef void (*TileKernel)(int64_t, const float*, int64_t, const float*, const Ahead&, float*, int64_t);
 template <class A, int VECS, bool PACKED>
 static const TileKernel tiles_by_rows[] = {tile<A, 1, VECS, PACKED>,
                                            tile<A, 2, VECS, PACKED>,
@@ -216,7 +217,12 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
                                          4 * (p.x.row - steps * share), 4 * share};
                     }
                     if (kFetchAll && p.y_format == kFloat32) fetch_results(p, m, rows, n);
-                    tile_for<A, turned>(rows, cols)(u, x, x_row, panel, meanwhile, scratch.sums);
+                    const TileKernel kernel = tile_for<A, turned>(rows, cols);
+                    if (nothing_follows(p) && u == units && cols == kPanel) {
+                        kernel(u, x, x_row, panel, meanwhile, static_cast<float*>(p.y) + m * p.y_row + n, p.y_row);
+                        continue;
+                    }
+                    kernel(u, x, x_row, panel, meanwhile, scratch.sums, kPanel);
                     for (int64_t i = 0; i < rows; i++) {
                         float* partial = p.y_format == kFloat32 ? static_cast<float*>(p.y) + (m + i) * p.y_row + n
                                                                 : scratch.partial + (m - m0 + i) * kBlockCols + n - n0;

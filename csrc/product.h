@@ -78,6 +78,11 @@ struct ProductScratch {
           scales(reinterpret_cast<RowScale*>(partial + kPreparedRows * kBlockCols)) {}
 };
 
+// Whether y is the sums themselves.
+FASTGPT_INLINE bool nothing_follows(const Product& p) {
+    return p.y_format == kFloat32 && p.epilogue == kPlain && !p.bias.at && !p.residual && !has_row_scale(p.w);
+}
+
 // One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
 // the last. Until then they wait in `partial`, which is y where that is float32. FLOAT32: that all of it is.
 template <bool FLOAT32>
