@@ -156,6 +156,22 @@ def test_a_batch_ends_when_every_row_has():
         assert set(row[stop:]) <= {eos}
 
 
+def test_a_streams_reader_may_change_the_tokens():
+    ours = fastgpt.GPTModel(CONFIG).eval()
+    idx = torch.randint(0, 61, (2, 4))
+
+    def tokens_seen(eos_id, change=7):
+        seen = []
+        torch.manual_seed(7)
+        for new in fastgpt.generate_stream(ours, idx, 9, 24, temperature=1.0, eos_id=eos_id):
+            seen.append(new.clone())
+            new.add_(change).remainder_(61)
+        return torch.cat(seen, dim=1)
+
+    assert not torch.equal(tokens_seen(None), tokens_seen(None, change=0))
+    assert torch.equal(tokens_seen(None), tokens_seen(61))  # which never comes
+
+
 def test_stream_yields_as_it_goes_and_can_be_left():
     ours, _ = _models()
     idx = torch.randint(0, 61, (2, 4))
