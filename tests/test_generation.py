@@ -23,8 +23,11 @@ def _models(**changes):
     config = {**CONFIG, **changes}
     ours, book = fastgpt.GPTModel(config).eval(), reference.GPTModel(config).eval()
     with torch.no_grad():
-        for p in ours.parameters():
-            p.copy_(torch.randn_like(p) * 0.3)
+        for name, p in ours.named_parameters():
+            if p.dim() == 1:  # drawn anew, a norm's shift alone would choose the token
+                p.add_(torch.randn_like(p) * 0.3)
+            else:
+                p.copy_(torch.randn_like(p) * (1.0 if "emb" in name else 0.3))
     book.load_state_dict(ours.state_dict())
     return ours, book
 
@@ -95,7 +98,9 @@ def test_half_precision_is_sampled_in_float32():
     torch.manual_seed(1)
     drawn = fastgpt.generate(ours, idx, 1, 24, temperature=0.9)
     torch.manual_seed(1)
-    p = torch.softmax(ours(idx)[:, -1].float() / 0.9, dim=-1)
+    with torch.no_grad():  # of the last token alone, as float16 rounds a product of all otherwise
+        logits = ours.forward_pass(idx, None, last_only=True)[:, -1]
+    p = torch.softmax(logits.float() / 0.9, dim=-1)
     assert torch.equal(drawn[:, -1:], torch.multinomial(p, 1))
 
 
@@ -154,6 +159,22 @@ def test_a_batch_ends_when_every_row_has():
         stop = unbounded.index(eos) if eos in unbounded else len(unbounded)
         assert row[:stop] == unbounded[: len(row)][:stop]
         assert set(row[stop:]) <= {eos}
+
+
+def test_a_streams_reader_may_change_the_tokens():
+    ours = fastgpt.GPTModel(CONFIG).eval()
+    idx = torch.randint(0, 61, (2, 4))
+
+    def tokens_seen(eos_id, change=7):
+        seen = []
+        torch.manual_seed(7)
+        for new in fastgpt.generate_stream(ours, idx, 9, 24, temperature=1.0, eos_id=eos_id):
+            seen.append(new.clone())
+            new.add_(change).remainder_(61)
+        return torch.cat(seen, dim=1)
+
+    assert not torch.equal(tokens_seen(None), tokens_seen(None, change=0))
+    assert torch.equal(tokens_seen(None), tokens_seen(61))  # which never comes
 
 
 def test_stream_yields_as_it_goes_and_can_be_left():

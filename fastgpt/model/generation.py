@@ -138,7 +138,7 @@ def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
             ended = new == eos_id if ended is None else ended | (new == eos_id)
             if ended.all():
                 return
-            new = new.masked_fill(ended, eos_id)
+            new.masked_fill_(ended, eos_id)  # in place: the reader's changes reach the model
         yield new
 
 

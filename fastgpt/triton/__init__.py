@@ -17,6 +17,8 @@ import traceback
 import torch
 
 OLDEST = (3, 6)  # the first triton that the kernels are tested with
+# How a driver refuses a launch for its size, the second a cooperative one.
+_TOO_LARGE = ("too many resources requested for launch", "too many blocks in cooperative launch")
 
 
 def how_to_install() -> str:
@@ -105,7 +107,7 @@ def cannot_run(error: Exception) -> bool:
     if type(error) is not RuntimeError:
         return False
     if str(error).startswith("Triton Error ["):  # the driver's
-        return "too many resources requested for launch" in str(error)
+        return any(words in str(error) for words in _TOO_LARGE)
     *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
     return str(raised_in.f_globals.get("__name__")).startswith("triton.")
 

@@ -213,6 +213,7 @@ def _of_triton(text):
         TritonError("ptxas"),
         subprocess.CalledProcessError(1, ["gcc"]),
         RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
+        RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch"),
     ],
     ids=lambda error: type(error).__name__,
 )
