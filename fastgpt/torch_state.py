@@ -150,6 +150,15 @@ def product_eps(x: Tensor) -> float:
     return found.get(allowed, torch.finfo(torch.float32).eps)
 
 
+def forget_workspaces() -> None:
+    """Has the GPU's libraries take new scratch memory where they next need some: what a CUDA graph
+    that is captured next writes to lies in its own memory then. Nothing where torch has none.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is not None:
+        forget()
+
+
 class PackedOneDNN:
     """oneDNN's product of x with a weight, [n_out, n_in], packed once, plus a bias, [n_out].
 

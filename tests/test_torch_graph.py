@@ -105,6 +105,53 @@ def test_rows_without_a_sequence_and_rows_at_the_end_stay():
     assert state.caches[0][0][2, :, CONTEXT - 1].any()
 
 
+def test_a_stream_waits_for_the_one_that_used_the_memory(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+    now, recorded = Stream(), []
+    monkeypatch.setattr(decode_graph, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: recorded.append((t, s)))
+    model, _ = _models()
+    first, second = now, Stream()
+    for _ in range(2):
+        _same(model, _ids())
+    assert (recorded, first.waited_for) == ([], [])
+    now = second
+    for _ in range(2):
+        _same(model, _ids())
+    assert second.waited_for == [first]
+    own = [*idle[model].state.tensors()]
+    assert len(own) == 3 + 2 * CONFIG["n_layers"]
+    assert all(t is mine and s is second for (t, s), mine in zip(recorded, own, strict=True))
+
+
+@pytest.mark.parametrize("at", [0, 3], ids=["the prompt's", "a step's"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_id_that_a_reader_writes_is_looked_at(inference, at):
+    model, _ = _models()
+    with torch.inference_mode(inference):
+        stream = fastgpt.generate_stream(model, _ids(), 12, CONTEXT)
+        for _ in range(at):
+            next(stream)
+        next(stream).fill_(CONFIG["vocab_size"])
+        with pytest.raises(IndexError, match="token id 61 is outside the vocabulary of 61"):
+            next(stream)
+
+
+def test_inference_mode_copies_no_ids(monkeypatch):
+    looked = []
+    monkeypatch.setattr(decode_graph, "check_ids", lambda *args: looked.append(1))
+    model, _ = _models()
+    with torch.inference_mode():
+        _same(model, _ids())
+    assert len(looked) == 1  # the prompt's token, of which it is not known who wrote to it
+
+
 def test_room_for_a_text_and_no_more_than_as_many_again(captures):
     model, _ = _models(n_layers=1)
     for T, new, capacity, captured in [(3, 10, 16, 2), (2, 9, 16, 2), (3, 16, CONTEXT, 4)]:

@@ -16,6 +16,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from fastgpt.model.cache import KVCache, idle
 from fastgpt.model.gpt import GPTModel
 from fastgpt.model.sampling import Choose
 from fastgpt.model.token_pass import Attention, Parts, logits_of, packed, parts_of
-from fastgpt.torch_state import version
+from fastgpt.torch_state import forget_workspaces, version
 
 # Fewer steps than these are not worth a capture.
 MIN_STEPS = 8
@@ -57,6 +58,9 @@ class State:
         self.rows = torch.arange(rows, dtype=torch.int32, device=pos.device)
         shape = (rows, heads, slots, head_dim)
         self.caches = [(pos.new_zeros(shape), pos.new_zeros(shape)) for _ in parts.blocks]
+
+    def tensors(self) -> Iterator[Tensor]:
+        return chain((self.ids, self.position, self.rows), *self.caches)
 
     def fill(self, cache: KVCache, first: int = 0) -> None:
         """Takes over what prompts of one length left in an ordinary cache, from that row on."""
@@ -146,6 +150,11 @@ def choose_next(state: State, logits: Tensor, choose: Choose) -> Tensor:
     return state.ids.copy_(choose(logits).flatten())
 
 
+def current_stream(device: torch.device) -> Any:
+    """The GPU's current stream; None for another device."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A function that repeats the run, and the tensor that holds its result each time.
 
@@ -155,18 +164,25 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     side = torch.cuda.Stream()
     side.wait_stream(current)
     device = torch.device("cuda", torch.cuda.current_device())
-    with torch.cuda.stream(side), torch.random.fork_rng([device]):
-        if not dispatch.lacks_kernels(device):
-            dispatch.module("triton", "compilation", None).compile_ahead(run)
-        run()  # sets the libraries up
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side), torch.random.fork_rng([device]):
+            if not dispatch.lacks_kernels(device):
+                dispatch.module("triton", "compilation", None).compile_ahead(run)
+            run()  # sets the libraries up
+    finally:  # whoever frees what the run writes to does so on this stream
+        current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # The outer one, because torch.cuda.graph stays on its stream where the capture fails; that one
     # named, because its own is of whichever GPU captured first. Another thread, say one that loads
     # data, may go on using the GPU meanwhile.
     recorded = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
-    with torch.cuda.stream(current), recorded:
-        result = run()
+    # The graph has its libraries' scratch memory to itself: what others use they may also free.
+    forget_workspaces()
+    try:
+        with torch.cuda.stream(current), recorded:
+            result = run()
+    finally:
+        forget_workspaces()
     return graph.replay, result
 
 
@@ -185,8 +201,19 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parts.pos):
             self.state = State(parts, rows, tokens)
             self._replay, self._logits = capture(lambda: step(parts, self.state))
+        self._stream = current_stream(parts.pos.device)
         self.chooses: Choose | None = None
         self._chosen: Tensor | None = None  # what `next` handed out, while it is the state's
+
+    def follow(self) -> None:
+        """Has the current stream wait for all that another one may still do with the memory."""
+        stream = current_stream(self.state.ids.device)
+        if stream is None or stream == self._stream:
+            return
+        stream.wait_stream(self._stream)
+        for tensor in self.state.tensors():
+            tensor.record_stream(stream)
+        self._stream = stream
 
     def choose_by(self, choose: Choose) -> None:
         """Captures how ``next`` chooses, in a graph of its own: another choice leaves the model's
@@ -202,10 +229,15 @@ class Decoder:
     def next(self, ids: Tensor) -> Tensor:
         """Each row's next token, [rows, 1] of ids [rows, 1], chosen on the GPU, which nobody waits
         for. Those that the last call gave need no copy to be the ids of this one.
+
+        Raises:
+            IndexError: somebody wrote an id into them that is outside the vocabulary.
         """
-        with torch.cuda.device_of(self.state.ids):
-            # Their reader may have written to them, which inference mode does not count.
-            if ids is not self._chosen or ids.is_inference() or version(ids) > 0:
+        changed = ids.is_inference() or version(ids) > 0  # which inference mode does not count
+        if changed:  # a look-up past the table's end would end the process's use of the GPU
+            check_ids(ids, n_rows(self._parts.tok))
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(self.state.ids):
+            if changed or ids is not self._chosen:
                 self.state.ids.copy_(ids.flatten())
             self._replay()
             self._choose()
@@ -328,6 +360,7 @@ def _decoder(
     decoder = None
     if kept is not None and kept.key == (rows, *parts.key()) and kept.state.capacity >= tokens:
         decoder = kept
+        decoder.follow()
     if decoder is not None and choose in (None, decoder.chooses):
         return decoder
     if steps < MIN_STEPS:

@@ -170,7 +170,8 @@ def test_a_capture_draws_nothing(monkeypatch, kernels):
     for name in ("current_stream", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: held)
-    runs = []
+    runs, forgotten = [], []
+    monkeypatch.setattr(decode_graph, "forget_workspaces", lambda: forgotten.append(len(runs)))
 
     @contextlib.contextmanager
     def graph(graph, **how):
@@ -189,6 +190,7 @@ def test_a_capture_draws_nothing(monkeypatch, kernels):
     replay, result = decode_graph.capture(run)
     assert torch.equal(of_gpu.get_state(), before)
     assert result is runs[-1]
+    assert forgotten == [1, 2]  # just before the recorded run, and just behind it
     assert torch.equal(replay(), runs[0])
     assert compiled == [run] * kernels
 
