@@ -78,12 +78,14 @@ def _row(num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
 # Kernel, then (architecture, dtype, size): the dtype is "half" for two bytes and "float" for four,
 # the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all, an
 # architecture without a row too; the row that names most, from the left, is taken. Below sm_80 no
-# kernel is launched.
+# kernel is launched. Some rows have maxnreg because ptxas, left alone, takes fewer registers for that
+# kernel and spills.
 TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     # By the width's power of two.
     "layer_norm_fwd": {
         **{(ANY, ANY, 2**n): _row(4, ROWS=max(1, 2 ** (10 - n))) for n in range(2, 12)},
         (ANY, ANY, 4096): _row(8, ROWS=1),
+        ("sm_80", "float", 4096): _row(8, ROWS=1, maxnreg=64),
         (ANY, ANY, 8192): _row(16, ROWS=1),
         # A warp of 64 threads: so that each still reads 16 bytes.
         **{("gfx942", ANY, 2**n): _row(2, ROWS=max(1, 2 ** (10 - n))) for n in range(2, 12)},
@@ -139,6 +141,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     # By the rows, 1, 2, 4 or 16.
     "linear_rows": {
         (ANY, "half", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=1024),
+        ("sm_80", "half", 1): _row(4, 2, BLOCK_N=4, BLOCK_K=1024, maxnreg=128),
         (ANY, "float", ANY): _row(4, 2, BLOCK_N=4, BLOCK_K=512),
         (ANY, "half", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
@@ -150,6 +153,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         (ANY, "half", ANY): _row(4, 4, BLOCK_N=16, BLOCK_K=256),
         (ANY, "float", ANY): _row(4, 4, BLOCK_N=8, BLOCK_K=256),
         (ANY, "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128),
+        ("sm_80", "float", 16): _row(4, 4, BLOCK_N=16, BLOCK_K=128, maxnreg=255),
         ("gfx1100", ANY, 16): _row(8, 4, BLOCK_N=16, BLOCK_K=128),
     },
     # By the rows likewise; blocks of W of which each thread reads 16 bytes.
@@ -224,6 +228,7 @@ TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
         ("gfx1100", "float", ANY): _row(8, BLOCK_M=16, BLOCK_N=16),
         (ANY, "float", ANY): _row(4, 2, BLOCK_M=32, BLOCK_N=32),
         ("sm_80", "float", "dropout"): _row(4, 2, BLOCK_M=16, BLOCK_N=32),
+        ("sm_90", "float", "narrow"): _row(4, 2, BLOCK_M=32, BLOCK_N=32, maxnreg=255),
         (ANY, "float", "wide"): _row(16, 2, BLOCK_M=16, BLOCK_N=16),
         ("sm_80", "float", "wide"): _row(4, 2, BLOCK_M=16, BLOCK_N=16),
         ("sm_100", "float", "wide"): _row(8, BLOCK_M=16, BLOCK_N=16),
