@@ -146,6 +146,18 @@ static void pack_transposed(const float* x, int64_t x_col, int64_t m, int64_t k,
         }
 }
 
+// As finish_row for a tile. Most are whole and float32: the compiler unrolls those.
+static void finish_tile(const Product& p, const float* sums, const RowScale* scales, int64_t m, int64_t rows, int64_t n,
+                        int64_t cols, bool first_part, bool last_part, float* partial, int64_t partial_row) {
+    if (!all_float32(p))
+        finish_rows_as<false>(p, sums, kPanel, scales, m, rows, n, cols, first_part, last_part, partial, partial_row);
+    else if (rows == kTileRows && cols == kPanel)
+        finish_rows_as<true>(p, sums, kPanel, nullptr, m, kTileRows, n, kPanel, first_part, last_part, partial,
+                             partial_row);
+    else
+        finish_rows_as<true>(p, sums, kPanel, nullptr, m, rows, n, cols, first_part, last_part, partial, partial_row);
+}
+
 // What follows a tile's sums reads and writes them there: on its way while they are made.
 FASTGPT_INLINE void fetch_results(const Product& p, int64_t m, int64_t rows, int64_t n) {
     for (int64_t i = m; i < m + rows; i++) {
@@ -197,6 +209,9 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
             const int64_t ahead_row = bytes(format, column_major ? p.w.col : p.w.row);
             const int64_t run = up(bytes(format, column_major ? next : k), 64);
             int64_t runs = next <= 0 ? 0 : column_major ? k : next;
+            const int64_t runs_a_tile = runs > 0 ? u / run : 0;
+            // Of the next rows of x some come with each panel, so many lines of each.
+            const int64_t share = up(kTileRows, up(n1 - n0, kPanel)), steps = up(k, share);
             for (int64_t m = m0; m < m1; m += kTileRows)
                 for (int64_t n = n0; n < n1; n += kPanel) {
                     const int64_t rows = min(kTileRows, m1 - m), cols = min(kPanel, n1 - n);
@@ -208,10 +223,9 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
                     Ahead meanwhile{reinterpret_cast<const char*>(panel), u, 0, 64};
                     if (runs > 0) {
                         meanwhile = {ahead, run, ahead_row - run * 64, 64};
-                        ahead += u / run * ahead_row, runs -= u / run;
-                    } else if (kFetchAll && R == Rows::kInPlace) {  // the next rows of x, some with each panel
-                        const int64_t share = up(kTileRows, up(n1 - n0, kPanel));
-                        const int64_t first = m + kTileRows + (n - n0) / kPanel * share, steps = up(k, share);
+                        ahead += runs_a_tile * ahead_row, runs -= runs_a_tile;
+                    } else if (kFetchAll && R == Rows::kInPlace) {
+                        const int64_t first = m + kTileRows + (n - n0) / kPanel * share;
                         if (first + share <= m1)
                             meanwhile = {reinterpret_cast<const char*>(row_of_x(first) + k0), steps,
                                          4 * (p.x.row - steps * share), 4 * share};
@@ -223,12 +237,11 @@ static void tiles(const Product& p, const ProductScratch& scratch) {
                         continue;
                     }
                     kernel(u, x, x_row, panel, meanwhile, scratch.sums, kPanel);
-                    for (int64_t i = 0; i < rows; i++) {
-                        float* partial = p.y_format == kFloat32 ? static_cast<float*>(p.y) + (m + i) * p.y_row + n
-                                                                : scratch.partial + (m - m0 + i) * kBlockCols + n - n0;
-                        finish_row(p, scratch.sums + i * kPanel, dynamic ? scratch.scales + (m - m0 + i) : nullptr,
-                                   m + i, n, cols, u0 == 0, u0 + u == units, partial);
-                    }
+                    const bool wide = p.y_format == kFloat32;
+                    float* partial = wide ? static_cast<float*>(p.y) + m * p.y_row + n
+                                          : scratch.partial + (m - m0) * kBlockCols + n - n0;
+                    finish_tile(p, scratch.sums, dynamic ? scratch.scales + (m - m0) : nullptr, m, rows, n, cols,
+                                u0 == 0, u0 + u == units, partial, wide ? p.y_row : kBlockCols);
                 }
         };
         if (p.y_format == kFloat32 || depth == units) {

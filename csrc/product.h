@@ -78,50 +78,59 @@ struct ProductScratch {
           scales(reinterpret_cast<RowScale*>(partial + kPreparedRows * kBlockCols)) {}
 };
 
-// Whether y is the sums themselves.
-FASTGPT_INLINE bool nothing_follows(const Product& p) {
-    return p.y_format == kFloat32 && p.epilogue == kPlain && !p.bias.at && !p.residual && !has_row_scale(p.w);
+// Whether what follows the sums is in float32.
+FASTGPT_INLINE bool all_float32(const Product& p) {
+    return p.y_format == kFloat32 && p.bias.format == kFloat32 && !has_row_scale(p.w);
 }
 
-// One row of sums over a part of K, n of them, into y: bias and residual join with the first part, the epilogue with
-// the last. Until then they wait in `partial`, which is y where that is float32. FLOAT32: that all of it is.
+// Whether y is the sums themselves.
+FASTGPT_INLINE bool nothing_follows(const Product& p) {
+    return all_float32(p) && p.epilogue == kPlain && !p.bias.at && !p.residual;
+}
+
+// Rows of sums over a part of K, n in each, sums_row apart, into y from that row and column on: bias and residual join
+// with the first part, the epilogue with the last. Until then they wait in `partial`, rows partial_row apart, which is
+// y where that is float32. FLOAT32: that all of it is.
 template <bool FLOAT32>
-FASTGPT_INLINE void finish_row_as(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col,
-                                  int64_t n, bool first_part, bool last_part, float* partial) {
+FASTGPT_INLINE void finish_rows_as(const Product& p, const float* sums, int64_t sums_row, const RowScale* scales,
+                                   int64_t row, int64_t rows, int64_t col, int64_t n, bool first_part, bool last_part,
+                                   float* partial, int64_t partial_row) {
     const int64_t at = row * p.y_row + col;
-    float *pre = p.pre ? p.pre + at : nullptr, *act = p.act ? p.act + at : nullptr;
     const Numbers bias = first_part ? from(p.bias, col) : Numbers{};
     const float* more = !first_part ? partial : p.residual ? p.residual + row * p.residual_row + col : nullptr;
+    const int64_t more_row = first_part ? p.residual_row : partial_row;
     const float* of_column = has_row_scale(p.w) ? static_cast<const float*>(p.w.scale) + col : nullptr;
     const Epilogue epilogue = last_part ? p.epilogue : kPlain;
     for_each_vec(n, [&](int64_t j, int64_t c) {
-        Vec v = load_part(sums + j, c);
-        if (!FLOAT32 && scale) v = (v - broadcast(scale->offset)) * broadcast(scale->scale);
-        if (!FLOAT32 && of_column) v = v * load_part(of_column + j, c);
-        if (bias.at) v = v + (FLOAT32 ? load_part(static_cast<const float*>(bias.at) + j, c) : load(bias, j, c));
-        if (more) v = v + load_part(more + j, c);
-        if (epilogue == kGelu) {
-            if (pre) store_part(pre + j, v, c);
-            v = gelu(v);
-        } else if (epilogue == kGeluBackward) {
-            const Gelu g = gelu_and_slope(load_part(pre + j, c));
-            if (act) store_part(act + j, g.value, c);
-            v = v * g.slope;
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t to = at + i * p.y_row + j;
+            Vec v = load_part(sums + i * sums_row + j, c);
+            if (!FLOAT32 && scales) v = (v - broadcast(scales[i].offset)) * broadcast(scales[i].scale);
+            if (!FLOAT32 && of_column) v = v * load_part(of_column + j, c);
+            if (bias.at) v = v + (FLOAT32 ? load_part(static_cast<const float*>(bias.at) + j, c) : load(bias, j, c));
+            if (more) v = v + load_part(more + i * more_row + j, c);
+            if (epilogue == kGelu) {
+                if (p.pre) store_part(p.pre + to, v, c);
+                v = gelu(v);
+            } else if (epilogue == kGeluBackward) {
+                const Gelu g = gelu_and_slope(load_part(p.pre + to, c));
+                if (p.act) store_part(p.act + to, g.value, c);
+                v = v * g.slope;
+            }
+            if (FLOAT32 || !last_part)
+                store_part(partial + i * partial_row + j, v, c);
+            else
+                store(p.y_format, p.y, to, v, c);
         }
-        if (FLOAT32 || !last_part)
-            store_part(partial + j, v, c);
-        else
-            store(p.y_format, p.y, at + j, v, c);
     });
 }
 
 FASTGPT_INLINE void finish_row(const Product& p, const float* sums, const RowScale* scale, int64_t row, int64_t col,
                                int64_t n, bool first_part, bool last_part, float* partial) {
-    const bool float32 = p.y_format == kFloat32 && p.bias.format == kFloat32 && !scale && !has_row_scale(p.w);
-    if (float32)
-        finish_row_as<true>(p, sums, scale, row, col, n, first_part, last_part, partial);
+    if (all_float32(p))
+        finish_rows_as<true>(p, sums, 0, nullptr, row, 1, col, n, first_part, last_part, partial, 0);
     else
-        finish_row_as<false>(p, sums, scale, row, col, n, first_part, last_part, partial);
+        finish_rows_as<false>(p, sums, 0, scale, row, 1, col, n, first_part, last_part, partial, 0);
 }
 
 }  // namespace FASTGPT_ISA
