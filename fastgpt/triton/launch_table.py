@@ -78,8 +78,8 @@ def _row(num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
 # Kernel, then (architecture, dtype, size): the dtype is "half" for two bytes and "float" for four,
 # the size what the kernel's launcher passes (a tile's width, the padded head_dim). ANY fits all, an
 # architecture without a row too; the row that names most, from the left, is taken. Below sm_80 no
-# kernel is launched. Some rows have maxnreg because ptxas, left alone, takes fewer registers for that
-# kernel and spills.
+# kernel is launched. Some rows have maxnreg because ptxas, left alone, takes fewer registers for
+# that kernel and spills.
 TABLE: dict[str, dict[tuple[str, str, int | str], Launch]] = {
     # By the width's power of two.
     "layer_norm_fwd": {
