@@ -136,9 +136,11 @@ def _until(eos_id: int | None, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
     for new in tokens:
         if eos_id is not None:
             ended = new == eos_id if ended is None else ended | (new == eos_id)
-            if ended.all():
+            rows = ended.flatten().tolist()
+            if all(rows):
                 return
-            new.masked_fill_(ended, eos_id)  # in place: the reader's changes reach the model
+            if any(rows):
+                new.masked_fill_(ended, eos_id)  # in place: the reader's changes reach the model
         yield new
 
 
