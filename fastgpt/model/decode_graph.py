@@ -60,6 +60,7 @@ class State:
         self.caches = [(pos.new_zeros(shape), pos.new_zeros(shape)) for _ in parts.blocks]
 
     def tensors(self) -> Iterator[Tensor]:
+        """All of the memory."""
         return chain((self.ids, self.position, self.rows), *self.caches)
 
     def fill(self, cache: KVCache, first: int = 0) -> None:

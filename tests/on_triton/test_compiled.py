@@ -50,8 +50,12 @@ class Taken(NamedTuple):
     spilled: int
 
 
-# With triton 3.7 or 3.8 a few settings of these spill a little; none with 3.9.
-_SPILLED = ("causal_attention_", "query_key_value_kernel", "int8_rows_kernel")
+# With triton 3.7 or 3.8 a few settings of these spill a little there; none with 3.9.
+_SPILLED = {
+    "causal_attention_": ("sm_100", "sm_120", "gfx942"),
+    "query_key_value_kernel": ("sm_100", "gfx942"),
+    "int8_rows_kernel": ("gfx1100",),
+}
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 # By architecture and hash, what each compiled kernel takes.
@@ -68,7 +72,8 @@ def test_compiled(case, arch, mode, capfd):
         taken[arch].setdefault(launch.compiled.hash, kernel)
         assert found.shared <= gpu.ARCHS[arch].shared * 1024, f"{launch.name}: {found.shared} bytes"
         if arch != "gfx1100" or (launch.name, mode) not in case.spills:
-            most = 32 if OLDER and launch.name.startswith(_SPILLED) else 0
+            known = any(launch.name.startswith(k) and arch in _SPILLED[k] for k in _SPILLED)
+            most = 32 if OLDER and known else 0
             spills = f"{launch.name}: spills {found.spilled} of {found.registers}"
             assert found.spilled <= most, spills
         if launch.name in case.matrix and mode in HALF:
